@@ -1,0 +1,197 @@
+"""One YAML file describes one run. Every key is a field below; an unknown key is an error that suggests the nearest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass
+class Generation:
+    """How responses are sampled. Nothing of the checkpoint's own generation defaults leaks in."""
+
+    __pydantic_config__ = _STRICT
+    max_prompt_tokens: int = 512  # longer prompts are dropped and counted
+    max_new_tokens: int = 512
+    temperature: float = 0.7  # every logit (policy, old, reference) is divided by it
+    eos_token_ids: list[int] | None = None  # None: those of the policy's checkpoint and tokenizer
+    stop_strings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class KL:
+    """Penalty towards the frozen initial policy."""
+
+    __pydantic_config__ = _STRICT
+    beta: float = 0.05
+    placement: Literal["loss", "reward"] = "loss"  # "reward": r - beta * sequence KL, as TRL's RLOO
+    estimator: Literal["k2", "k3"] = "k3"  # per token, for placement "loss"
+
+
+@dataclass
+class Lora:
+    """A low-rank adapter instead of full tuning."""
+
+    __pydantic_config__ = _STRICT
+    rank: int = 16
+    alpha: int = 32
+    target_modules: str | list[str] = "all-linear"
+    top_layers: int | None = None  # adapt only the last so many layers
+    adapter: str | None = None  # start from this saved adapter; the keys above are then ignored
+
+
+@dataclass
+class R2M:
+    """Policy feedback and the update of the reward model (method, equations 1-6)."""
+
+    __pydantic_config__ = _STRICT
+    feedback: Literal["none", "frozen", "trained"] = "trained"  # none: the fixed reward model; frozen: no update
+    floor: float = 0.6  # Omega: w(t) never falls below it
+    alpha: float = 0.3  # (1 - alpha) BT + alpha GRE
+    eps: float = 1e-2  # in z = (r - mean) / (std + eps); bounds the gradient at about 0.2 / eps
+    pair_source: Literal["annotated", "recomputed"] = "annotated"
+    positions: Literal["all", "response"] = "all"  # which hidden states; each sequence's last is never one of them
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    inner_width: int = 2048  # d, of a new cross-attention
+    num_heads: int = 1
+    standardize: bool = False  # RTE and hidden states per feature, statistics taken once, before training
+    zero_output: bool = False  # start exactly at the vanilla reward model
+
+
+@dataclass
+class R2MConfig:
+    """A training run. Batch sizes count sequences; lengths count tokens."""
+
+    __pydantic_config__ = _STRICT
+    policy: str = ""  # hub id or path
+    policy_revision: str | None = None
+    reward_model: str = ""  # sequence-classification checkpoint, causal LM, or a saved R2M reward model
+    reward_model_revision: str | None = None
+    prompts: str = ""  # .jsonl with a field "prompt", or .txt with one prompt a line
+    output_dir: str = "runs/r2m"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    rounds: int = 100  # T
+    prompts_per_round: int = 64  # n
+    num_generations: int = 8  # K
+    algorithm: Literal["rloo", "grpo"] = "rloo"
+    epochs: int = 2  # k, passes of the policy over a round
+    minibatches: int = 1  # optimizer steps per epoch
+    micro_batch_size: int = 8  # sequences in one forward pass
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    clip_range: float = 0.2
+    missing_eos_penalty: float | None = None  # taken off the reward of a response that did not end by itself
+    precision: Literal["bf16", "float32"] = "bf16"  # of the autocast region; trainable weights are float32
+    gradient_checkpointing: bool = False
+    evaluate_every: int = 5  # rounds between measurements on held-out pairs, where there are any
+    save_every: int = 0  # rounds between checkpoints; 0: none
+
+    generation: Generation = field(default_factory=Generation)
+    kl: KL = field(default_factory=KL)
+    lora: Lora | None = None
+    r2m: R2M = field(default_factory=R2M)
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "prompts_per_round", "epochs", "minibatches", "micro_batch_size", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations is {self.num_generations}; {self.algorithm} and GREBT compare the responses of a group: "
+                "expected at least 2"
+            )
+        if not 0 <= self.r2m.floor <= 1:
+            raise ValueError(f"r2m.floor is {self.r2m.floor}; expected a value between 0 and 1")
+        if self.generation.temperature <= 0:
+            raise ValueError(f"generation.temperature is {self.generation.temperature}; expected more than 0")
+        batch = self.prompts_per_round * self.num_generations
+        if batch % self.minibatches:
+            raise ValueError(
+                f"minibatches is {self.minibatches}; expected a divisor of prompts_per_round * num_generations = {batch}"
+            )
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> R2MConfig:
+    """A config from a YAML file and `key=value` overrides (dots reach into blocks: `r2m.floor=0.7`).
+
+    Raises ValueError for an unknown key (with the nearest known one), a value of the wrong type, or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = yaml.load(Path(path).read_text(), Loader=_YamlLoader) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}; expected a mapping of keys to values")
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"override {item!r}; expected key=value")
+        *blocks, leaf = key.split(".")
+        block = values
+        for name in blocks:
+            block[name] = block.get(name) or {}
+            block = block[name]
+            if not isinstance(block, dict):
+                raise ValueError(f"override {item!r}: {name} is not a block of keys")
+        block[leaf] = yaml.load(value, Loader=_YamlLoader)
+    return config_from_dict(values)
+
+
+def config_from_dict(values: dict[str, Any]) -> R2MConfig:
+    """The config that `values` (nested mappings) describe; raises ValueError as `load_config` does."""
+    try:
+        return TypeAdapter(R2MConfig).validate_python(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def config_to_yaml(config: R2MConfig) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _explain(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    if problem["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
+        where = ".".join(path)
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        return f"{where}: {message}; given {problem['input']!r}" if where else message
+    known = _field_paths(R2MConfig)
+    # The right name may live in another block (`floor` for `r2m.floor`), so last names are candidates too.
+    candidates = {path.rpartition(".")[2]: path for path in known} | {path: path for path in known}
+    nearest = difflib.get_close_matches(".".join(path), candidates, n=1)
+    hint = f"did you mean {candidates[nearest[0]]!r}?" if nearest else f"known keys: {', '.join(known)}"
+    return f"unknown key {'.'.join(path)!r}; {hint}"
+
+
+def _field_paths(cls: type) -> list[str]:
+    blocks = {"generation": Generation, "kl": KL, "lora": Lora, "r2m": R2M}
+    paths = []
+    for item in dataclasses.fields(cls):
+        paths.append(item.name)
+        if cls is R2MConfig and item.name in blocks:
+            paths += [f"{item.name}.{inner.name}" for inner in dataclasses.fields(blocks[item.name])]
+    return paths
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as a string; everyone who writes a learning rate means a number."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

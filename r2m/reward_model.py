@@ -1,0 +1,323 @@
+"""The R2M reward model: a frozen language model, the cross-attention over policy feedback, and a linear head."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from r2m.rollout import Prompt
+from r2m_kernels import (
+    RewardHead,
+    SequenceToTokenAttention,
+    absorbed_query,
+    attention_pool_with_gradient,
+    reward_direction,
+    reward_from_pools,
+)
+
+CONFIG_FILE, WEIGHTS_FILE = "r2m_config.json", "r2m.safetensors"
+
+
+@dataclass
+class RewardModelConfig:
+    """What `save_pretrained` writes beside the trained weights: everything needed to build the rest again."""
+
+    backbone: str
+    backbone_revision: str | None
+    policy: str
+    policy_revision: str | None
+    policy_width: int  # D_p
+    inner_width: int  # d
+    num_heads: int
+    floor: float  # Omega, the fusion weight outside training
+    standardize: bool
+    rte_token: str
+    max_length: int
+
+
+class Absorbed(NamedTuple):
+    """Equations 1-3 for one round, with the weights of the cross-attention absorbed into two vectors (see r2m_kernels)."""
+
+    rte: Tensor  # [B, D_rm], standardised where the model is
+    query: Tensor  # u [B, D_p] or [B, H, D_p]
+    direction: Tensor  # g [D_p] or [H, D_p]
+    bias: Tensor  # 0-dim
+
+
+class R2MRewardModel(nn.Module):
+    """Reward `r = phi . ((1 - w) A + w H) + b` (equations 1-3) with a frozen backbone.
+
+    Trainable, float32: `attention` (W_q, W_k, W_v, W_o) and `head` (phi, b). The backbone is in eval mode, runs without
+    gradient and is no submodule: neither `parameters()` nor `state_dict()` nor `train()` reaches it.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig):
+        super().__init__()
+        score = getattr(classifier, "score", None)
+        if not isinstance(score, nn.Linear) or score.out_features != 1:
+            raise ValueError(
+                f"reward_model {config.backbone}: its head is {score!r}; expected a linear layer `score` with one output"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        classifier.eval().requires_grad_(False)
+        self._frozen = (getattr(classifier, classifier.base_model_prefix),)  # in a tuple: out of nn.Module's sight
+        self._rule_pad_id = classifier.config.get_text_config().pad_token_id
+        width = score.in_features
+        self.attention = SequenceToTokenAttention(
+            width, config.policy_width, config.inner_width, num_heads=config.num_heads
+        )
+        self.head = RewardHead(width)
+        with torch.no_grad():
+            self.head.weight.copy_(score.weight[0])
+            self.head.bias.copy_(score.bias[0] if score.bias is not None else torch.zeros(()))
+        for name, size in (("rte", width), ("feedback", config.policy_width)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_scale", torch.ones(size))
+        self.to(score.weight.device)
+
+    # ---- loading and saving ----
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        policy: str | Path | PreTrainedModel | None = None,
+        revision: str | None = None,
+        policy_revision: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+        inner_width: int = 2048,
+        num_heads: int = 1,
+        floor: float = 0.6,
+        standardize: bool = False,
+        zero_output: bool = False,
+        rte_token: str = "checkpoint",
+        max_length: int = 2048,
+    ) -> R2MRewardModel:
+        """A saved R2M reward model, or a new one on a sequence-classification checkpoint or causal LM.
+
+        name: a folder or hub id. If it holds an R2M reward model, that is loaded with the backbone it names, and the
+            arguments that describe a new one are ignored.
+        policy: the model whose hidden states are the feedback, loaded or by name; needed for a new reward model.
+        dtype: of the frozen backbone.
+        rte_token: "checkpoint" reads the RTE where the checkpoint's own head does, the rightmost token that is not its
+            padding token (where that is also the end-of-sequence token: the token before it); "last" reads the last token.
+        max_length: in tokens of the reward model's tokenizer; longer texts lose their beginning.
+
+        A causal LM gets a fresh head, which has to be fitted (`r2m.fitting.fit_head`) before it says anything.
+        Raises ValueError for a head that is not linear with one output, and for a policy of another width.
+        """
+        if rte_token not in ("checkpoint", "last"):
+            raise ValueError(f"rte_token is {rte_token!r}; expected 'checkpoint' or 'last'")
+        saved = cached_file(str(name), CONFIG_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if saved is not None:
+            config = RewardModelConfig(**json.loads(Path(saved).read_text()))
+        elif policy is None:
+            raise ValueError(f"policy is None; expected the model whose hidden states {name} will attend to")
+        else:
+            config = RewardModelConfig(
+                backbone=str(name),
+                backbone_revision=revision,
+                policy=policy.config._name_or_path if isinstance(policy, nn.Module) else str(policy),
+                policy_revision=policy_revision,
+                policy_width=_width(policy, policy_revision, trust_remote_code),
+                inner_width=inner_width,
+                num_heads=num_heads,
+                floor=floor,
+                standardize=standardize,
+                rte_token=rte_token,
+                max_length=max_length,
+            )
+        where = {"revision": config.backbone_revision, "trust_remote_code": trust_remote_code}
+        classifier = AutoModelForSequenceClassification.from_pretrained(
+            config.backbone, dtype=dtype, **where, **_single_output(config.backbone, where)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(config.backbone, **where)
+        model = cls(classifier.to(device), tokenizer, config)
+        if zero_output:
+            nn.init.zeros_(model.attention.w_o)
+        if saved is not None:
+            model.load_state_dict(load_file(cached_file(str(name), WEIGHTS_FILE, revision=revision)))
+            if policy is not None:
+                model.check_policy_width(_width(policy, policy_revision, trust_remote_code))
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the trained part (safetensors), its config with the names of backbone and policy, and a model card."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (folder / "README.md").write_text(_CARD.format(**asdict(self.config)))
+
+    def check_policy_width(self, width: int) -> None:
+        if width != self.config.policy_width:
+            raise ValueError(
+                f"reward_model attends to hidden states of width {self.config.policy_width} (policy {self.config.policy}); "
+                f"the policy given has width {width}"
+            )
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        return self._frozen[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> R2MRewardModel:
+        self.backbone._apply(fn, recurse)  # .to(device) reaches the backbone too
+        return super()._apply(fn, recurse)
+
+    # ---- the reward token embedding ----
+
+    @torch.no_grad()
+    def embed(self, prompts: list[Prompt], completions: list[str], *, batch_size: int = 32) -> Tensor:
+        """Reward token embeddings H: [B, D_rm] float32, from the reward model's own tokenizer and chat template.
+
+        A prompt of chat messages goes through the template with the completion as the assistant's turn; a text prompt is
+        continued by the completion as it is. Special tokens are added once.
+        """
+        rows = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        return torch.cat([self._embed_rows(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
+
+    def _encode(self, prompt: Prompt, completion: str) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt + completion).input_ids
+        else:
+            turns = [*prompt, {"role": "assistant", "content": completion}]
+            ids = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        return ids[-self.config.max_length :]
+
+    def _embed_rows(self, rows: list[list[int]]) -> Tensor:
+        width = max(map(len, rows))
+        device = self.head.weight.device
+        # Any id will do for padding behind an explicit mask, so a tokenizer without a padding token needs none.
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        o_token = torch.tensor([self._rte_position(row) for row in rows], device=device)
+        return hidden[torch.arange(len(rows), device=device), o_token].float()
+
+    def _rte_position(self, row: list[int]) -> int:
+        if self.config.rte_token == "last" or self._rule_pad_id is None:
+            return len(row) - 1
+        return max((i for i, token in enumerate(row) if token != self._rule_pad_id), default=0)
+
+    # ---- equations 1-3 ----
+
+    def vanilla_score(self, rte: Tensor) -> Tensor:
+        """The score at w = 1, the checkpoint's own: rte [B, D_rm] -> [B] float32."""
+        return self.standardized(rte) @ self.head.weight + self.head.bias
+
+    def score(
+        self,
+        rte: Tensor,
+        hidden: Tensor,
+        *,
+        weight: float | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Rewards with policy feedback, differentiable in the trainable part.
+
+        rte [B, D_rm] from `embed`; hidden [B, S, D_p] with mask bool [B, S], or packed [total, D_p] with cu_seqlens int32
+        [B + 1]; weight: the fusion weight w, by default Omega (t = T). Returns float32 [B]. One read of `hidden`.
+        """
+        weight = self.config.floor if weight is None else weight
+        absorbed = self.absorb(rte, weight)
+        query, direction = absorbed.query.detach(), absorbed.direction.detach()
+        pooled, gradient, _ = attention_pool_with_gradient(
+            query, hidden, direction, cu_seqlens=cu_seqlens, mask=mask, scale=1.0
+        )
+        return self.reward(absorbed, pooled, gradient, weight)
+
+    def absorb(self, rte: Tensor, weight: float) -> Absorbed:
+        """u, g and b (method of `r2m_kernels.policy_feedback_reward`), once per round, differentiable.
+
+        Hidden states stay raw: their standardisation `(h - mean) / scale` is part of u and g, and of b where the softmax
+        does not cancel it.
+        """
+        attention, heads = self.attention, self.config.num_heads
+        rte = self.standardized(rte)
+        query = absorbed_query(rte, attention.w_q, attention.w_k, num_heads=heads)
+        direction = reward_direction(attention.w_v, attention.w_o, self.head.weight, weight=weight, num_heads=heads)
+        query, direction = query / self.feedback_scale, direction / self.feedback_scale
+        return Absorbed(rte, query, direction, self.head.bias - (direction * self.feedback_mean).sum())
+
+    def reward(self, absorbed: Absorbed, pooled: Tensor, gradient: Tensor, weight: float) -> Tensor:
+        """Rewards [B] from the pools of `attention_pool_with_gradient`, differentiable through `absorbed`."""
+        rte, query, direction, bias = absorbed
+        return reward_from_pools(query, direction, pooled, gradient, rte, self.head.weight, bias, weight=weight)
+
+    # ---- standardisation ----
+
+    def standardized(self, rte: Tensor) -> Tensor:
+        return (rte - self.rte_mean) / self.rte_scale
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.config.standardize and bool((self.rte_scale == 1).all())
+
+    @torch.no_grad()
+    def set_statistics(self, rte: Tensor, feedback_mean: Tensor, feedback_scale: Tensor) -> None:
+        """Fix the per-feature statistics that standardise RTEs (rows of `rte` [N, D_rm]) and hidden states [D_p].
+
+        The head is rewritten for standardised RTEs, so that the score at w = 1 stays what it was.
+        """
+        mean, scale = rte.mean(0), rte.std(0).clamp_min(1e-6)
+        self.head.bias += (mean - self.rte_mean) / self.rte_scale @ self.head.weight
+        self.head.weight *= scale / self.rte_scale
+        self.rte_mean.copy_(mean)
+        self.rte_scale.copy_(scale)
+        self.feedback_mean.copy_(feedback_mean)
+        self.feedback_scale.copy_(feedback_scale.clamp_min(1e-6))
+
+
+def _width(policy: str | Path | PreTrainedModel, revision: str | None, trust_remote_code: bool) -> int:
+    if isinstance(policy, nn.Module):
+        config = policy.config
+    else:
+        config = AutoConfig.from_pretrained(str(policy), revision=revision, trust_remote_code=trust_remote_code)
+    return config.get_text_config().hidden_size
+
+
+def _single_output(name: str, where: dict[str, Any]) -> dict[str, int]:
+    """A causal LM has no say in the number of outputs: one. A classifier's own number stands, and is checked."""
+    architectures = AutoConfig.from_pretrained(name, **where).architectures or []
+    is_classifier = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
+    return {} if is_classifier else {"num_labels": 1}
+
+
+_CARD = """---
+library_name: r2m
+base_model: {backbone}
+tags: [reward-model, rlhf, r2m]
+---
+# R2M reward model
+
+The trainable part (sequence-to-token cross-attention and linear head, float32) of a reward model with policy feedback,
+after "Real-Time Aligned Reward Model beyond Semantics" (arXiv 2601.22664).
+
+| | |
+| --- | --- |
+| frozen backbone | `{backbone}` (revision {backbone_revision}) |
+| policy whose hidden states it attends to | `{policy}` (revision {policy_revision}) |
+| widths | policy {policy_width}, cross-attention {inner_width}, heads {num_heads} |
+| fusion weight outside training (Omega) | {floor} |
+
+It cannot score without that policy's hidden states: `r2m.R2MRewardModel.from_pretrained(folder)`.
+"""

@@ -1,0 +1,200 @@
+"""Sampling K responses per prompt, and the masks and positions that every later phase relies on."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from r2m.config import Generation
+
+Prompt = str | list[dict[str, str]]  # raw text, or chat messages
+# (prompt ids of n prompts, K) -> ids of the n * K responses, prompt-major, the end-of-sequence token included
+RolloutFn = Callable[[list[list[int]], int], list[list[int]]]
+
+
+@dataclass
+class Rollout:
+    """B = n * K sequences, prompt-major: `[left padding | prompt | response | right padding]`, P prompt and R response columns.
+
+    Masks come from lengths, never from `ids != pad`: a tokenizer whose padding token is its end-of-sequence token is fine.
+    """
+
+    prompts: list[Prompt]  # of each sequence
+    completions: list[str]  # decoded, without special tokens
+    input_ids: Tensor  # [B, P + R] int64
+    attention_mask: Tensor  # [B, P + R] bool
+    position_ids: Tensor  # [B, P + R] int64, 0 at the first prompt token
+    completion_mask: Tensor  # [B, R] bool, the end-of-sequence token included
+    feedback_mask: Tensor  # [B, P + R] bool: the positions whose hidden states are the policy feedback
+    finished: Tensor  # [B] bool: ended by itself
+
+    @property
+    def completion_ids(self) -> Tensor:  # [B, R]
+        return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt: chat messages through the chat template, text as it is; special tokens once."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def sample(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    num_generations: int,
+    settings: Generation,
+    *,
+    positions: str = "all",
+    rollout_fn: RolloutFn | None = None,
+) -> Rollout:
+    """K responses to each of n prompts from the current policy, by `rollout_fn` or by transformers' generate."""
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    eos_ids = end_of_sequence_ids(policy, tokenizer, settings)
+    if rollout_fn is None:
+        completion_ids = generate(policy, tokenizer, prompt_ids, num_generations, settings, eos_ids)
+    else:
+        completion_ids = rollout_fn(prompt_ids, num_generations)
+        if len(completion_ids) != len(prompts) * num_generations:
+            raise ValueError(
+                f"rollout_fn returned {len(completion_ids)} responses; expected {len(prompts)} prompts x {num_generations}"
+            )
+    stops = settings.stop_strings
+    return collate(
+        [prompt for prompt in prompts for _ in range(num_generations)],
+        tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
+        [ids for ids in prompt_ids for _ in range(num_generations)],
+        completion_ids,
+        pad_id=tokenizer.pad_token_id,
+        positions=positions,
+        finished=[ids[-1:] and (ids[-1] in eos_ids or _holds(tokenizer, ids, stops)) for ids in completion_ids],
+        device=next(policy.parameters()).device,
+    )
+
+
+def collate(
+    prompts: list[Prompt],
+    completions: list[str],
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
+    *,
+    pad_id: int,
+    positions: str = "all",
+    finished: Sequence[object] | None = None,
+    device: torch.device | str = "cpu",
+) -> Rollout:
+    """Pad token ids into a `Rollout`. positions: "all" takes prompt and response as feedback, "response" the response only;
+    each sequence's last token is never part of it: no prediction was made from it.
+    """
+    for name, rows in (("prompt", prompt_ids), ("completion", completion_ids)):
+        if not rows or not all(rows):
+            raise ValueError(f"{name}_ids: {name} {_first_empty(rows)} has no tokens; expected at least 1")
+    width_p, width_r = max(map(len, prompt_ids)), max(map(len, completion_ids))
+    ids = torch.tensor(
+        [
+            [pad_id] * (width_p - len(p)) + p + c + [pad_id] * (width_r - len(c))
+            for p, c in zip(prompt_ids, completion_ids, strict=True)
+        ],
+        device=device,
+    )
+    o_column = torch.arange(width_p + width_r, device=device)
+    start = torch.tensor([[width_p - len(p)] for p in prompt_ids], device=device)  # [B, 1]
+    end = torch.tensor([[width_p + len(c)] for c in completion_ids], device=device)  # [B, 1]
+    m_valid = (o_column >= start) & (o_column < end)  # [B, P + R]
+    first = width_p if positions == "response" else 0
+    return Rollout(
+        prompts=prompts,
+        completions=completions,
+        input_ids=ids,
+        attention_mask=m_valid,
+        position_ids=(o_column - start).clamp_min(0),
+        completion_mask=m_valid[:, width_p:],
+        feedback_mask=m_valid & (o_column >= first) & (o_column < end - 1),
+        finished=torch.tensor([bool(f) for f in finished or [False] * len(prompts)], device=device),
+    )
+
+
+@torch.no_grad()
+def generate(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    num_generations: int,
+    settings: Generation,
+    eos_ids: list[int],
+) -> list[list[int]]:
+    """Sample with temperature only; returns n * K lists of ids, each up to and including its end-of-sequence token.
+
+    `generate` fills every unset field from the checkpoint's generation config (top_k, top_p, repetition_penalty,
+    suppressed tokens, ...), so an empty one takes its place during the call: scoring must see the same distribution.
+    """
+    model = _causal_lm(policy)
+    width = max(map(len, prompt_ids))
+    pad_id = tokenizer.pad_token_id
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+    sampling = GenerationConfig(
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=settings.max_new_tokens,
+        num_return_sequences=num_generations,
+        eos_token_id=eos_ids,
+        pad_token_id=pad_id,
+        stop_strings=settings.stop_strings or None,
+        use_cache=True,
+    )
+    own_defaults, was_training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        sequences = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=sampling,
+            tokenizer=tokenizer if settings.stop_strings else None,
+        )
+    finally:
+        model.generation_config = own_defaults
+        model.train(was_training)
+    return [_until_end(tokenizer, row, eos_ids, settings.stop_strings) for row in sequences[:, width:].tolist()]
+
+
+def end_of_sequence_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Generation) -> list[int]:
+    """The tokens that end a response: the config's, else those of the checkpoint's generation config and the tokenizer's."""
+    if settings.eos_token_ids is not None:
+        return settings.eos_token_ids
+    own = _causal_lm(policy).generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in [*own, tokenizer.eos_token_id] if token is not None})
+
+
+def _causal_lm(policy: nn.Module) -> PreTrainedModel:
+    policy = getattr(policy, "module", policy)
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator, return-value]
+
+
+def _until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[int], stops: list[str]) -> list[int]:
+    """`ids` up to and including what ended the response: rows that ended early carry padding, which may be the eos token."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
+    if stops:
+        # "Contains a stop string" turns true once and stays true: the shortest prefix that does is found by bisection.
+        end = 1 + bisect_left(range(1, end), True, key=lambda i: _holds(tokenizer, ids[:i], stops))
+    return ids[:end]
+
+
+def _holds(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str]) -> bool:
+    return bool(stops) and any(stop in tokenizer.decode(ids) for stop in stops)
+
+
+def _first_empty(rows: Sequence[list[int]]) -> int:
+    return next((i for i, row in enumerate(rows) if not row), 0)

@@ -1,0 +1,136 @@
+"""Per round: score the policy's samples with its feedback, then train the reward model's small part once (GREBT)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2m.config import R2M
+from r2m.reward_model import R2MRewardModel
+from r2m_kernels import attention_pool_dot, attention_pool_with_gradient, grebt_loss, time_weight
+
+Rows = slice | list[int]  # sequences of the round in one micro-batch
+
+
+class R2MUpdater:
+    """Steps 3 and 5 of a training round, on hidden states that are streamed and never kept.
+
+        updater.begin_round(rte, step)                      # rte [n * K, D_rm], prompt-major
+        for rows in micro_batches:                          # scoring pass of the policy
+            rewards[rows] = updater.score(rows, hidden, mask)
+        for rows in micro_batches:                          # last epoch of the policy
+            updater.collect(rows, hidden, mask)
+        metrics = updater.step(rewards)                     # pairs, GREBT, one optimizer step
+
+    `hidden` [b, S, D_p] goes through one read in either pass; `collect` keeps two float32 vectors of width D_p a sequence.
+    With settings.feedback == "frozen" `step` measures and changes nothing.
+    """
+
+    def __init__(self, reward_model: R2MRewardModel, settings: R2M, *, total_steps: int, num_generations: int):
+        self.reward_model = reward_model
+        self.settings = settings
+        self.total_steps = total_steps
+        self.num_generations = num_generations
+        self.optimizer = torch.optim.AdamW(
+            reward_model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+
+    def begin_round(self, rte: Tensor, step: int) -> None:
+        """Fix w(t) (equation 2) and absorb the weights for every sequence. rte [n * K, D_rm]; step t in 1..T."""
+        self.weight = time_weight(step, self.total_steps, self.settings.floor)
+        self._absorbed = self.reward_model.absorb(rte, self.weight)
+        # What the kernels read; the graph behind `absorbed` waits for `step`.
+        self._query, self._direction = self._absorbed.query.detach(), self._absorbed.direction.detach()
+        with torch.no_grad():
+            self._vanilla = self._absorbed.rte @ self.reward_model.head.weight + self.reward_model.head.bias  # [B]
+            self._offset = self._absorbed.bias - self.reward_model.head.bias
+        shape = self._query.shape
+        self._feedback_value = self._vanilla.new_full(shape[:1], torch.nan)  # (1 - w) phi . A
+        self._pooled = self._query.new_empty(shape)
+        self._gradient = self._query.new_empty(shape)
+        self._lse = self._query.new_empty(shape[:-1])
+        self._collected = torch.zeros(shape[0], dtype=torch.bool)  # on the host: no synchronisation
+
+    @torch.no_grad()
+    def score(self, rows: Rows, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Rewards float32 [b] of the sequences `rows`, for hidden [b, S, D_p] and mask bool [b, S] (True = attend)."""
+        value, _ = attention_pool_dot(self._query[rows], hidden, self._direction, mask=mask, scale=1.0)
+        value = value.sum(-1) if value.ndim == 2 else value  # heads
+        self._feedback_value[rows] = value + self._offset
+        head = self.reward_model.head
+        return self._feedback_value[rows] + self.weight * (self._vanilla[rows] - head.bias) + head.bias
+
+    @torch.no_grad()
+    def collect(self, rows: Rows, hidden: Tensor, mask: Tensor) -> None:
+        """Keep the pool of each sequence and its gradient, from the refreshed hidden states of the last policy epoch."""
+        pooled, gradient, lse = attention_pool_with_gradient(
+            self._query[rows], hidden, self._direction, mask=mask, scale=1.0
+        )
+        self._pooled[rows], self._gradient[rows], self._lse[rows] = pooled, gradient, lse
+        self._collected[rows] = True
+
+    def step(self, annotated: Tensor) -> dict[str, float]:
+        """GREBT over the round (equations 4-6) on rewards recomputed from the collected pools; one optimizer step.
+
+        annotated [n * K]: the rewards the policy was trained with, which pick the pairs by default. Returns metrics.
+        Raises RuntimeError if a sequence was never collected, FloatingPointError if the loss is not finite.
+        """
+        missing = int((~self._collected).sum())
+        if missing:
+            raise RuntimeError(f"{missing} of {len(self._collected)} sequences of this round were never collected")
+        rewards = self.reward_model.reward(self._absorbed, self._pooled, self._gradient, self.weight)
+        groups, annotated = rewards.view(-1, self.num_generations), annotated.view(-1, self.num_generations)
+        picked_by = {"annotated": annotated, "recomputed": groups.detach()}
+        source = self.settings.pair_source
+        other = "recomputed" if source == "annotated" else "annotated"
+        loss, stats = self._grebt(groups, picked_by[source])
+        with torch.no_grad():
+            _, other_stats = self._grebt(groups, picked_by[other])
+        flips = (stats["winner"] != other_stats["winner"]) | (stats["loser"] != other_stats["loser"])
+        metrics = {
+            "grebt/loss": loss.item(),
+            "grebt/bt": stats["bt"].mean().item(),
+            "grebt/entropy": stats["entropy"].mean().item(),
+            "grebt/pair_flips": flips.float().mean().item(),
+            "reward/degenerate_share": (stats["std"] < self.settings.eps).float().mean().item(),
+            "rm/attended_tokens": self._attended_tokens().item(),
+        }
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"GREBT loss is {loss.item()}: a reward of this round is not finite")
+        if self.settings.feedback == "trained":
+            metrics["rm/grad_norm"] = self._optimize(loss)
+        return metrics
+
+    def alignment(self, vanilla: Tensor) -> Tensor:
+        """Correlation over the round of the fused reward at w = Omega with `vanilla` [n * K], a 0-dim tensor."""
+        floor = self.settings.floor
+        if self.weight == 1 or floor == 1:
+            return torch.ones(())
+        fused = self._feedback_value * (1 - floor) / (1 - self.weight) + floor * self._vanilla
+        return torch.corrcoef(torch.stack([fused, vanilla]))[0, 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _grebt(self, rewards: Tensor, pair_scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return grebt_loss(
+            rewards, alpha=self.settings.alpha, eps=self.settings.eps, pair_scores=pair_scores, return_stats=True
+        )
+
+    def _optimize(self, loss: Tensor) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.reward_model.parameters(), self.settings.max_grad_norm).item()
+        if norm != norm or norm == float("inf"):
+            raise FloatingPointError(f"gradient norm of the reward model is {norm}")
+        self.optimizer.step()
+        return norm
+
+    def _attended_tokens(self) -> Tensor:
+        """exp of the attention's entropy, `lse - E[score]` with `E[score] = u . c`: from what is already at hand."""
+        return (self._lse - (self._query * self._pooled).sum(-1)).exp().mean()

@@ -1,0 +1,103 @@
+"""The policy objective and the advantages against formulas written out by hand."""
+
+import pytest
+import torch
+
+from r2m.advantages import grpo_advantages, rloo_advantages
+from r2m.policy_loss import policy_loss, sequence_kl, token_entropy, token_log_probs
+
+
+def test_rloo_advantage_is_the_reward_minus_the_mean_of_the_others():
+    rewards = torch.randn(5, 4, dtype=torch.float64)
+    expected = torch.stack(
+        [rewards[:, j] - torch.cat([rewards[:, :j], rewards[:, j + 1 :]], 1).mean(1) for j in range(4)], 1
+    )
+    torch.testing.assert_close(rloo_advantages(rewards), expected)
+
+
+def test_grpo_advantage_divides_by_the_sample_deviation():
+    assert grpo_advantages(torch.tensor([[1.0, 3.0]])).tolist()[0] == pytest.approx([-(1 / (2**0.5 + 1e-4)), 1 / (2**0.5 + 1e-4)])
+
+
+@pytest.mark.parametrize("advantages", [rloo_advantages, grpo_advantages])
+def test_a_group_of_one_is_an_error(advantages):
+    with pytest.raises(ValueError, match=r"shape \(3, 1\); expected \[n, K\] with K >= 2"):
+        advantages(torch.randn(3, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_log_probs_and_their_gradient_match_float64(dtype):
+    logits = (3 * torch.randn(7, 41, 50)).to(dtype).requires_grad_()  # 287 rows: more than two blocks
+    ids = torch.randint(50, (7, 41))
+    upstream = torch.randn(7, 41)
+    exact = logits.detach().double().requires_grad_()
+    expected = (exact / 0.7).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    expected.backward(upstream.double())
+    actual = token_log_probs(logits, ids, 0.7)
+    actual.backward(upstream)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_entropy_matches_the_categorical_distribution_and_survives_a_masked_vocabulary():
+    logits = 2 * torch.randn(3, 5, 30)
+    expected = torch.distributions.Categorical(logits=logits / 0.5).entropy()
+    torch.testing.assert_close(token_entropy(logits, 0.5), expected, rtol=1e-5, atol=1e-5)
+    logits[..., 10:] = -torch.inf
+    expected = torch.distributions.Categorical(logits=logits[..., :10] / 0.5).entropy()
+    torch.testing.assert_close(token_entropy(logits, 0.5), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    old = -torch.rand(3, 4)
+    return {
+        "log_probs": old + 0.3 * torch.randn(3, 4),
+        "old_log_probs": old,
+        "reference_log_probs": old + 0.3 * torch.randn(3, 4),
+        "advantages": torch.tensor([1.0, -2.0, 0.5]),
+        "mask": mask,
+    }
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_the_loss_is_the_one_written_out_by_hand(batch, algorithm, estimator):
+    beta, clip = 0.1, 0.2
+    loss, _ = policy_loss(**batch, algorithm=algorithm, clip_range=clip, beta=beta, estimator=estimator)
+    for i, length in enumerate([4, 2, 1]):
+        log_probs, old, reference = (batch[k][i, :length] for k in ("log_probs", "old_log_probs", "reference_log_probs"))
+        advantage, d = batch["advantages"][i], reference - log_probs
+        kl = d**2 / 2 if estimator == "k2" else d.exp() - 1 - d
+        ratio = (log_probs - old).exp() if algorithm == "grpo" else (log_probs - old).sum().exp()
+        objective = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+        expected = beta * kl.sum() - objective if algorithm == "rloo" else (beta * kl - objective).mean()
+        torch.testing.assert_close(loss[i], expected)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_what_is_past_the_end_changes_nothing(batch, algorithm):
+    settings = {"algorithm": algorithm, "clip_range": 0.2, "beta": 0.1, "estimator": "k3"}
+    before, _ = policy_loss(**batch, **settings)
+    for name in ("log_probs", "old_log_probs", "reference_log_probs"):
+        batch[name] = torch.where(batch["mask"], batch[name], torch.full((), -7.0))
+    after, _ = policy_loss(**batch, **settings)
+    torch.testing.assert_close(after, before)
+
+
+def test_a_clipped_sequence_has_no_gradient_and_is_counted(batch):
+    log_probs = (batch["old_log_probs"] + torch.tensor([[1.0], [0.0], [0.0]])).requires_grad_()
+    loss, stats = policy_loss(
+        **(batch | {"log_probs": log_probs}), algorithm="rloo", clip_range=0.2, beta=0.0, estimator="k3"
+    )
+    loss.sum().backward()
+    assert log_probs.grad[0].abs().sum() == 0
+    assert log_probs.grad[1].abs().sum() > 0
+    assert stats["clip_share"].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_sequence_kl_sums_the_valid_tokens():
+    kl = sequence_kl(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -9.0]]), torch.tensor([[True, False]]))
+    assert kl.tolist() == [0.5]

@@ -1,0 +1,118 @@
+import pytest
+import tiny
+import torch
+
+from r2m.config import Generation
+from r2m.policy_loss import token_log_probs
+from r2m.rollout import collate, encode_prompt, sample
+
+
+def forward(policy, rollout):
+    return policy(
+        input_ids=rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=rollout.position_ids,
+        logits_to_keep=rollout.completion_mask.shape[1] + 1,
+        use_cache=False,
+    ).logits[:, :-1]
+
+
+def test_layout_masks_and_positions_come_from_lengths():
+    r = collate(["a", "b"], ["", ""], [[5, 6, 7], [8]], [[9, 1], [10, 11, 12]], pad_id=1)
+    assert r.input_ids.tolist() == [[5, 6, 7, 9, 1, 1], [1, 1, 8, 10, 11, 12]]
+    assert r.attention_mask.int().tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+    assert r.completion_mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert r.feedback_mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]
+    assert [row[m].tolist() for row, m in zip(r.position_ids, r.attention_mask, strict=True)] == [[0, 1, 2, 3, 4], [0, 1, 2, 3]]
+    assert r.completion_ids.tolist() == [[9, 1, 1], [10, 11, 12]]
+
+
+def test_response_only_feedback_leaves_the_prompt_out():
+    r = collate(["a", "b"], ["", ""], [[5, 6], [8]], [[9, 1], [10, 11, 12]], pad_id=1, positions="response")
+    assert r.feedback_mask.int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(("prompts", "completions", "name"), [([[1], []], [[2], [2]], "prompt"), ([[1], [1]], [[2], []], "completion")])
+def test_an_empty_row_is_named(prompts, completions, name):
+    with pytest.raises(ValueError, match=f"{name} 1 has no tokens"):
+        collate(["a", "b"], ["", ""], prompts, completions, pad_id=0)
+
+
+def test_the_checkpoints_own_sampling_defaults_do_not_leak_in(policy, tokenizer):
+    """With top_k = 1 of the checkpoint in force, all K responses would be the same."""
+    policy.generation_config.top_k = 1
+    policy.generation_config.repetition_penalty = 5.0
+    policy.generation_config.suppress_tokens = list(range(2, 200))
+    policy.generation_config.min_p = 0.9
+    before = policy.generation_config.to_dict()
+    torch.manual_seed(0)
+    r = sample(policy, tokenizer, ["hello"], 6, Generation(max_new_tokens=8))
+    assert len({tuple(row) for row in r.completion_ids.tolist()}) == 6
+    assert policy.generation_config.to_dict() == before
+
+
+def test_generation_and_scoring_agree_on_the_log_probs(policy, tokenizer, monkeypatch):
+    """Left padding, positions, temperature and cache: the logits that were sampled from are those the update sees."""
+    steps, generate = [], policy.generate
+
+    def recording_generate(**kwargs):
+        output = generate(**kwargs, output_scores=True, return_dict_in_generate=True)
+        steps.extend(output.scores)
+        return output.sequences
+
+    monkeypatch.setattr(policy, "generate", recording_generate)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        r = sample(policy, tokenizer, ["hello there", "x"], 3, Generation(max_new_tokens=7, temperature=0.7))
+        sampled = torch.stack(steps, 1).log_softmax(-1).gather(-1, r.completion_ids[..., None])[..., 0]
+        scored = token_log_probs(forward(policy, r), r.completion_ids, 0.7)
+    torch.testing.assert_close(sampled[r.completion_mask], scored[r.completion_mask], rtol=1e-4, atol=1e-4)
+
+
+def test_a_response_ends_at_its_first_end_token_also_when_padding_is_the_same_token(policy, tokenizer):
+    torch.manual_seed(0)
+    ends = list(range(2, 40))  # many, so that some responses end early
+    r = sample(policy, tokenizer, ["hello"], 16, Generation(max_new_tokens=12, eos_token_ids=[1, *ends]))
+    lengths = r.completion_mask.sum(-1).tolist()
+    assert len(set(lengths)) > 1
+    for ids, length, finished in zip(r.completion_ids.tolist(), lengths, r.finished.tolist(), strict=True):
+        assert not any(token in (1, *ends) for token in ids[: length - 1])
+        assert finished == (ids[length - 1] in (1, *ends))
+        assert finished or length == 12
+
+
+def test_a_stop_string_ends_a_response_and_padding_after_it_is_no_part_of_it(policy, tokenizer):
+    torch.manual_seed(0)
+    stops = list("abcdefghijklmnop")
+    r = sample(policy, tokenizer, ["hello"], 16, Generation(max_new_tokens=12, stop_strings=stops))
+    assert r.finished.any()
+    for i in range(16):
+        text = tokenizer.decode(r.completion_ids[i][r.completion_mask[i]])
+        assert not any(stop in text[:-1] for stop in stops)
+        if r.finished[i]:
+            assert text[-1] in stops or text.endswith("</s>")
+
+
+def test_chat_messages_go_through_the_template_once(tokenizer):
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": "hi"}])
+    assert tokenizer.decode(ids) == "<s>user:hi</s><s>assistant:"
+
+
+def test_generation_runs_in_eval_mode_and_restores_the_mode(tokenizer):
+    policy = tiny.policy().train()
+    modes = []
+    policy.model.register_forward_hook(lambda module, args, output: modes.append(module.training))
+    sample(policy, tokenizer, ["a"], 2, Generation(max_new_tokens=2))
+    assert policy.training
+    assert not any(modes)
+
+
+def test_another_generator_can_take_over(policy, tokenizer):
+    r = sample(policy, tokenizer, ["a", "b"], 2, Generation(), rollout_fn=lambda ids, k: [[7, 1], [7, 8, 9], [7], [1]])
+    assert r.prompts == ["a", "a", "b", "b"]
+    assert r.finished.tolist() == [True, False, False, True]
+
+
+def test_a_generator_that_returns_too_few_is_an_error(policy, tokenizer):
+    with pytest.raises(ValueError, match="rollout_fn returned 3 responses; expected 2 prompts x 2"):
+        sample(policy, tokenizer, ["a", "b"], 2, Generation(), rollout_fn=lambda ids, k: [[7]] * 3)
