@@ -3,14 +3,33 @@
 After "Real-Time Aligned Reward Model beyond Semantics" (arXiv 2601.22664). The kernels live in `r2m_kernels`.
 """
 
-from r2m.config import R2MConfig, load_config
-from r2m.data import Preference, load_prompts
-from r2m.fitting import fit_reward
-from r2m.hidden_states import HiddenStateTap
-from r2m.policy import load_policy, load_tokenizer
-from r2m.reward_model import R2MRewardModel
-from r2m.trainer import R2MTrainer
-from r2m.updater import R2MUpdater
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from r2m.config import R2MConfig, load_config
+    from r2m.data import Preference, load_prompts
+    from r2m.fitting import fit_reward
+    from r2m.hidden_states import HiddenStateTap
+    from r2m.policy import load_policy, load_tokenizer
+    from r2m.reward_model import R2MRewardModel
+    from r2m.trainer import R2MTrainer
+    from r2m.updater import R2MUpdater
+
+# Where each public name lives. Imported on first use: `r2m --help` should not wait for torch and transformers.
+_HOME = {
+    "HiddenStateTap": "hidden_states",
+    "Preference": "data",
+    "R2MConfig": "config",
+    "R2MRewardModel": "reward_model",
+    "R2MTrainer": "trainer",
+    "R2MUpdater": "updater",
+    "fit_reward": "fitting",
+    "load_config": "config",
+    "load_policy": "policy",
+    "load_prompts": "data",
+    "load_tokenizer": "policy",
+}
 
 __all__ = [
     "HiddenStateTap",
@@ -25,3 +44,9 @@ __all__ = [
     "load_prompts",
     "load_tokenizer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'r2m' has no attribute {name!r}")
+    return getattr(import_module(f"r2m.{_HOME[name]}"), name)

@@ -17,7 +17,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.command()
 def demo(
     policy: Annotated[str | None, typer.Option(help="Hub id or path; default: SmolLM2-135M-Instruct.")] = None,
-    reward_model: Annotated[str | None, typer.Option(help="Hub id or path of the backbone; default: the policy.")] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(help="Hub id or path of the backbone; default: the policy.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help=".jsonl or .txt; default: openings of movie reviews.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Training rounds of each arm.")] = 20,
     seed: Annotated[int, typer.Option(help="Of data splits, weights and sampling.")] = 0,
@@ -33,7 +35,9 @@ def demo(
 @app.command()
 def train(
     config: Annotated[Path, typer.Option(help="YAML file; every key is a field of r2m.R2MConfig.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dots reach into blocks: r2m.floor=0.7")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, dots reach into blocks: r2m.floor=0.7")
+    ] = None,
     resume_from: Annotated[Path | None, typer.Option(help="A folder checkpoint-<round> of this run.")] = None,
 ) -> None:
     """Train a policy with R2M; policy and reward model are saved in the config's output_dir."""
@@ -78,6 +82,10 @@ def _clear_errors() -> Iterator[None]:
     logging.getLogger("r2m").setLevel(logging.INFO)
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

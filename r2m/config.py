@@ -1,4 +1,5 @@
-"""One YAML file describes one run. Every key is a field below; an unknown key is an error that suggests the nearest one."""
+"""One YAML file describes one run. Every key is a field below; an unknown key is an error that suggests the nearest
+one."""
 
 from __future__ import annotations
 
@@ -111,8 +112,8 @@ class R2MConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.num_generations < 2:
             raise ValueError(
-                f"num_generations is {self.num_generations}; {self.algorithm} and GREBT compare the responses of a group: "
-                "expected at least 2"
+                f"num_generations is {self.num_generations}; {self.algorithm} and GREBT compare the responses of a "
+                "group: expected at least 2"
             )
         if not 0 <= self.r2m.floor <= 1:
             raise ValueError(f"r2m.floor is {self.r2m.floor}; expected a value between 0 and 1")
@@ -121,14 +122,16 @@ class R2MConfig:
         batch = self.prompts_per_round * self.num_generations
         if batch % self.minibatches:
             raise ValueError(
-                f"minibatches is {self.minibatches}; expected a divisor of prompts_per_round * num_generations = {batch}"
+                f"minibatches is {self.minibatches}; "
+                f"expected a divisor of prompts_per_round * num_generations = {batch}"
             )
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> R2MConfig:
     """A config from a YAML file and `key=value` overrides (dots reach into blocks: `r2m.floor=0.7`).
 
-    Raises ValueError for an unknown key (with the nearest known one), a value of the wrong type, or a value out of range.
+    Raises ValueError for an unknown key (with the nearest known one), a value of the wrong type, or a value out of
+    range.
     """
     values: dict[str, Any] = {}
     if path is not None:

@@ -1,4 +1,5 @@
-"""Fitting the reward model on human preferences before training: the linear head, then the cross-attention's warm start."""
+"""Fitting the reward model on human preferences before training: the linear head, then the cross-attention's warm
+start."""
 
 from __future__ import annotations
 
@@ -27,17 +28,21 @@ def fit_reward(
 ) -> dict[str, float]:
     """Fit head and, given the policy and its tokenizer, warm-start the cross-attention; Bradley-Terry on `pairs`.
 
-    Both stages stop where the loss on `validation_pairs` is lowest. RTEs are computed once (the backbone is frozen), the
-    pairs' hidden states once (the policy does not move here). Returns steps taken and held-out accuracy, with
+    Both stages stop where the loss on `validation_pairs` is lowest. RTEs are computed once (the backbone is frozen),
+    the pairs' hidden states once (the policy does not move here). Returns steps taken and held-out accuracy, with
     "vanilla" at w = 1 and "fused" at w = Omega.
     """
     if not pairs or not validation_pairs:
-        raise ValueError(f"{len(pairs)} pairs and {len(validation_pairs)} validation_pairs; expected at least 1 of each")
+        raise ValueError(
+            f"{len(pairs)} pairs and {len(validation_pairs)} validation_pairs; expected at least 1 of each"
+        )
     train_rte, held_out_rte = embed_pairs(reward_model, pairs), embed_pairs(reward_model, validation_pairs)
     if policy is not None:
         train_rollout = tokenize_pairs(policy, tokenizer, pairs)
         if reward_model.needs_statistics:
-            reward_model.set_statistics(train_rte, *feature_statistics(stream_hidden(policy, train_rollout), train_rollout))
+            reward_model.set_statistics(
+                train_rte, *feature_statistics(stream_hidden(policy, train_rollout), train_rollout)
+            )
     report = fit_head(reward_model, train_rte, held_out_rte)
     if policy is not None:
         training = train_rte, *pack_hidden(policy, train_rollout)
@@ -55,10 +60,12 @@ def fit_head(reward_model: R2MRewardModel, rte: Tensor, held_out_rte: Tensor) ->
     with torch.no_grad():
         head.weight.zero_()  # indifferent, whatever the checkpoint's head or a fresh one's noise said
     score = reward_model.vanilla_score
-    steps = _minimize([head.weight], lambda: _bradley_terry(score(rte)), lambda: _bradley_terry(score(held_out_rte)), 1e-3)
+    steps = _minimize(
+        [head.weight], lambda: _bradley_terry(score(rte)), lambda: _bradley_terry(score(held_out_rte)), 3e-4
+    )
     with torch.no_grad():
-        head.weight /= score(rte).std()
-        head.bias -= score(rte).mean()
+        head.weight.div_(score(rte).std())
+        head.bias.sub_(score(rte).mean())
         accuracy = pair_accuracy(score(held_out_rte))
     return {"head_steps": steps, "accuracy_vanilla": accuracy}
 
@@ -120,12 +127,15 @@ def stream_hidden(policy: nn.Module, rollout: Rollout, batch_size: int = 32) -> 
     policy.eval()
     for start in range(0, len(rollout.prompts), batch_size):
         rows = slice(start, start + batch_size)
-        yield rows, backbone(
-            input_ids=rollout.input_ids[rows],
-            attention_mask=rollout.attention_mask[rows],
-            position_ids=rollout.position_ids[rows],
-            use_cache=False,
-        ).last_hidden_state
+        yield (
+            rows,
+            backbone(
+                input_ids=rollout.input_ids[rows],
+                attention_mask=rollout.attention_mask[rows],
+                position_ids=rollout.position_ids[rows],
+                use_cache=False,
+            ).last_hidden_state,
+        )
     policy.train(was_training)
 
 
@@ -137,7 +147,7 @@ def pack_hidden(policy: nn.Module, rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 
 def feature_statistics(hidden: Iterator[tuple[slice, Tensor]], rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [D_p] per feature over the feedback positions, a micro-batch at a time (Chan et al.)."""
+    """Mean and standard deviation [D_p] of every feature over the feedback positions, merged over micro-batches."""
     count, mean, square = 0, torch.zeros(()), torch.zeros(())
     for rows, b_hidden in hidden:
         b_rows = b_hidden[rollout.feedback_mask[rows]].float()  # [tokens, D_p]
@@ -150,7 +160,9 @@ def feature_statistics(hidden: Iterator[tuple[slice, Tensor]], rollout: Rollout)
 
 
 @torch.no_grad()
-def score_pairs(reward_model: R2MRewardModel, policy: nn.Module, rte: Tensor, rollout: Rollout, weight: float) -> Tensor:
+def score_pairs(
+    reward_model: R2MRewardModel, policy: nn.Module, rte: Tensor, rollout: Rollout, weight: float
+) -> Tensor:
     """Rewards [2 N] of tokenised pairs with the feedback of the policy as it is now."""
     return torch.cat(
         [
@@ -173,7 +185,8 @@ def _minimize(
     max_steps: int = 400,
     patience: int = 20,
 ) -> int:
-    """AdamW on the full batch until the held-out loss has not fallen for `patience` steps; keeps and counts the best step."""
+    """AdamW on the full batch until the held-out loss has not fallen for `patience` steps; keeps and counts the best
+    step."""
     optimizer: Any = torch.optim.AdamW(parameters, lr=learning_rate)
     best_loss, best_step, best = float("inf"), 0, []
     for step in range(max_steps + 1):

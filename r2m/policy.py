@@ -5,34 +5,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m.config import Lora, R2MConfig
 
 REFERENCE = "reference"
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer. Without a padding token it pads with its end-of-sequence token; masks never look at ids."""
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer. Without a padding token, its end-of-sequence token pads; masks never look at ids."""
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> nn.Module:
+def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
     """The policy of a config. Trainable weights are float32; below an adapter the frozen weights take `precision`."""
     below_adapter = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         config.policy,
         revision=config.policy_revision,
         trust_remote_code=config.trust_remote_code,
         dtype=below_adapter if config.lora else torch.float32,
-    ).to(device)
+    )
+    model.to(device)
     if config.lora is None:
         return model
     if config.lora.adapter is not None:
@@ -40,14 +44,20 @@ def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> nn.Mod
     return add_adapter(model, config.lora)
 
 
-def add_adapter(model: nn.Module, lora: Lora) -> PeftModel:
-    layers = model.config.get_text_config().num_hidden_layers
-    top = None if lora.top_layers is None else list(range(layers - lora.top_layers, layers))
+def add_adapter(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    """Wrap `model` in a fresh low-rank adapter, float32, which starts as the identity."""
+    targets, layers = lora.target_modules, None
+    if lora.top_layers is not None:
+        depth = model.config.get_text_config().num_hidden_layers
+        layers = list(range(depth - lora.top_layers, depth))
+        if targets == "all-linear":  # peft takes no layer numbers beside this name, so it is spelled out
+            linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+            targets = sorted({name.rpartition(".")[2] for name in linear if ".layers." in name})
     adapter = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        layers_to_transform=top,
+        target_modules=targets,
+        layers_to_transform=layers,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
@@ -57,7 +67,8 @@ def add_adapter(model: nn.Module, lora: Lora) -> PeftModel:
 def freeze_reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]]:
     """A frozen copy of the policy as it is now; `with reference() as model:` runs it.
 
-    For an adapter only the adapter is copied. The copy keeps the policy's dtype: a narrower one would start with KL > 0.
+    For an adapter only the adapter is copied. The copy keeps the policy's dtype: a narrower one would start with KL >
+    0.
     """
     if not isinstance(policy, PeftModel):
         frozen = copy.deepcopy(policy).eval().requires_grad_(False)
@@ -82,6 +93,7 @@ def freeze_reference(policy: nn.Module) -> Callable[[], AbstractContextManager[n
 
 def disable_dropout(model: nn.Module) -> None:
     """No dropout in any mode, so that the first epoch's importance ratio is 1."""
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

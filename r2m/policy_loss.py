@@ -13,11 +13,13 @@ _ROWS = 128
 def token_log_probs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Log-probability of each sampled token under `softmax(logits / temperature)`.
 
-    logits [B, R, vocabulary] in any float dtype, ids [B, R] int64 -> [B, R] float32, in nats. The float32 softmax is made
-    and, in the backward, recomputed 128 rows at a time.
+    logits [B, R, vocabulary] in any float dtype, ids [B, R] int64 -> [B, R] float32, in nats. The float32 softmax is
+    made and, in the backward, recomputed 128 rows at a time.
     """
     parts = zip(logits.flatten(0, 1).split(_ROWS), ids.flatten().split(_ROWS), strict=True)
-    return torch.cat([checkpoint(_log_probs, *part, temperature, use_reentrant=False) for part in parts]).view(ids.shape)
+    return torch.cat([checkpoint(_log_probs, *part, temperature, use_reentrant=False) for part in parts]).view(
+        ids.shape
+    )
 
 
 def token_entropy(logits: Tensor, temperature: float) -> Tensor:
@@ -56,8 +58,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each sequence (equation 7): minus the clipped objective, plus `beta` times the KL to the reference.
 
-    log_probs, old_log_probs, reference_log_probs [B, R] of the sampled tokens; advantages [B]; mask bool [B, R], True on
-    response tokens (the end-of-sequence token included).
+    log_probs, old_log_probs, reference_log_probs [B, R] of the sampled tokens; advantages [B]; mask bool [B, R], True
+    on response tokens (the end-of-sequence token included).
 
     * "rloo": one importance ratio per sequence; the KL is summed over tokens.
     * "grpo": one ratio per token; objective and KL are means over the tokens of a sequence.

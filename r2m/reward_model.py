@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
-from r2m.rollout import Prompt
+from r2m.data import Prompt
 from r2m_kernels import (
     RewardHead,
     SequenceToTokenAttention,
@@ -46,11 +46,13 @@ class RewardModelConfig:
     floor: float  # Omega, the fusion weight outside training
     standardize: bool
     rte_token: str
+    suffix: str
     max_length: int
 
 
 class Absorbed(NamedTuple):
-    """Equations 1-3 for one round, with the weights of the cross-attention absorbed into two vectors (see r2m_kernels)."""
+    """Equations 1-3 for one round, with the weights of the cross-attention absorbed into two vectors (see
+    r2m_kernels)."""
 
     rte: Tensor  # [B, D_rm], standardised where the model is
     query: Tensor  # u [B, D_p] or [B, H, D_p]
@@ -65,12 +67,19 @@ class R2MRewardModel(nn.Module):
     gradient and is no submodule: neither `parameters()` nor `state_dict()` nor `train()` reaches it.
     """
 
+    # Standardisation of RTEs [D_rm] and hidden states [D_p]; 0 and 1 where there is none.
+    rte_mean: Tensor
+    rte_scale: Tensor
+    feedback_mean: Tensor
+    feedback_scale: Tensor
+
     def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig):
         super().__init__()
         score = getattr(classifier, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise ValueError(
-                f"reward_model {config.backbone}: its head is {score!r}; expected a linear layer `score` with one output"
+                f"reward_model {config.backbone}: its head is {score!r}; "
+                "expected a linear layer `score` with one output"
             )
         self.config = config
         self.tokenizer = tokenizer
@@ -109,6 +118,7 @@ class R2MRewardModel(nn.Module):
         standardize: bool = False,
         zero_output: bool = False,
         rte_token: str = "checkpoint",
+        suffix: str = "",
         max_length: int = 2048,
     ) -> R2MRewardModel:
         """A saved R2M reward model, or a new one on a sequence-classification checkpoint or causal LM.
@@ -118,7 +128,10 @@ class R2MRewardModel(nn.Module):
         policy: the model whose hidden states are the feedback, loaded or by name; needed for a new reward model.
         dtype: of the frozen backbone.
         rte_token: "checkpoint" reads the RTE where the checkpoint's own head does, the rightmost token that is not its
-            padding token (where that is also the end-of-sequence token: the token before it); "last" reads the last token.
+            padding token (where that is also the end-of-sequence token: the token before it); "last" reads the last
+            token.
+        suffix: put behind every text prompt and completion, such as words that make a plain language model's last token
+            say what it thinks of the text; chat messages have the template for that.
         max_length: in tokens of the reward model's tokenizer; longer texts lose their beginning.
 
         A causal LM gets a fresh head, which has to be fitted (`r2m.fitting.fit_head`) before it says anything.
@@ -143,6 +156,7 @@ class R2MRewardModel(nn.Module):
                 floor=floor,
                 standardize=standardize,
                 rte_token=rte_token,
+                suffix=suffix,
                 max_length=max_length,
             )
         where = {"revision": config.backbone_revision, "trust_remote_code": trust_remote_code}
@@ -154,7 +168,8 @@ class R2MRewardModel(nn.Module):
         if zero_output:
             nn.init.zeros_(model.attention.w_o)
         if saved is not None:
-            model.load_state_dict(load_file(cached_file(str(name), WEIGHTS_FILE, revision=revision)))
+            weights: Any = cached_file(str(name), WEIGHTS_FILE, revision=revision)
+            model.load_state_dict(load_file(weights))
             if policy is not None:
                 model.check_policy_width(_width(policy, policy_revision, trust_remote_code))
         return model
@@ -170,8 +185,8 @@ class R2MRewardModel(nn.Module):
     def check_policy_width(self, width: int) -> None:
         if width != self.config.policy_width:
             raise ValueError(
-                f"reward_model attends to hidden states of width {self.config.policy_width} (policy {self.config.policy}); "
-                f"the policy given has width {width}"
+                f"reward_model attends to hidden states of width {self.config.policy_width} "
+                f"(policy {self.config.policy}); the policy given has width {width}"
             )
 
     @property
@@ -188,15 +203,15 @@ class R2MRewardModel(nn.Module):
     def embed(self, prompts: list[Prompt], completions: list[str], *, batch_size: int = 32) -> Tensor:
         """Reward token embeddings H: [B, D_rm] float32, from the reward model's own tokenizer and chat template.
 
-        A prompt of chat messages goes through the template with the completion as the assistant's turn; a text prompt is
-        continued by the completion as it is. Special tokens are added once.
+        A prompt of chat messages goes through the template with the completion as the assistant's turn; a text prompt
+        is continued by the completion and the config's suffix as they are. Special tokens are added once.
         """
         rows = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         return torch.cat([self._embed_rows(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
 
     def _encode(self, prompt: Prompt, completion: str) -> list[int]:
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt + completion).input_ids
+            ids = self.tokenizer(prompt + completion + self.config.suffix).input_ids
         else:
             turns = [*prompt, {"role": "assistant", "content": completion}]
             ids = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
@@ -234,8 +249,8 @@ class R2MRewardModel(nn.Module):
     ) -> Tensor:
         """Rewards with policy feedback, differentiable in the trainable part.
 
-        rte [B, D_rm] from `embed`; hidden [B, S, D_p] with mask bool [B, S], or packed [total, D_p] with cu_seqlens int32
-        [B + 1]; weight: the fusion weight w, by default Omega (t = T). Returns float32 [B]. One read of `hidden`.
+        rte [B, D_rm] from `embed`; hidden [B, S, D_p] with mask bool [B, S], or packed [total, D_p] with cu_seqlens
+        int32 [B + 1]; weight: the fusion weight w, by default Omega (t = T). Returns float32 [B]. One read of `hidden`.
         """
         weight = self.config.floor if weight is None else weight
         absorbed = self.absorb(rte, weight)
@@ -248,8 +263,8 @@ class R2MRewardModel(nn.Module):
     def absorb(self, rte: Tensor, weight: float) -> Absorbed:
         """u, g and b (method of `r2m_kernels.policy_feedback_reward`), once per round, differentiable.
 
-        Hidden states stay raw: their standardisation `(h - mean) / scale` is part of u and g, and of b where the softmax
-        does not cancel it.
+        Hidden states stay raw: their standardisation `(h - mean) / scale` is part of u and g, and of b where the
+        softmax does not cancel it.
         """
         attention, heads = self.attention, self.config.num_heads
         rte = self.standardized(rte)
@@ -270,7 +285,7 @@ class R2MRewardModel(nn.Module):
 
     @property
     def needs_statistics(self) -> bool:
-        return self.config.standardize and bool((self.rte_scale == 1).all())
+        return self.config.standardize and bool(torch.all(self.rte_scale == 1))
 
     @torch.no_grad()
     def set_statistics(self, rte: Tensor, feedback_mean: Tensor, feedback_scale: Tensor) -> None:
@@ -279,8 +294,8 @@ class R2MRewardModel(nn.Module):
         The head is rewritten for standardised RTEs, so that the score at w = 1 stays what it was.
         """
         mean, scale = rte.mean(0), rte.std(0).clamp_min(1e-6)
-        self.head.bias += (mean - self.rte_mean) / self.rte_scale @ self.head.weight
-        self.head.weight *= scale / self.rte_scale
+        self.head.bias.add_((mean - self.rte_mean) / self.rte_scale @ self.head.weight)
+        self.head.weight.mul_(scale / self.rte_scale)
         self.rte_mean.copy_(mean)
         self.rte_scale.copy_(scale)
         self.feedback_mean.copy_(feedback_mean)

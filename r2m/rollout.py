@@ -5,23 +5,24 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m.config import Generation
+from r2m.data import Prompt
 
-Prompt = str | list[dict[str, str]]  # raw text, or chat messages
 # (prompt ids of n prompts, K) -> ids of the n * K responses, prompt-major, the end-of-sequence token included
 RolloutFn = Callable[[list[list[int]], int], list[list[int]]]
 
 
 @dataclass
 class Rollout:
-    """B = n * K sequences, prompt-major: `[left padding | prompt | response | right padding]`, P prompt and R response columns.
+    """B = n * K sequences, prompt-major: `[left padding | prompt]` in P columns, `[response | right padding]` in R.
 
-    Masks come from lengths, never from `ids != pad`: a tokenizer whose padding token is its end-of-sequence token is fine.
+    Masks come from lengths, never from `ids != pad`: the padding token may be the end-of-sequence token.
     """
 
     prompts: list[Prompt]  # of each sequence
@@ -42,7 +43,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """Token ids of a prompt: chat messages through the chat template, text as it is; special tokens once."""
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return cast(list[int], ids)
 
 
 def sample(
@@ -64,7 +66,8 @@ def sample(
         completion_ids = rollout_fn(prompt_ids, num_generations)
         if len(completion_ids) != len(prompts) * num_generations:
             raise ValueError(
-                f"rollout_fn returned {len(completion_ids)} responses; expected {len(prompts)} prompts x {num_generations}"
+                f"rollout_fn returned {len(completion_ids)} responses; "
+                f"expected {len(prompts)} prompts x {num_generations}"
             )
     stops = settings.stop_strings
     return collate(
@@ -90,8 +93,8 @@ def collate(
     finished: Sequence[object] | None = None,
     device: torch.device | str = "cpu",
 ) -> Rollout:
-    """Pad token ids into a `Rollout`. positions: "all" takes prompt and response as feedback, "response" the response only;
-    each sequence's last token is never part of it: no prediction was made from it.
+    """Pad token ids into a `Rollout`. positions: "all" takes prompt and response as feedback, "response" the response
+    only; each sequence's last token is never part of it: no prediction was made from it.
     """
     for name, rows in (("prompt", prompt_ids), ("completion", completion_ids)):
         if not rows or not all(rows):
@@ -135,7 +138,7 @@ def generate(
     `generate` fills every unset field from the checkpoint's generation config (top_k, top_p, repetition_penalty,
     suppressed tokens, ...), so an empty one takes its place during the call: scoring must see the same distribution.
     """
-    model = _causal_lm(policy)
+    model: Any = _causal_lm(policy)
     width = max(map(len, prompt_ids))
     pad_id = tokenizer.pad_token_id
     device = next(model.parameters()).device
@@ -170,7 +173,7 @@ def generate(
 
 
 def end_of_sequence_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Generation) -> list[int]:
-    """The tokens that end a response: the config's, else those of the checkpoint's generation config and the tokenizer's."""
+    """The tokens that end a response: the config's, else those of the checkpoint and its tokenizer."""
     if settings.eos_token_ids is not None:
         return settings.eos_token_ids
     own = _causal_lm(policy).generation_config.eos_token_id
@@ -178,13 +181,13 @@ def end_of_sequence_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, s
     return sorted({token for token in [*own, tokenizer.eos_token_id] if token is not None})
 
 
-def _causal_lm(policy: nn.Module) -> PreTrainedModel:
+def _causal_lm(policy: Any) -> PreTrainedModel:
     policy = getattr(policy, "module", policy)
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator, return-value]
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
 def _until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[int], stops: list[str]) -> list[int]:
-    """`ids` up to and including what ended the response: rows that ended early carry padding, which may be the eos token."""
+    """`ids` up to and including what ended the response; after it comes padding, which may be the eos token too."""
     end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
     if stops:
         # "Contains a stop string" turns true once and stays true: the shortest prefix that does is found by bisection.

@@ -24,11 +24,12 @@ class R2MUpdater:
             updater.collect(rows, hidden, mask)
         metrics = updater.step(rewards)                     # pairs, GREBT, one optimizer step
 
-    `hidden` [b, S, D_p] goes through one read in either pass; `collect` keeps two float32 vectors of width D_p a sequence.
-    With settings.feedback == "frozen" `step` measures and changes nothing.
+    `hidden` [b, S, D_p] goes through one read in either pass; `collect` keeps two float32 vectors of width D_p a
+    sequence. With settings.feedback == "frozen" `step` measures and changes nothing.
     """
 
     def __init__(self, reward_model: R2MRewardModel, settings: R2M, *, total_steps: int, num_generations: int):
+        reward_model.config.floor = settings.floor  # what w(t) will have been at t = T
         self.reward_model = reward_model
         self.settings = settings
         self.total_steps = total_steps
@@ -37,6 +38,7 @@ class R2MUpdater:
             reward_model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
 
+    @torch.enable_grad()  # scoring runs without gradient; `step` needs the graph that is made here
     def begin_round(self, rte: Tensor, step: int) -> None:
         """Fix w(t) (equation 2) and absorb the weights for every sequence. rte [n * K, D_rm]; step t in 1..T."""
         self.weight = time_weight(step, self.total_steps, self.settings.floor)
@@ -64,7 +66,7 @@ class R2MUpdater:
 
     @torch.no_grad()
     def collect(self, rows: Rows, hidden: Tensor, mask: Tensor) -> None:
-        """Keep the pool of each sequence and its gradient, from the refreshed hidden states of the last policy epoch."""
+        """Keep the pool of each sequence and its gradient, from the hidden states of the last policy epoch."""
         pooled, gradient, lse = attention_pool_with_gradient(
             self._query[rows], hidden, self._direction, mask=mask, scale=1.0
         )
@@ -94,7 +96,6 @@ class R2MUpdater:
             "grebt/bt": stats["bt"].mean().item(),
             "grebt/entropy": stats["entropy"].mean().item(),
             "grebt/pair_flips": flips.float().mean().item(),
-            "reward/degenerate_share": (stats["std"] < self.settings.eps).float().mean().item(),
             "rm/attended_tokens": self._attended_tokens().item(),
         }
         if not torch.isfinite(loss):
@@ -126,7 +127,7 @@ class R2MUpdater:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.reward_model.parameters(), self.settings.max_grad_norm).item()
-        if norm != norm or norm == float("inf"):
+        if not norm < float("inf"):  # NaN too
             raise FloatingPointError(f"gradient norm of the reward model is {norm}")
         self.optimizer.step()
         return norm

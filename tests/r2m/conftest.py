@@ -1,5 +1,15 @@
 import pytest
 import tiny
+import torch
+from accelerate.state import AcceleratorState
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """These tests compare bits and run on the CPU, whatever the machine has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

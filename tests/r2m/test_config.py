@@ -6,7 +6,9 @@ from r2m.config import R2MConfig, config_to_yaml, load_config
 
 def test_a_file_and_overrides_make_a_config(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("policy: some/model\nlearning_rate: 1e-6\nr2m:\n  floor: 0.7\ngeneration: {stop_strings: ['###']}\n")
+    file.write_text(
+        "policy: some/model\nlearning_rate: 1e-6\nr2m:\n  floor: 0.7\ngeneration: {stop_strings: ['###']}\n"
+    )
     config = load_config(file, ["r2m.alpha=0.5", "rounds=7", "lora.rank=4", "generation.eos_token_ids=[1, 2]"])
     assert (config.policy, config.learning_rate, config.rounds) == ("some/model", 1e-6, 7)
     assert (config.r2m.floor, config.r2m.alpha, config.lora.rank) == (0.7, 0.5, 4)
@@ -24,11 +26,11 @@ def test_what_a_run_writes_reads_back_equal(tmp_path):
     [
         ("flor=1", r"unknown key 'flor'; did you mean 'r2m.floor'\?"),
         ("r2m.flor=1", r"unknown key 'r2m.flor'; did you mean 'r2m.floor'\?"),
-        ("generation.temprature=1", "did you mean 'generation.temperature'"),
+        ("generation.temprature=1", r"did you mean 'generation.temperature'"),
         ("zzzz=1", "unknown key 'zzzz'; known keys: policy"),
-        ("rounds=many", "rounds: .*integer.*given 'many'"),
+        ("rounds=many", r"rounds: .*integer.*given 'many'"),
         ("r2m.feedback=on", "r2m.feedback: .*'none', 'frozen' or 'trained'"),
-        ("num_generations=1", "num_generations is 1; rloo and GREBT compare .* at least 2"),
+        ("num_generations=1", r"num_generations is 1; rloo and GREBT compare .* at least 2"),
         ("r2m.floor=1.5", "r2m.floor is 1.5; expected a value between 0 and 1"),
         ("generation.temperature=0", "temperature is 0.*more than 0"),
         ("minibatches=7", "minibatches is 7; expected a divisor .* 512"),
@@ -43,7 +45,7 @@ def test_a_mistake_is_one_clear_error(override, message):
 
 def test_a_file_that_is_no_mapping_is_named(tmp_path):
     (tmp_path / "list.yaml").write_text(yaml.safe_dump(["rounds", 3]))
-    with pytest.raises(ValueError, match="list.yaml holds a list; expected a mapping"):
+    with pytest.raises(ValueError, match=r"list\.yaml holds a list; expected a mapping"):
         load_config(tmp_path / "list.yaml")
 
 

@@ -37,7 +37,7 @@ def test_the_consumer_gets_every_position_though_the_head_sees_a_slice(inputs, w
     with HiddenStateTap(model, lambda hidden, mask: seen.append((hidden, mask))):
         output = model(**inputs, logits_to_keep=2, use_cache=False)
     assert output.logits.shape[1] == 2
-    (hidden, mask), = seen
+    ((hidden, mask),) = seen
     expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
     assert mask is inputs["attention_mask"]

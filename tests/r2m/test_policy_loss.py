@@ -16,7 +16,9 @@ def test_rloo_advantage_is_the_reward_minus_the_mean_of_the_others():
 
 
 def test_grpo_advantage_divides_by_the_sample_deviation():
-    assert grpo_advantages(torch.tensor([[1.0, 3.0]])).tolist()[0] == pytest.approx([-(1 / (2**0.5 + 1e-4)), 1 / (2**0.5 + 1e-4)])
+    assert grpo_advantages(torch.tensor([[1.0, 3.0]])).tolist()[0] == pytest.approx(
+        [-(1 / (2**0.5 + 1e-4)), 1 / (2**0.5 + 1e-4)]
+    )
 
 
 @pytest.mark.parametrize("advantages", [rloo_advantages, grpo_advantages])
@@ -68,7 +70,9 @@ def test_the_loss_is_the_one_written_out_by_hand(batch, algorithm, estimator):
     beta, clip = 0.1, 0.2
     loss, _ = policy_loss(**batch, algorithm=algorithm, clip_range=clip, beta=beta, estimator=estimator)
     for i, length in enumerate([4, 2, 1]):
-        log_probs, old, reference = (batch[k][i, :length] for k in ("log_probs", "old_log_probs", "reference_log_probs"))
+        log_probs, old, reference = (
+            batch[k][i, :length] for k in ("log_probs", "old_log_probs", "reference_log_probs")
+        )
         advantage, d = batch["advantages"][i], reference - log_probs
         kl = d**2 / 2 if estimator == "k2" else d.exp() - 1 - d
         ratio = (log_probs - old).exp() if algorithm == "grpo" else (log_probs - old).sum().exp()

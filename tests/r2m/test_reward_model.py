@@ -29,7 +29,9 @@ def checkpoint_scores(folder, reward_model, texts, **overrides):
 
 def test_w_1_reproduces_the_checkpoints_own_score(reward_checkpoint, reward_model):
     rte = reward_model.embed(PROMPTS, COMPLETIONS)
-    expected = checkpoint_scores(reward_checkpoint, reward_model, [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+    expected = checkpoint_scores(
+        reward_checkpoint, reward_model, [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    )
     torch.testing.assert_close(reward_model.vanilla_score(rte), expected, rtol=1e-6, atol=1e-6)
     hidden = torch.randn(3, 5, 32)
     torch.testing.assert_close(reward_model.score(rte, hidden, weight=1.0), expected, rtol=1e-6, atol=1e-6)
@@ -67,7 +69,12 @@ def test_long_texts_lose_their_beginning(reward_model):
 @pytest.mark.parametrize("standardize", [False, True])
 def test_the_score_is_equations_1_to_3(reward_checkpoint, policy, num_heads, standardize):
     model = R2MRewardModel.from_pretrained(
-        reward_checkpoint, policy=policy, dtype=torch.float32, inner_width=16, num_heads=num_heads, standardize=standardize
+        reward_checkpoint,
+        policy=policy,
+        dtype=torch.float32,
+        inner_width=16,
+        num_heads=num_heads,
+        standardize=standardize,
     ).double()
     rte, hidden = model.embed(PROMPTS, COMPLETIONS).double(), torch.randn(3, 7, 32).double() * 2 + 1
     mask = torch.tensor([[1] * 7, [0, 1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)
@@ -88,7 +95,9 @@ def test_the_score_is_equations_1_to_3(reward_checkpoint, policy, num_heads, sta
     parameters = list(model.parameters())
     upstream = torch.randn(3).double()
     for ours, exact in zip(
-        torch.autograd.grad(actual, parameters, upstream), torch.autograd.grad(expected, parameters, upstream), strict=True
+        torch.autograd.grad(actual, parameters, upstream),
+        torch.autograd.grad(expected, parameters, upstream),
+        strict=True,
     ):
         torch.testing.assert_close(ours, exact)
 
@@ -136,7 +145,7 @@ def test_zero_output_starts_at_the_vanilla_reward(reward_checkpoint, policy):
 
 def test_a_policy_of_another_width_is_an_error(reward_model, tmp_path):
     reward_model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="hidden states of width 32 .* the policy given has width 48"):
+    with pytest.raises(ValueError, match=r"hidden states of width 32 .* the policy given has width 48"):
         R2MRewardModel.from_pretrained(tmp_path, policy=tiny.policy(48))
 
 
@@ -147,7 +156,9 @@ def test_a_new_model_needs_to_know_the_policy(reward_checkpoint):
 
 def test_a_head_that_is_not_linear_is_an_error(tmp_path, policy, tokenizer):
     BertForSequenceClassification(
-        BertConfig(vocab_size=99, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=1)
+        BertConfig(
+            vocab_size=99, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=1
+        )
     ).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a linear layer `score` with one output"):

@@ -23,7 +23,10 @@ def test_layout_masks_and_positions_come_from_lengths():
     assert r.attention_mask.int().tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
     assert r.completion_mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
     assert r.feedback_mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]
-    assert [row[m].tolist() for row, m in zip(r.position_ids, r.attention_mask, strict=True)] == [[0, 1, 2, 3, 4], [0, 1, 2, 3]]
+    assert [row[m].tolist() for row, m in zip(r.position_ids, r.attention_mask, strict=True)] == [
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3],
+    ]
     assert r.completion_ids.tolist() == [[9, 1, 1], [10, 11, 12]]
 
 
@@ -32,7 +35,9 @@ def test_response_only_feedback_leaves_the_prompt_out():
     assert r.feedback_mask.int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0]]
 
 
-@pytest.mark.parametrize(("prompts", "completions", "name"), [([[1], []], [[2], [2]], "prompt"), ([[1], [1]], [[2], []], "completion")])
+@pytest.mark.parametrize(
+    ("prompts", "completions", "name"), [([[1], []], [[2], [2]], "prompt"), ([[1], [1]], [[2], []], "completion")]
+)
 def test_an_empty_row_is_named(prompts, completions, name):
     with pytest.raises(ValueError, match=f"{name} 1 has no tokens"):
         collate(["a", "b"], ["", ""], prompts, completions, pad_id=0)

@@ -7,11 +7,20 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from r2m.reward_model import R2MRewardModel
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
@@ -57,6 +66,30 @@ def policy(width: int = 32, seed: int = 0, **overrides) -> LlamaForCausalLM:
     return LlamaForCausalLM(llama_config(width, **overrides)).eval()
 
 
+def policy_with_dropout(architecture: str) -> PreTrainedModel:
+    """Architectures that keep their dropout in different places, all at 0.5, in training mode."""
+    torch.manual_seed(0)
+    shared = {"vocab_size": 264, "bos_token_id": 0, "eos_token_id": 1, "num_attention_heads": 2}
+    size = {"hidden_size": 32, "num_hidden_layers": 1}
+    if architecture == "llama":
+        model = policy(num_hidden_layers=1, attention_dropout=0.5)
+    elif architecture == "gpt_neox":
+        dropout = {"hidden_dropout": 0.5, "attention_dropout": 0.5}
+        settings = GPTNeoXConfig(**shared, **size, **dropout, intermediate_size=64, initializer_range=0.3)
+        model = GPTNeoXForCausalLM(settings)
+    elif architecture == "gpt2":
+        dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+        model = GPT2LMHeadModel(GPT2Config(**shared, **size, **dropout, initializer_range=0.3))
+    else:
+        dropout = {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}
+        shape = {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1, "init_std": 0.3}
+        model = OPTForCausalLM(OPTConfig(**shared, **size, **dropout, **shape))
+    return model.train()
+
+
+DROPOUT_ARCHITECTURES = ["llama", "gpt_neox", "gpt2", "opt"]
+
+
 def save_reward_checkpoint(folder: Path, width: int = 24, seed: int = 1, *, pad: str = "<pad>") -> Path:
     """A sequence-classification checkpoint with a tokenizer unlike the policy's."""
     torch.manual_seed(seed)
@@ -65,3 +98,10 @@ def save_reward_checkpoint(folder: Path, width: int = 24, seed: int = 1, *, pad:
     LlamaForSequenceClassification(config).save_pretrained(folder)
     own_tokenizer.save_pretrained(folder)
     return folder
+
+
+def reward_model(checkpoint: Path, policy: LlamaForCausalLM, *, seed: int = 0, **settings) -> R2MRewardModel:
+    """On a checkpoint of `save_reward_checkpoint`, float32, with a cross-attention drawn from `seed`."""
+    torch.manual_seed(seed)
+    defaults = {"dtype": torch.float32, "inner_width": 16}
+    return R2MRewardModel.from_pretrained(checkpoint, policy=policy, **(defaults | settings))

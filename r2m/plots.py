@@ -1,0 +1,171 @@
+"""Figures of training runs, from their metrics.jsonl: what was logged, round by round, nothing smoothed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's palette, told apart with any colour vision, less its yellow, which is too light for a line. Markers
+# differ too, for prints in grey.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+
+PHASES = ["rollout", "annotate", "policy", "reward_model"]
+
+# Panels of one run: title, unit of the y axis, {key: label}.
+RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
+    ("Reward", "reward", {"reward/mean": "current RM", "reward/initial": "initial RM"}),
+    ("Judge", "logit", {"judge/logit": "judge"}),
+    ("VADER", "compound sentiment", {"judge/vader": "VADER"}),
+    ("Spread of rewards", "std", {"reward/std": "all samples", "reward/group_std": "in a group"}),
+    ("KL to the reference", "nats / response", {"policy/kl": "KL"}),
+    ("Policy entropy", "nats / token", {"policy/entropy": "entropy"}),
+    ("Policy loss", "loss", {"policy/loss": "loss"}),
+    ("Importance ratio", "mean ratio", {"policy/ratio": "ratio"}),
+    (
+        "GREBT",
+        "nats",
+        {"grebt/loss": "loss", "grebt/bt": "BT", "grebt/entropy": "GRE", "reward/entropy": "GRE, annotated"},
+    ),
+    (
+        "Shares",
+        "share",
+        {
+            "reward/degenerate_share": "degenerate groups",
+            "grebt/pair_flips": "pair flips",
+            "policy/clip_share": "clipped ratios",
+            "length/eos_share": "responses that end",
+        },
+    ),
+    (
+        "Reward model",
+        "from 0 to 1",
+        {
+            "weight": "fusion weight w",
+            "reward/correlation": "corr. with initial",
+            "rm/pair_accuracy": "pair accuracy",
+        },
+    ),
+    ("Tokens", "tokens", {"length/mean": "response length", "rm/attended_tokens": "attended by RM"}),
+    ("Gradient norms", "norm", {"policy/grad_norm": "policy", "rm/grad_norm": "reward model"}),
+    ("Time", "seconds / round", {f"seconds/{phase}": phase.replace("_", " ") for phase in PHASES}),
+    ("Peak memory", "MiB", {f"memory/{phase}": phase.replace("_", " ") for phase in PHASES}),
+]
+
+# Panels of a comparison: title, x key and label, y key and label.
+ROUND = ("round", "round")
+KL = ("policy/kl", "KL to the reference (nats / response)")
+PROXY = ("reward/initial", "reward")
+JUDGE = ("judge/logit", "logit")
+COMPARISON_PANELS: list[tuple[str, tuple[str, str], tuple[str, str]]] = [
+    ("Initial reward model's score", ROUND, PROXY),
+    ("Own reward model's score", ROUND, ("reward/mean", "reward")),
+    ("Judge", ROUND, JUDGE),
+    ("KL to the reference", ROUND, ("policy/kl", "nats / response")),
+    ("Reward std in a group", ROUND, ("reward/group_std", "reward")),
+    ("Group reward entropy", ROUND, ("reward/entropy", "nats")),
+    ("Held-out pair accuracy", ROUND, ("rm/pair_accuracy", "share right")),
+    ("Initial reward model against KL", KL, PROXY),
+    ("Judge against KL", KL, JUDGE),
+]
+
+
+def plot_run(metrics_path: str | Path, out_png: str | Path) -> None:
+    """Draw the training curves of one run, a panel for each group of related metrics that its metrics.jsonl has.
+
+    Raises ValueError if the file has no rounds.
+    """
+    rows = _read(metrics_path)
+    panels = []
+    for title, unit, labels in RUN_PANELS:
+        lines = {label: _series(rows, "round", key) for key, label in labels.items()}
+        if any(x for x, _ in lines.values()):
+            panels.append((title, unit, lines))
+    figure, axes = _grid(len(panels))
+    for ax, (title, unit, lines) in zip(axes, panels, strict=True):
+        for number, (label, (x, y)) in enumerate(lines.items()):
+            if x:
+                ax.plot(x, y, label=label, **_style(number))
+        _dress(ax, title, "round", unit)
+        if len(lines) > 1:
+            # Above the axes, where it hides no data.
+            legend_rows = math.ceil(len(ax.lines) / 2)
+            ax.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=2, borderpad=0)
+            ax.set_title(title, fontsize=9.5, pad=8 + 11 * legend_rows)
+    _save(figure, out_png)
+
+
+def plot_comparison(runs: Mapping[str, str | Path], out_png: str | Path) -> None:
+    """Draw several runs, {name: path of metrics.jsonl}, over the same panels: scores, judge, KL and spread over rounds,
+    and scores against KL, where runs of different speed compare. Raises ValueError if a file has no rounds."""
+    rows = {name: _read(path) for name, path in runs.items()}
+    panels = []
+    for title, (x_key, x_label), (y_key, y_label) in COMPARISON_PANELS:
+        lines = {name: _series(run, x_key, y_key) for name, run in rows.items()}
+        if any(x for x, _ in lines.values()):
+            panels.append((title, x_label, y_label, lines))
+    figure, axes = _grid(len(panels))
+    handles: dict[str, Line2D] = {}
+    for ax, (title, x_label, y_label, lines) in zip(axes, panels, strict=True):
+        for number, (name, (x, y)) in enumerate(lines.items()):
+            if x:
+                (line,) = ax.plot(x, y, label=name, **_style(number))
+                handles.setdefault(name, line)
+                if x_label != "round":  # KL moves back and forth: a cloud of rounds, not a path
+                    line.set_linestyle("none")
+        _dress(ax, title, x_label, y_label)
+    ordered = [handles[name] for name in rows if name in handles]
+    figure.legend(handles=ordered, loc="outside upper center", ncols=min(len(ordered), 4), frameon=False)
+    _save(figure, out_png)
+
+
+def _read(path: str | Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows:
+        raise ValueError(f"{path}: no rounds to plot, the file is empty")
+    return rows
+
+
+def _series(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
+    """The two metrics of every row that has both."""
+    points = [(row[x], row[y]) for row in rows if row.get(x) is not None and row.get(y) is not None]
+    return [a for a, _ in points], [b for _, b in points]
+
+
+def _style(number: int) -> dict[str, Any]:
+    color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+    return {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.3}
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure, not known to pyplot, with `count` panels, three in a row."""
+    if not count:
+        raise ValueError("nothing to plot: no round has a metric that belongs to a panel")
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.3 * rows + 0.3), dpi=120, layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, position + 1) for position in range(count)]
+
+
+def _dress(ax: Axes, title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=9.5)
+    ax.set_xlabel(x, fontsize=8)
+    ax.set_ylabel(y, fontsize=8)
+    ax.tick_params(labelsize=7.5)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    if x == "round":
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,222 @@
+"""Attention pooling with keys = values = hidden states: all sequence-length work of equations 1 to 3 of R2M
+(arXiv 2601.22664), because with one query per sequence the projected K and V never have to exist.
+
+The registered ops take query and direction as [B, H, D] in the arithmetic dtype, softmax scale included.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2m_kernels import checks, dispatch
+from r2m_kernels.registration import forbid_second_derivative, full_precision, save, saved
+
+_OP = "attention_pool"
+
+
+def attention_pool(
+    query: Tensor,
+    hidden: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """softmax_j(scale * query . hidden_j)-weighted mean of hidden_j over each sequence. Differentiable (once).
+
+    query       [B, D], or [B, H, D] for H queries of a sequence (heads, or responses that share a prompt)
+    hidden      [B, S, D] of any strides, or packed [total, D] with cu_seqlens; rows beyond cu_seqlens[-1] are ignored
+    cu_seqlens  int32 [B + 1] on the device of hidden: sequence b is hidden[cu_seqlens[b]:cu_seqlens[b + 1]]
+    mask        bool [B, S], True = attend, any pattern; not with cu_seqlens
+    scale       default 1 / sqrt(D)
+
+    Returns pooled, shape and dtype of query; with return_lse also the log-sum-exp of the scores, differentiable too,
+    [B] or [B, H], float32 (float64 for float64). An empty sequence gives 0, lse -inf and zero gradients; what stands
+    in masked rows never matters. Dtypes float32, bfloat16, float16 in any mix, or float64 throughout. The backward
+    keeps hidden and recomputes the softmax. Raises ValueError or TypeError for arguments that do not fit, RuntimeError
+    for an `impl` that cannot run and for second derivatives.
+    """
+    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl)
+    pooled, lse = torch.ops.r2m_kernels.attention_pool(_by_head(query, scale), hidden, cu_seqlens, mask, name)
+    pooled, lse = pooled.view(query.shape).to(query.dtype), lse.view(query.shape[:-1])
+    return (pooled, lse) if return_lse else pooled
+
+
+def attention_pool_dot(
+    query: Tensor,
+    hidden: Tensor,
+    direction: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(direction . pooled, lse), both [B] or [B, H], float32 (float64 for float64), without forming a pooled vector.
+
+    direction is [D], [H, D] (with query [B, H, D]) or like query; the rest as in `attention_pool`. The scoring path:
+    the results carry no gradient.
+    """
+    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, direction=direction)
+    value, lse = torch.ops.r2m_kernels.attention_pool_dot(
+        _by_head(query.detach(), scale), hidden.detach(), _directions(direction, query), cu_seqlens, mask, name
+    )
+    return value.view(query.shape[:-1]), lse.view(query.shape[:-1])
+
+
+def attention_pool_with_gradient(
+    query: Tensor,
+    hidden: Tensor,
+    direction: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(pooled, gradient, lse) in one read of hidden, float32 (float64 for float64).
+
+    gradient = d(direction . pooled) / d(query) = scale sum_j p_j (direction . hidden_j - direction . pooled) hidden_j,
+    in the shape of query. direction is [D], [H, D] (with query [B, H, D]) or like query, taken as a constant; the rest
+    as in `attention_pool`. No autograd: raises ValueError if query or hidden requires grad while grad is enabled.
+    """
+    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, direction=direction)
+    if torch.is_grad_enabled():
+        for argument, tensor in (("query", query), ("hidden", hidden)):
+            if tensor.requires_grad:
+                raise ValueError(f"{argument}: expected a tensor that requires no grad (detach it), got one that does")
+    pooled, gradient, lse = torch.ops.r2m_kernels.attention_pool_with_gradient(
+        _by_head(query, scale), hidden, _directions(direction, query), cu_seqlens, mask, name
+    )
+    gradient = gradient if scale == 1 else gradient * scale
+    return pooled.view(query.shape), gradient.view(query.shape), lse.view(query.shape[:-1])
+
+
+def _check(
+    query: Tensor, hidden: Tensor, cu_seqlens: Any, mask: Any, scale: Any, impl: str, **direction: Tensor
+) -> tuple[str, float]:
+    """Errors for arguments that do not fit; returns the implementation's name and the scale."""
+    checks.floating(query=query, hidden=hidden, **direction)
+    checks.dimensions("query", query, "[B, D]", "[B, H, D]")
+    checks.sequences(query.shape[0], "query", query.shape[-1], hidden, cu_seqlens, mask)
+    for name, tensor in direction.items():
+        shapes = [((query.shape[-1],), "[D]"), (tuple(query.shape[1:]), "[H, D]"), (tuple(query.shape), "like query")]
+        checks.shape(name, tensor, *(shapes if query.ndim == 3 else shapes[::2]))
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    checks.number("scale", scale)
+    return dispatch.choose(impl), scale
+
+
+def _by_head(query: Tensor, scale: float) -> Tensor:
+    """query as [B, H, D] in the arithmetic dtype, scaled."""
+    query = query.to(checks.accumulate_dtype(query))
+    query = query if scale == 1 else query * scale
+    return query if query.ndim == 3 else query[:, None]
+
+
+def _directions(direction: Tensor, query: Tensor) -> Tensor:
+    """direction as a constant [B, H, D] (one that is shared stays shared: strides of 0) in the arithmetic dtype."""
+    direction = direction.detach().to(checks.accumulate_dtype(direction)).expand(query.shape)
+    return direction if query.ndim == 3 else direction[:, None]
+
+
+@torch.library.custom_op("r2m_kernels::attention_pool", mutates_args=())
+@full_precision
+def _attention_pool(
+    query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    return dispatch.implementation(_OP, impl).attention_pool(query, hidden, cu_seqlens, mask)
+
+
+@_attention_pool.register_fake
+def _(
+    query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1])
+
+
+@torch.library.custom_op("r2m_kernels::attention_pool_backward", mutates_args=())
+@full_precision
+def _attention_pool_backward(
+    query: Tensor,
+    hidden: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    grad_pooled: Tensor,
+    grad_lse: Tensor,
+    needs_hidden: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return dispatch.implementation(_OP, impl).attention_pool_backward(
+        query, hidden, cu_seqlens, mask, pooled, lse, grad_pooled, grad_lse, needs_hidden
+    )
+
+
+@_attention_pool_backward.register_fake
+def _(
+    query: Tensor,
+    hidden: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    grad_pooled: Tensor,
+    grad_lse: Tensor,
+    needs_hidden: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), hidden.new_empty(hidden.shape if needs_hidden else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, hidden, cu_seqlens, mask, ctx.impl = inputs
+    save(ctx, query, hidden, cu_seqlens, mask, *output)
+
+
+def _backward(ctx: Any, grad_pooled: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    query, hidden, cu_seqlens, mask, pooled, lse = saved(ctx)
+    needs_hidden = ctx.needs_input_grad[1]
+    grad_query, grad_hidden = torch.ops.r2m_kernels.attention_pool_backward(
+        query, hidden, cu_seqlens, mask, pooled, lse, grad_pooled, grad_lse, needs_hidden, ctx.impl
+    )
+    return grad_query, grad_hidden if needs_hidden else None, None, None, None
+
+
+_attention_pool.register_autograd(_backward, setup_context=_setup_context)
+forbid_second_derivative(_attention_pool_backward, "attention_pool")
+
+
+@torch.library.custom_op("r2m_kernels::attention_pool_dot", mutates_args=())
+@full_precision
+def _attention_pool_dot(
+    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    return dispatch.implementation(_OP, impl).attention_pool_dot(query, hidden, direction, cu_seqlens, mask)
+
+
+@_attention_pool_dot.register_fake
+def _(
+    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape[:-1]), query.new_empty(query.shape[:-1])
+
+
+@torch.library.custom_op("r2m_kernels::attention_pool_with_gradient", mutates_args=())
+@full_precision
+def _attention_pool_with_gradient(
+    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dispatch.implementation(_OP, impl).attention_pool_with_gradient(query, hidden, direction, cu_seqlens, mask)
+
+
+@_attention_pool_with_gradient.register_fake
+def _(
+    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape[:-1])

@@ -1,0 +1,224 @@
+"""Attention pooling in PyTorch: tiles of hidden states are read once, used while in cache, and their pools merged.
+
+Every function takes query [B, H, D] in float32 or float64, which is the dtype of all arithmetic and results, with
+the softmax scale in it; hidden [B, S, D] with an optional mask, or [total, D] with cu_seqlens.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from r2m_kernels.attention_pool.merge import Segments, merge, merge_with_gradient, total
+
+# Rows of one packed partial pool: few enough that a sequence's last chunk wastes little work, enough that partial
+# pools stay far smaller than the hidden states.
+CHUNK = 64
+# Elements of hidden states in arithmetic precision at a time. CPU: 2 MB in float32, so that a tile stays in cache
+# between its two products. Elsewhere: 128 MB, so that launching costs little.
+TILE_CPU, TILE = 1 << 19, 1 << 25
+
+# Part of the work: the sequence of each of its G blocks of C rows, where these rows are (None: nowhere, one row of
+# padding), and which of them count [G, C] (None: all).
+Sequences = slice | Tensor
+Tile = tuple[Sequences, tuple[slice | Tensor, ...] | None, Tensor | None]
+
+
+def attention_pool(query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """pooled [B, H, D] and lse [B, H]."""
+
+    def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
+        p, lse = _softmax(query[sequence] @ block.mT, valid)
+        return p @ block, lse
+
+    tiles, segments = _tiles(query, hidden, cu_seqlens, mask)
+    pooled, lse = _partials(partial, query, hidden, tiles, segments)
+    return merge(pooled, lse, segments)
+
+
+def attention_pool_dot(
+    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    """direction . pooled [B, H] and lse [B, H]: the pool of the scalars direction . hidden_j."""
+    both = torch.cat([query, direction], 1)
+
+    def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
+        scores, values = (both[sequence] @ block.mT).chunk(2, 1)
+        p, lse = _softmax(scores, valid)
+        return (p * values).sum(-1, keepdim=True), lse
+
+    tiles, segments = _tiles(query, hidden, cu_seqlens, mask)
+    value, lse = _partials(partial, query, hidden, tiles, segments)
+    value, lse = merge(value, lse, segments)
+    return value.squeeze(-1), lse
+
+
+def attention_pool_with_gradient(
+    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    """pooled, gradient = Cov_p(hidden) direction [B, H, D], and lse [B, H]."""
+    both = torch.cat([query, direction], 1)
+
+    def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
+        scores, values = (both[sequence] @ block.mT).chunk(2, 1)
+        p, lse = _softmax(scores, valid)
+        centred = p * (values - (p * values).sum(-1, keepdim=True))
+        pooled, gradient = (torch.cat([p, centred], 1) @ block).chunk(2, 1)
+        # `centred` sums to 0 only up to rounding, which a common offset of all rows would blow up.
+        return pooled, gradient - centred.sum(-1, keepdim=True) * pooled, lse
+
+    tiles, segments = _tiles(query, hidden, cu_seqlens, mask)
+    pooled, gradient, lse = _partials(partial, query, hidden, tiles, segments)
+    return merge_with_gradient(pooled, gradient, lse, direction, 1.0, segments)
+
+
+def attention_pool_backward(
+    query: Tensor,
+    hidden: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    grad_pooled: Tensor,
+    grad_lse: Tensor,
+    needs_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query [B, H, D] and, if it is needed (else empty), of hidden, in its shape and dtype.
+
+    With p_j = exp(query . hidden_j - lse) and ds_j = p_j (dc . hidden_j - dc . c):
+    dquery = sum_j ds_j hidden_j + dlse c and dhidden_j = (ds_j + p_j dlse) query + p_j dc.
+    """
+    empty = lse == -torch.inf  # nothing flows into an empty pool, whatever comes from above
+    lse = lse.masked_fill(empty, 0)[..., None]
+    grad_pooled = grad_pooled.masked_fill(empty[..., None], 0)
+    grad_lse = grad_lse.masked_fill(empty, 0)[..., None]
+    value = (grad_pooled * pooled).sum(-1, keepdim=True)
+    weights = []  # p and ds of every tile: two scalars a row, all that the gradient of hidden needs
+
+    def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
+        # The product that gave lse, with its bits: in a stacked one, large scores would round away from their lse.
+        p = torch.exp(_masked(query[sequence] @ block.mT, valid) - lse[sequence])
+        dscores = p * (grad_pooled[sequence] @ block.mT - value[sequence])
+        if needs_hidden:
+            weights.append((p, dscores))
+        return dscores @ block, dscores.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
+
+    tiles, segments = _tiles(query, hidden, cu_seqlens, mask)
+    partials = _partials(partial, query, hidden, tiles, segments)
+    # p sums to 1 and ds to 0 only up to rounding, which large logits or a common offset of all rows would blow up.
+    moment, remainder, mass = (total(part, segments) for part in partials)
+    mass = mass.masked_fill(mass == 0, 1)
+    remainder = remainder / mass
+    grad_query = moment / mass + (grad_lse - remainder) * pooled
+    if not needs_hidden:
+        return grad_query, hidden.new_empty(0)
+
+    # Packed rows of no sequence have gradient zero; padding of a tile is written to one row past the end.
+    past_the_end = 0 if cu_seqlens is None else 1
+    grad_hidden = hidden.new_zeros(hidden.shape[0] + past_the_end, *hidden.shape[1:])
+    both = torch.cat([query, grad_pooled], 1) / torch.cat([mass, mass], 1)
+    for (sequence, rows, _), (p, dscores) in zip(tiles, weights, strict=True):
+        if rows is not None:
+            factors = torch.cat([dscores + p * (grad_lse - remainder)[sequence], p], 1)  # [G, 2 H, C]
+            grad_hidden[rows] = (factors.mT @ both[sequence]).to(hidden.dtype)
+    return grad_query, grad_hidden[: hidden.shape[0]]
+
+
+def _softmax(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax over the rows of a tile [G, H, C] (0 where none counts) and the log-sum-exp [G, H]."""
+    scores = _masked(scores, valid)
+    top = scores.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0)
+    p = torch.exp(scores - top)
+    mass = p.sum(-1, keepdim=True)
+    return p / mass.masked_fill(mass == 0, 1), (top + torch.log(mass)).squeeze(-1)
+
+
+def _masked(scores: Tensor, valid: Tensor | None) -> Tensor:
+    return scores if valid is None else scores.masked_fill(~valid[:, None], -torch.inf)
+
+
+def _partials(
+    partial: Callable[[Sequences, Tensor | None, Tensor], tuple[Tensor, ...]],
+    query: Tensor,
+    hidden: Tensor,
+    tiles: list[Tile],
+    segments: Segments,
+) -> list[Tensor]:
+    """`partial` of every tile's rows, joined: [parts, B, ...] for dense hidden, [parts, ...] for packed."""
+    results = [partial(sequence, valid, _load(hidden, rows, valid, query.dtype)) for sequence, rows, valid in tiles]
+    columns = [torch.cat(column) for column in zip(*results, strict=True)]
+    # Without rows there is one tile, and with no sequences -1 would not say how many parts there are.
+    batch, parts = query.shape[0], -1 if query.shape[0] else 1
+    return columns if segments else [column.unflatten(0, (parts, batch)) for column in columns]
+
+
+def _tiles(
+    query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> tuple[list[Tile], Segments]:
+    """The tiles of the work, and which sequence each block of a packed one belongs to."""
+    batch, width = query.shape[0], query.shape[-1]
+    size = TILE_CPU if hidden.device.type == "cpu" else TILE
+    if 0 in (batch, hidden.shape[0], hidden.shape[-2]):
+        return [(slice(None), None, query.new_zeros(batch, 1, dtype=torch.bool))], None
+    if cu_seqlens is None:
+        return _dense_tiles(hidden, mask, size), None
+    sequence, start, offsets = _chunks(cu_seqlens, hidden.shape[0])
+    return _packed_tiles(hidden, sequence, start, cu_seqlens[1:], max(1, size // (CHUNK * width))), (sequence, offsets)
+
+
+def _dense_tiles(hidden: Tensor, mask: Tensor | None, size: int) -> list[Tile]:
+    """As many rows of one sequence as fit, then as many sequences: slices, whatever the strides."""
+    batch, length, width = hidden.shape
+    rows = min(length, max(1, size // width))
+    sequences = max(1, size // (width * rows))
+    places = [
+        (slice(b, b + sequences), slice(r, r + rows))
+        for r in range(0, length, rows)
+        for b in range(0, batch, sequences)
+    ]
+    return [(place[0], place, None if mask is None else mask[place]) for place in places]
+
+
+def _chunks(cu_seqlens: Tensor, total_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The work list of packed sequences: every chunk's sequence and first row, every sequence's range of chunks.
+
+    Sequence b owns the chunks from cu_seqlens[b] // CHUNK + b: always enough of them (some stay empty), and their
+    number follows from shapes alone, so the host never waits for the lengths.
+    """
+    batch = cu_seqlens.shape[0] - 1
+    cu_seqlens = cu_seqlens.long()
+    offsets = cu_seqlens // CHUNK + torch.arange(batch + 1, device=cu_seqlens.device)
+    chunk = torch.arange(total_rows // CHUNK + batch, device=cu_seqlens.device)
+    # Chunks past the last sequence's range (rows beyond cu_seqlens[-1]) become empty ones that no sequence owns.
+    sequence = (torch.searchsorted(offsets, chunk, right=True) - 1).clamp(max=batch - 1)
+    return sequence, cu_seqlens[sequence] + (chunk - offsets[sequence]) * CHUNK, offsets
+
+
+def _packed_tiles(hidden: Tensor, sequence: Tensor, start: Tensor, end: Tensor, chunks: int) -> list[Tile]:
+    """`chunks` chunks each, as row numbers: one past the end of hidden where a chunk is longer than what remains."""
+    tiles: list[Tile] = []
+    within = torch.arange(CHUNK, device=hidden.device)
+    for owner, first in zip(sequence.split(chunks), start.split(chunks), strict=True):
+        rows = first[:, None] + within  # [G, C]
+        valid = rows < end[owner, None]
+        tiles.append((owner, (rows.where(valid, hidden.shape[0]),), valid))
+    return tiles
+
+
+def _load(hidden: Tensor, rows: tuple[slice | Tensor, ...] | None, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows [G, C, D] of a tile in the arithmetic dtype, 0 where they do not count: a weight of 0 does not stop NaN.
+
+    Zeroed bitwise, because that is vectorised where masked_fill with a mask per row is not: 10 times faster on a CPU.
+    """
+    if valid is None:
+        return hidden[rows].to(dtype)
+    if rows is None:
+        return hidden.new_zeros(*valid.shape, hidden.shape[-1], dtype=dtype)
+    if isinstance(rows[0], Tensor):
+        at = rows[0].clamp(max=hidden.shape[0] - 1)
+        block = hidden.index_select(0, at.flatten()).view(*at.shape, -1)
+    else:
+        block = hidden[rows]
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[block.itemsize]
+    return (block.view(integer) & -valid[..., None].to(integer)).view(block.dtype).to(dtype)

@@ -1,0 +1,119 @@
+"""Argument checks shared by the public functions. They look at shapes, dtypes and devices only: never at values."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(**tensors: Any) -> None:
+    """TypeError unless each is a floating tensor, and all or none are float64; ValueError unless on one device."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+    if len({t.dtype is torch.float64 for t in tensors.values()}) > 1:
+        got = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        raise TypeError(
+            f"{', '.join(tensors)}: float64 does not mix with other dtypes, expected all or none, got {got}"
+        )
+    same_device(**tensors)
+
+
+def given(**arguments: Any) -> dict[str, Any]:
+    """The optional arguments that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def same_device(**tensors: Tensor) -> None:
+    """ValueError unless all tensors live on one device."""
+    if len({t.device for t in tensors.values()}) > 1:
+        got = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
+        raise ValueError(f"{', '.join(tensors)}: expected one device, got {got}")
+
+
+def shape(name: str, tensor: Tensor, *expected: tuple[tuple[int, ...], str]) -> None:
+    """ValueError unless the tensor has one of the expected shapes, each given with its meaning in words."""
+    for sizes, _ in expected:
+        if tensor.ndim == len(sizes) and all(have == want for have, want in zip(tensor.shape, sizes, strict=True)):
+            return
+    wanted = " or ".join(f"{words} = {list(sizes)}" for sizes, words in expected)
+    raise ValueError(f"{name}: expected shape {wanted}, got {list(tensor.shape)}")
+
+
+def dimensions(name: str, tensor: Tensor, *expected: str) -> None:
+    """ValueError unless the tensor has as many dimensions as one of the layouts, such as "[B, D]", the last not 0."""
+    if tensor.ndim not in [layout.count(",") + 1 for layout in expected] or tensor.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape {' or '.join(expected)}, got {list(tensor.shape)}")
+
+
+def sequences(batch: int, batch_of: str, width: int, hidden: Tensor, cu_seqlens: Any, mask: Any) -> None:
+    """Errors unless `hidden` holds `batch` sequences of rows of `width`, dense or packed, with a fitting mask."""
+    if cu_seqlens is None:
+        dimensions("hidden", hidden, "[B, S, D]")
+        shape("hidden", hidden, ((batch, hidden.shape[1], width), f"[B, S, D] to go with {batch_of}"))
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: expected a torch.bool tensor, True = attend, got {got}")
+        shape("mask", mask, (tuple(hidden.shape[:2]), "[B, S]"))
+        same_device(hidden=hidden, mask=mask)
+        return
+    if mask is not None:
+        raise ValueError(
+            "mask: expected None together with cu_seqlens (leave rows out of the packed layout), got a mask"
+        )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype is not torch.int32:
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens: expected a torch.int32 tensor, got {got}")
+    dimensions("hidden", hidden, "[total, D]")
+    shape("hidden", hidden, ((hidden.shape[0], width), f"[total, D] to go with {batch_of}"))
+    shape("cu_seqlens", cu_seqlens, ((batch + 1,), "[B + 1]"))
+    same_device(hidden=hidden, cu_seqlens=cu_seqlens)
+
+
+def number(name: str, value: Any) -> None:
+    """TypeError unless the value is a plain int or float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def heads(num_heads: Any, d: int) -> None:
+    """Errors unless d splits into num_heads equal heads."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
+    if num_heads < 1 or d % num_heads != 0:
+        raise ValueError(f"num_heads: expected a positive divisor of the width d = {d}, got {num_heads}")
+
+
+def head(width: int, head_weight: Tensor, head_bias: Tensor | None) -> None:
+    """ValueError unless a linear scoring head fits embeddings of this width."""
+    shape("head_weight", head_weight, ((width,), "[D_rm]"))
+    if head_bias is not None:
+        shape("head_bias", head_bias, ((), "0-dim"), ((1,), "[1]"))
+
+
+def accumulate_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64 tensors, else float32."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+def fusion_weight(weight: Any, like: Tensor) -> Tensor:
+    """The fusion weight w as a 0-dim tensor beside `like`: a tensor in every op, or each round would recompile."""
+    dtype = accumulate_dtype(like)
+    if isinstance(weight, Tensor):
+        if not weight.is_floating_point():
+            raise TypeError(f"weight: expected a float or a 0-dim floating tensor, got {weight.dtype}")
+        shape("weight", weight, ((), "0-dim"))
+        if weight.device != like.device:
+            raise ValueError(f"weight: expected a float or a tensor on {like.device}, got one on {weight.device}")
+        if weight.requires_grad:
+            raise ValueError("weight: expected a constant (a schedule's value), got a tensor that requires grad")
+        return weight.to(dtype)
+    number("weight", weight)
+    # A fill and a product, not a copy from the host: nothing synchronises, and torch.compile keeps the float symbolic.
+    return torch.ones((), dtype=dtype, device=like.device) * weight

@@ -1,0 +1,123 @@
+"""GREBT, the loss that trains the reward model's trainable part: equations 4 to 6 of R2M (arXiv 2601.22664)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2m_kernels import checks, dispatch
+from r2m_kernels.registration import forbid_second_derivative, full_precision, save, saved
+
+_OP = "grebt"
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def grebt_loss(
+    rewards: Tensor,
+    *,
+    alpha: float = 0.3,
+    pair_scores: Tensor | None = None,
+    eps: float = 1e-4,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_stats: bool = False,
+) -> Any:
+    """(1 - alpha) BT + alpha GRE of groups of K rewards. Differentiable (once) in rewards.
+
+    rewards      [n, K], one row a group, K >= 2
+    alpha        share of the group reward entropy, in [0, 1]
+    pair_scores  [n, K]: the scores whose highest and lowest pick each group's pair; default: rewards. A constant.
+                 Ties: the first index for the highest, the last for the lowest, so the two always differ
+    eps          z = (r - mean) / (std + eps), population std, in the unit of the rewards. It bounds GRE's gradient, by
+                 about 0.2 / eps: without it a nearly degenerate group outweighs all others
+    reduction    over groups: "mean", "sum" or "none"
+
+    BT = -log sigmoid(r_winner - r_loser), equation 4; GRE = -sum p log p with p = softmax(z), equation 5, in nats.
+    Returns the loss, float32 (float64 for float64), 0-dim or [n]; with return_stats also a dict of constants, each
+    [n]: bt, entropy, std (before eps), and the indices winner and loser (int64). A group of equal rewards, whose pair
+    is tied too, has gradient exactly 0. Raises ValueError or TypeError for arguments that do not fit, RuntimeError for
+    an `impl` that cannot run and for second derivatives.
+    """
+    checks.floating(rewards=rewards)
+    if rewards.ndim != 2 or rewards.shape[0] < 1 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards: expected shape [n, K] with n >= 1 and K >= 2, got {list(rewards.shape)}")
+    if pair_scores is None:
+        pair_scores = rewards
+    checks.floating(pair_scores=pair_scores)
+    checks.shape("pair_scores", pair_scores, (tuple(rewards.shape), "[n, K] like rewards"))
+    checks.same_device(rewards=rewards, pair_scores=pair_scores)
+    for name, value, low, high in (("alpha", alpha, 0, 1), ("eps", eps, 0, float("inf"))):
+        checks.number(name, value)
+        if not low <= value <= high:
+            raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
+    name = dispatch.choose(impl)
+    loss, *stats = torch.ops.r2m_kernels.grebt_loss(rewards, pair_scores.detach(), float(alpha), float(eps), name)
+    loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    if not return_stats:
+        return loss
+    names = ("bt", "entropy", "std", "winner", "loser")
+    return loss, {name: stat.detach() for name, stat in zip(names, stats, strict=True)}
+
+
+@torch.library.custom_op("r2m_kernels::grebt_loss", mutates_args=())
+@full_precision
+def _grebt_loss(
+    rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return dispatch.implementation(_OP, impl).grebt_loss(rewards, pair_scores, alpha, eps)
+
+
+@_grebt_loss.register_fake
+def _(
+    rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtypes = [checks.accumulate_dtype(rewards)] * 4 + [torch.int64] * 2
+    loss, bt, entropy, std, winner, loser = (rewards.new_empty(rewards.shape[0], dtype=dtype) for dtype in dtypes)
+    return loss, bt, entropy, std, winner, loser
+
+
+@torch.library.custom_op("r2m_kernels::grebt_loss_backward", mutates_args=())
+@full_precision
+def _grebt_loss_backward(
+    grad: Tensor,
+    rewards: Tensor,
+    pair_scores: Tensor,
+    winner: Tensor,
+    loser: Tensor,
+    alpha: float,
+    eps: float,
+    impl: str,
+) -> Tensor:
+    backward = dispatch.implementation(_OP, impl).grebt_loss_backward
+    return backward(grad, rewards, pair_scores, winner, loser, alpha, eps)
+
+
+@_grebt_loss_backward.register_fake
+def _(
+    grad: Tensor,
+    rewards: Tensor,
+    pair_scores: Tensor,
+    winner: Tensor,
+    loser: Tensor,
+    alpha: float,
+    eps: float,
+    impl: str,
+) -> Tensor:
+    return grad.new_empty(rewards.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    rewards, pair_scores, ctx.alpha, ctx.eps, ctx.impl = inputs
+    save(ctx, rewards, pair_scores, *output[-2:])
+
+
+def _backward(ctx: Any, grad: Tensor, *grads_of_stats: Tensor) -> tuple[Tensor | None, ...]:
+    rewards, *pair = saved(ctx)
+    grad_rewards = torch.ops.r2m_kernels.grebt_loss_backward(grad, rewards, *pair, ctx.alpha, ctx.eps, ctx.impl)
+    return grad_rewards.to(rewards.dtype), None, None, None, None
+
+
+_grebt_loss.register_autograd(_backward, setup_context=_setup_context)
+forbid_second_derivative(_grebt_loss_backward, "grebt_loss")

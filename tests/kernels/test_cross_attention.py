@@ -1,0 +1,305 @@
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import check_against_reference, ragged
+
+from r2m_kernels import (
+    absorbed_query,
+    attention_pool_with_gradient,
+    grebt_loss,
+    merge_pools_with_gradient,
+    policy_feedback_reward,
+    reward_direction,
+    reward_from_pools,
+    sequence_to_token_attention,
+)
+from r2m_kernels.attention_pool import reference
+from r2m_kernels.fusion.reference import fused_reward
+from r2m_kernels.grebt.reference import grebt_loss as literal_grebt_loss
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+B, S, D_RM, D_P, D = 6, 50, 24, 40, 32
+WEIGHTS = ("w_q", "w_k", "w_v", "w_o", "head_weight", "head_bias")
+
+
+def make_inputs(dtype=F32, hidden_dtype=None, packed=False):
+    shapes = {
+        "rte": (B, D_RM),
+        "hidden": (B * S, D_P) if packed else (B, S, D_P),
+        "w_q": (D, D_RM),
+        "w_k": (D, D_P),
+        "w_v": (D, D_P),
+        "w_o": (D_RM, D),
+        "head_weight": (D_RM,),
+        "head_bias": (),
+    }
+    inputs = {}
+    for name, shape in shapes.items():
+        scale = shape[-1] ** -0.5 if name.startswith("w_") else 1.0
+        inputs[name] = (scale * torch.randn(shape)).to(dtype)
+    inputs["hidden"] = inputs["hidden"].to(hidden_dtype or dtype)
+    return inputs
+
+
+def layouts():
+    return {
+        "dense": {},
+        "masked, one sequence empty": {"mask": (torch.rand(B, S) > 0.5) & (torch.arange(B) != 2)[:, None]},
+        "packed, some sequences empty": {"cu_seqlens": ragged([50, 0, 1, 130, 0, 100])},
+    }
+
+
+def literal_reward(rte, hidden, w_q, w_k, w_v, w_o, head_weight, head_bias=None, *, weight, **options):
+    """Equations 1 to 3 with K and V projected."""
+    aggregated = reference.sequence_to_token_attention(rte, hidden, w_q, w_k, w_v, w_o, **options)
+    return fused_reward(aggregated, rte, weight, head_weight, head_bias)
+
+
+every_layout = pytest.mark.parametrize("layout", list(layouts()))
+heads = pytest.mark.parametrize("num_heads", [1, 4])
+
+
+@heads
+@every_layout
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+def test_attention_matches_projected_keys_and_values(layout, num_heads, dtype):
+    inputs = make_inputs(dtype, packed="packed" in layout)
+    del inputs["head_weight"], inputs["head_bias"]
+    options = {"num_heads": num_heads, **layouts()[layout]}
+    check_against_reference(
+        functools.partial(sequence_to_token_attention, **options),
+        functools.partial(reference.sequence_to_token_attention, **options),
+        inputs,
+        [torch.randn(B, D_RM)],
+        dtype,
+    )
+
+
+@heads
+@every_layout
+def test_value_bias_adds_a_constant_except_to_empty_sequences(layout, num_heads):
+    inputs = make_inputs(packed="packed" in layout) | {"v_bias": torch.randn(D)}
+    del inputs["head_weight"], inputs["head_bias"]
+    options = {"num_heads": num_heads, **layouts()[layout]}
+    check_against_reference(
+        functools.partial(sequence_to_token_attention, **options),
+        functools.partial(reference.sequence_to_token_attention, **options),
+        inputs,
+        [torch.randn(B, D_RM)],
+    )
+    if layout != "dense":
+        empty = 1 if "packed" in layout else 2
+        assert (sequence_to_token_attention(**inputs, **options)[empty] == 0).all()
+
+
+@heads
+@every_layout
+@pytest.mark.parametrize("hidden_needs_gradient", [False, True], ids=["one read", "two reads"])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (BF16, BF16), (F16, F16), (F64, F64)], ids=str)
+def test_reward_matches_projected_keys_and_values(layout, num_heads, hidden_needs_gradient, dtypes):
+    inputs = make_inputs(*dtypes, packed="packed" in layout)
+    options = {"num_heads": num_heads, "weight": 0.7, **layouts()[layout]}
+    if not hidden_needs_gradient:
+        options["hidden"] = inputs.pop("hidden")
+
+    def literal(**given):
+        rows = given.pop("hidden", options.get("hidden")).to(given["rte"].dtype)
+        return literal_reward(hidden=rows, **given, **{k: v for k, v in options.items() if k != "hidden"})
+
+    plain = dtypes[0] if dtypes[0] == dtypes[1] else F32
+    check_against_reference(
+        functools.partial(policy_feedback_reward, **options), literal, inputs, [torch.randn(B)], plain
+    )
+
+
+@heads
+@every_layout
+def test_scoring_gives_the_reward_that_training_gives(layout, num_heads):
+    inputs = make_inputs(packed="packed" in layout)
+    options = {"num_heads": num_heads, "weight": torch.tensor(0.6), **layouts()[layout]}
+    with torch.no_grad():
+        scored = policy_feedback_reward(**inputs, **options)
+    for name in (*WEIGHTS, "rte"):
+        inputs[name].requires_grad_()
+    trained = policy_feedback_reward(**inputs, **options)
+    inputs["hidden"].requires_grad_()
+    two_reads = policy_feedback_reward(**inputs, **options)
+    assert scored.dtype == trained.dtype == F32
+    torch.testing.assert_close(scored, trained.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two_reads, trained, rtol=1e-5, atol=1e-6)
+
+
+@heads
+def test_one_read_gives_every_gradient_of_a_whole_grebt_step(num_heads):
+    """Scoring per micro-batch, pools kept, prompt and response pooled apart, then one reward_from_pools and GREBT."""
+    k, weight = 3, 0.65
+    inputs = make_inputs(F64)
+    hidden = inputs.pop("hidden")
+    leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+    u = absorbed_query(leaves["rte"], leaves["w_q"], leaves["w_k"], num_heads=num_heads)
+    g = reward_direction(leaves["w_v"], leaves["w_o"], leaves["head_weight"], weight=weight, num_heads=num_heads)
+    pools = []
+    for rows in (slice(0, 2), slice(2, B)):
+        halves = (hidden[rows, :20], hidden[rows, 20:])
+        parts = [attention_pool_with_gradient(u[rows].detach(), half, g, scale=1.0) for half in halves]
+        stacked = (torch.stack(part) for part in zip(*parts, strict=True))
+        pools.append(merge_pools_with_gradient(*stacked, g.detach(), scale=1.0))
+    pooled, gradient, _ = (torch.cat(column) for column in zip(*pools, strict=True))
+    rewards = reward_from_pools(
+        u, g, pooled, gradient, leaves["rte"], leaves["head_weight"], leaves["head_bias"], weight=weight
+    )
+    loss = grebt_loss(rewards.view(-1, k))
+    actual = torch.autograd.grad(loss, list(leaves.values()))
+
+    exact = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+    exact_rewards = literal_reward(hidden=hidden, **exact, weight=weight, num_heads=num_heads)
+    exact_loss, _ = literal_grebt_loss(exact_rewards.view(-1, k), alpha=0.3, eps=1e-4)
+    expected = torch.autograd.grad(exact_loss.mean(), list(exact.values()), materialize_grads=True)
+    torch.testing.assert_close(rewards, exact_rewards, rtol=1e-13, atol=1e-13)
+    for name, one, other in zip(leaves, actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@heads
+def test_gradcheck_of_the_reward(num_heads):
+    inputs = make_inputs(F64)
+    small = {name: t[:2] if name in ("rte", "hidden") else t for name, t in inputs.items()}
+    hidden = small.pop("hidden")[:, :7]
+    leaves = {name: t.clone().requires_grad_() for name, t in small.items()}
+
+    def reward(*values):
+        return policy_feedback_reward(
+            hidden=hidden, weight=0.4, num_heads=num_heads, **dict(zip(leaves, values, strict=True))
+        )
+
+    assert torch.autograd.gradcheck(reward, tuple(leaves.values()), fast_mode=True)
+
+
+def test_at_weight_one_the_reward_is_the_vanilla_one():
+    inputs = make_inputs()
+    vanilla = inputs["rte"] @ inputs["head_weight"] + inputs["head_bias"]
+    assert torch.equal(policy_feedback_reward(**inputs, weight=1.0), vanilla)
+
+
+def test_an_empty_sequence_gets_the_vanilla_part_alone():
+    inputs = make_inputs()
+    reward = policy_feedback_reward(**inputs, weight=0.6, mask=torch.zeros(B, S, dtype=torch.bool))
+    torch.testing.assert_close(reward, 0.6 * (inputs["rte"] @ inputs["head_weight"]) + inputs["head_bias"])
+
+
+def test_head_bias_is_optional_and_may_come_as_one_element():
+    inputs = make_inputs()
+    bias = inputs.pop("head_bias")
+    without = policy_feedback_reward(**inputs, weight=0.6)
+    torch.testing.assert_close(policy_feedback_reward(**inputs, head_bias=bias[None], weight=0.6), without + bias)
+    leaf = bias[None].clone().requires_grad_()
+    policy_feedback_reward(**inputs, head_bias=leaf, weight=0.6).sum().backward()
+    assert torch.equal(leaf.grad, torch.tensor([float(B)]))
+
+
+@pytest.mark.parametrize("leaf", [*WEIGHTS, "rte"])
+def test_gradient_of_one_input_alone(leaf):
+    inputs = make_inputs(F64)
+    one, other = (inputs[leaf].clone().requires_grad_() for _ in range(2))
+    policy_feedback_reward(**(inputs | {leaf: one}), weight=0.3).square().sum().backward()
+    literal_reward(**(inputs | {leaf: other}), weight=0.3).square().sum().backward()
+    torch.testing.assert_close(one.grad, other.grad, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("loss", ["linear", "square"])
+@pytest.mark.parametrize("leaf", ["w_q", "w_k", "w_v", "w_o", "head_weight", "rte"])
+def test_second_derivatives_of_the_reward_raise(leaf, loss):
+    inputs = make_inputs()
+    inputs[leaf].requires_grad_()
+    reward = policy_feedback_reward(**inputs, weight=0.3)
+    total = reward.sum() if loss == "linear" else reward.square().sum()
+    (gradient,) = torch.autograd.grad(total, inputs[leaf], create_graph=True)
+    with pytest.raises(RuntimeError, match="reward_from_pools: second derivatives are not available"):
+        gradient.square().sum().backward()
+
+
+def test_second_derivatives_raise_in_the_two_read_form_too():
+    inputs = make_inputs()
+    for name in ("w_q", "hidden"):
+        inputs[name].requires_grad_()
+    reward = policy_feedback_reward(**inputs, weight=0.3).square().sum()
+    (gradient,) = torch.autograd.grad(reward, inputs["w_q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_pool: second derivatives are not available"):
+        gradient.sum().backward()
+
+
+def test_inputs_made_under_inference_mode():
+    inputs = make_inputs()
+    with torch.inference_mode():
+        rte, hidden = inputs["rte"].clone(), inputs["hidden"].clone()
+    gradients = []
+    for frozen in ({}, {"rte": rte, "hidden": hidden}):
+        leaves = {name: inputs[name].clone().requires_grad_() for name in WEIGHTS}
+        reward = policy_feedback_reward(**(inputs | leaves | frozen), weight=0.3)
+        gradients.append([reward, *torch.autograd.grad(reward.square().sum(), list(leaves.values()))])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_pools_made_under_inference_mode_serve_training():
+    inputs = make_inputs(F64)
+    leaves = {name: inputs[name].clone().requires_grad_() for name in WEIGHTS}
+    with torch.inference_mode():
+        u = absorbed_query(inputs["rte"], inputs["w_q"], inputs["w_k"])
+        g = reward_direction(inputs["w_v"], inputs["w_o"], inputs["head_weight"], weight=0.3)
+        pooled, gradient, _ = attention_pool_with_gradient(u, inputs["hidden"], g, scale=1.0)
+    u = absorbed_query(inputs["rte"], leaves["w_q"], leaves["w_k"])
+    g = reward_direction(leaves["w_v"], leaves["w_o"], leaves["head_weight"], weight=0.3)
+    head = leaves["head_weight"], leaves["head_bias"]
+    reward = reward_from_pools(u, g, pooled, gradient, inputs["rte"], *head, weight=0.3)
+    direct = policy_feedback_reward(**(inputs | leaves), weight=0.3)
+    for one, other in zip(
+        torch.autograd.grad(reward.square().sum(), list(leaves.values())),
+        torch.autograd.grad(direct.square().sum(), list(leaves.values())),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_an_outer_autocast_changes_nothing():
+    inputs = make_inputs(hidden_dtype=BF16)
+    leaves = {name: inputs[name].requires_grad_() for name in WEIGHTS}
+
+    def run():
+        aggregated = sequence_to_token_attention(*list(inputs.values())[:6])
+        reward = policy_feedback_reward(**inputs, weight=0.3)
+        return aggregated, reward
+
+    plain = run()
+    with torch.autocast("cpu", dtype=BF16):
+        inside = run()
+    for one, other in zip(plain, inside, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    for leaf in leaves.values():
+        leaf.grad = None
+    one, other = (torch.autograd.grad(r[1].square().sum(), list(leaves.values())) for r in (plain, inside))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@settings(deadline=None, max_examples=20)
+@given(weight=st.floats(0, 1), as_tensor=st.booleans())
+def test_weight_may_be_a_float_or_a_tensor(weight, as_tensor):
+    inputs = make_inputs(F64)
+    given_weight = torch.tensor(weight, dtype=F64) if as_tensor else weight
+    actual = policy_feedback_reward(**inputs, weight=given_weight)
+    torch.testing.assert_close(actual, literal_reward(**inputs, weight=weight), rtol=1e-12, atol=1e-12)
+
+
+def test_batch_of_no_sequences():
+    inputs = make_inputs()
+    inputs["rte"], inputs["hidden"] = inputs["rte"][:0], inputs["hidden"][:0]
+    inputs["w_q"].requires_grad_()
+    reward = policy_feedback_reward(**inputs, weight=0.5, num_heads=2)
+    reward.sum().backward()
+    assert reward.shape == (0,)
+    assert (inputs["w_q"].grad == 0).all()
+    assert sequence_to_token_attention(*list(inputs.values())[:6]).shape == (0, D_RM)

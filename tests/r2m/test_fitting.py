@@ -1,0 +1,282 @@
+"""Bradley-Terry fits on preferences that are known to be learnable, or known not to be."""
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from r2m import Preference, fit_reward
+from r2m.fitting import (
+    embed_pairs,
+    feature_statistics,
+    fit_head,
+    pack_hidden,
+    pair_accuracy,
+    score_pairs,
+    stream_hidden,
+    tokenize_pairs,
+    warm_start,
+)
+from r2m.rollout import collate
+
+WORDS = ["film", "story", "plot", "cast", "music", "ending"]
+PAIRS = [Preference(f"the {word} is ", "good!", "so bad") for word in WORDS]
+HELD_OUT = [Preference(f"my {word} was ", "good!", "so bad") for word in WORDS[:3]]
+
+
+@pytest.fixture
+def reward_model(reward_checkpoint, policy):
+    return tiny.reward_model(reward_checkpoint, policy)
+
+
+def copies(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def changed(module, before):
+    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def preferences(count, seed, *, strength=4.0):
+    """Embeddings [2 N, 24], chosen first; along the first axis the chosen ones lie higher."""
+    torch.manual_seed(seed)
+    rte = torch.randn(2 * count, 24) + 3
+    rte[:count, 0] += strength
+    return rte
+
+
+# ---- the head ----
+
+
+def test_the_head_separates_preferences_and_ends_with_mean_0_and_deviation_1(reward_model):
+    rte, held_out = preferences(200, 0, strength=8.0), preferences(100, 1, strength=8.0)
+    attention = copies(reward_model.attention)
+    report = fit_head(reward_model, rte, held_out)
+    rewards = reward_model.vanilla_score(rte)
+    assert pair_accuracy(rewards) == 1
+    assert report["accuracy_vanilla"] == pair_accuracy(reward_model.vanilla_score(held_out)) >= 0.98
+    assert rewards.mean().item() == pytest.approx(0, abs=1e-5)
+    assert rewards.std().item() == pytest.approx(1, abs=1e-5)
+    assert reward_model.head.weight.argmax() == 0
+    assert changed(reward_model.attention, attention) == set()
+
+
+def test_the_head_forgets_what_it_was(reward_model):
+    """A checkpoint's own head and a fresh one's noise have no say."""
+    rte, held_out = preferences(20, 0), preferences(10, 1)
+    fit_head(reward_model, rte, held_out)
+    expected = reward_model.head.weight.clone()
+    with torch.no_grad():
+        reward_model.head.weight.normal_(std=100)
+    fit_head(reward_model, rte, held_out)
+    torch.testing.assert_close(reward_model.head.weight, expected)
+
+
+def held_out_loss(reward_model, rte):
+    chosen, rejected = reward_model.vanilla_score(rte).chunk(2)
+    return -torch.nn.functional.logsigmoid(chosen - rejected).mean().item()
+
+
+def test_the_fit_stops_where_the_held_out_loss_is_lowest(reward_model):
+    """Ten pairs in 24 dimensions are separable by chance: the training loss alone never stops."""
+    rte, held_out = preferences(10, 0, strength=0.7), preferences(200, 1, strength=0.7)
+    overfitted = fit_head(reward_model, rte, rte)
+    loss_of_the_overfitted = held_out_loss(reward_model, held_out)
+    stopped = fit_head(reward_model, rte, held_out)
+    assert 0 < stopped["head_steps"] < overfitted["head_steps"]
+    assert held_out_loss(reward_model, held_out) < loss_of_the_overfitted
+
+
+def test_a_head_that_learned_nothing_is_an_error_and_not_nan(reward_model):
+    """Held-out pairs that contradict the training pairs: no step is better than indifference."""
+    rte = preferences(20, 0)
+    with pytest.raises(ValueError, match="held-out"):
+        fit_head(reward_model, rte, preferences(20, 1, strength=-4.0))
+
+
+def test_embeddings_that_are_not_finite_stop_the_fit(reward_model):
+    with pytest.raises(FloatingPointError, match="Bradley-Terry fit: the held-out loss is nan"):
+        fit_head(reward_model, preferences(4, 0), preferences(4, 1) * math.nan)
+
+
+# ---- the warm start ----
+
+
+def feedback(count, seed, *, sign=1.0):
+    """(rte, packed hidden states, cu_seqlens) in which chosen texts differ by their hidden states alone."""
+    torch.manual_seed(seed)
+    lengths = torch.randint(1, 7, (2 * count,))
+    hidden = torch.randn(int(lengths.sum()), 32)
+    is_chosen = torch.repeat_interleave(torch.arange(2 * count) < count, lengths)
+    hidden[:, 0] += sign * 3 * is_chosen
+    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    return torch.randn(2 * count, 24), hidden, cu_seqlens
+
+
+def bradley_terry(reward_model, data):
+    rte, hidden, cu_seqlens = data
+    chosen, rejected = reward_model.score(rte, hidden, cu_seqlens=cu_seqlens).detach().chunk(2)
+    return -torch.nn.functional.logsigmoid(chosen - rejected).mean().item()
+
+
+def test_the_warm_start_learns_from_hidden_states_and_touches_the_attention_alone(reward_model):
+    training, held_out = feedback(40, 0), feedback(20, 1)
+    before, loss = copies(reward_model), bradley_terry(reward_model, held_out)
+    scores = reward_model.vanilla_score(held_out[0])
+    report = warm_start(reward_model, training, held_out)
+    assert report["warm_start_steps"] > 0
+    assert changed(reward_model, before) == {f"attention.w_{x}" for x in "qkvo"}
+    assert torch.equal(reward_model.vanilla_score(held_out[0]), scores)
+    assert bradley_terry(reward_model, held_out) < loss
+    fused = reward_model.score(held_out[0], held_out[1], weight=0.6, cu_seqlens=held_out[2])
+    assert report["accuracy_fused"] == pair_accuracy(fused)
+
+
+def test_a_warm_start_that_does_not_help_changes_nothing(reward_model):
+    before = copies(reward_model)
+    report = warm_start(reward_model, feedback(40, 0), feedback(20, 1, sign=-1.0))
+    assert report["warm_start_steps"] == 0
+    assert changed(reward_model, before) == set()
+
+
+# ---- both, from texts ----
+
+
+@pytest.mark.parametrize("standardize", [False, True], ids=["raw", "standardised"])
+def test_a_reward_model_fitted_on_texts_ranks_held_out_texts(reward_checkpoint, policy, tokenizer, standardize):
+    reward_model = tiny.reward_model(reward_checkpoint, policy, standardize=standardize)
+    policy_before, backbone_before = copies(policy), copies(reward_model.backbone)
+    report = fit_reward(reward_model, PAIRS, HELD_OUT, policy=policy, tokenizer=tokenizer)
+    assert report.keys() == {"head_steps", "accuracy_vanilla", "warm_start_steps", "accuracy_fused"}
+    rte, rollout = embed_pairs(reward_model, HELD_OUT), tokenize_pairs(policy, tokenizer, HELD_OUT)
+    vanilla = reward_model.vanilla_score(rte)
+    assert report["accuracy_vanilla"] == pair_accuracy(vanilla) == 1
+    assert report["accuracy_fused"] == pair_accuracy(score_pairs(reward_model, policy, rte, rollout, 0.6)) == 1
+    torch.testing.assert_close(score_pairs(reward_model, policy, rte, rollout, 1.0), vanilla, rtol=1e-4, atol=1e-4)
+    rewards = reward_model.vanilla_score(embed_pairs(reward_model, PAIRS))
+    assert rewards.mean().item() == pytest.approx(0, abs=1e-4)
+    assert rewards.std().item() == pytest.approx(1, abs=1e-4)
+    if standardize:
+        rte = embed_pairs(reward_model, PAIRS)
+        packed, _ = pack_hidden(policy, tokenize_pairs(policy, tokenizer, PAIRS))
+        torch.testing.assert_close(reward_model.rte_mean, rte.mean(0))
+        torch.testing.assert_close(reward_model.rte_scale, rte.std(0))
+        torch.testing.assert_close(reward_model.feedback_mean, packed.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(reward_model.feedback_scale, packed.std(0, correction=0), rtol=1e-4, atol=1e-5)
+    assert not reward_model.needs_statistics
+    assert changed(policy, policy_before) == changed(reward_model.backbone, backbone_before) == set()
+
+
+def test_the_policy_adds_the_warm_start_and_leaves_head_and_statistics_as_they_are(
+    reward_checkpoint, policy, tokenizer
+):
+    models = []
+    for _ in range(2):
+        models.append(tiny.reward_model(reward_checkpoint, policy, standardize=True))
+        models[-1].set_statistics(3 * torch.randn(9, 24), torch.randn(32), torch.rand(32) + 0.5)
+    head_only, both = models
+    report = fit_reward(head_only, PAIRS, HELD_OUT)
+    assert report.keys() == {"head_steps", "accuracy_vanilla"}
+    other = fit_reward(both, PAIRS, HELD_OUT, policy=policy, tokenizer=tokenizer)
+    assert report.items() <= other.items()
+    assert changed(both, copies(head_only)) == {f"attention.w_{x}" for x in "qkvo"}
+
+
+def test_a_tokenizer_without_padding_token_will_do(policy):
+    expected = tokenize_pairs(policy, tiny.tokenizer(pad="</s>"), PAIRS)
+    actual = tokenize_pairs(policy, tiny.tokenizer(pad=None), PAIRS)
+    mask = expected.attention_mask
+    assert torch.equal(actual.attention_mask, mask)
+    assert torch.equal(actual.input_ids[mask], expected.input_ids[mask])
+
+
+def test_chat_prompts_are_encoded_as_the_policy_samples_from_them(policy, tokenizer):
+    chat = [{"role": "user", "content": "hi"}]
+    rollout = tokenize_pairs(policy, tokenizer, [Preference(chat, "yes", "no, never")])
+    texts = [tokenizer.decode(ids[mask]) for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)]
+    assert texts == ["<s>user:hi</s><s>assistant:yes", "<s>user:hi</s><s>assistant:no, never"]
+
+
+# ---- pieces ----
+
+
+def test_pair_accuracy_counts_chosen_above_rejected_and_no_tie():
+    assert pair_accuracy(torch.tensor([1.0, 2.0, 3.0, 5.0, 0.0, 2.0, 4.0, 4.0])) == 0.5
+
+
+@pytest.fixture
+def ragged():
+    return collate(
+        [""] * 7, [""] * 7, [[5] * n for n in (3, 1, 4, 2, 6, 1, 2)], [[7] * n for n in (1, 5, 2, 9, 1, 1, 3)], pad_id=0
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_streamed_statistics_are_those_of_all_rows_at_once(ragged, batch_size, offset):
+    torch.manual_seed(0)
+    hidden = torch.randn(*ragged.feedback_mask.shape, 11) * torch.logspace(-2, 2, 11) + offset
+    hidden[~ragged.feedback_mask] = torch.nan
+    batches = ((slice(i, i + batch_size), hidden[i : i + batch_size]) for i in range(0, 7, batch_size))
+    mean, scale = feature_statistics(batches, ragged)
+    variance, expected = torch.var_mean(hidden[ragged.feedback_mask].double(), 0, correction=0)
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scale.double(), variance.sqrt(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_statistics_skip_a_batch_without_feedback(batch_size):
+    """Responses of one token have no feedback position of their own."""
+    rollout = collate([""] * 4, [""] * 4, [[5]] * 4, [[7], [7], [7, 8, 9], [7, 8]], pad_id=0, positions="response")
+    hidden = torch.randn(*rollout.feedback_mask.shape, 3)
+    batches = ((slice(i, i + batch_size), hidden[i : i + batch_size]) for i in range(0, 4, batch_size))
+    mean, scale = feature_statistics(batches, rollout)
+    expected = hidden[rollout.feedback_mask]
+    torch.testing.assert_close(mean, expected.mean(0))
+    torch.testing.assert_close(scale, expected.std(0, correction=0))
+
+
+def test_packed_and_padded_scores_of_pairs_agree(reward_model, policy, tokenizer):
+    rollout, rte = tokenize_pairs(policy, tokenizer, PAIRS), embed_pairs(reward_model, PAIRS)
+    hidden, cu_seqlens = pack_hidden(policy, rollout)
+    assert cu_seqlens.dtype == torch.int32
+    assert cu_seqlens.diff().tolist() == rollout.feedback_mask.sum(-1).tolist()
+    packed = reward_model.score(rte, hidden, weight=0.4, cu_seqlens=cu_seqlens)
+    padded = score_pairs(reward_model, policy, rte, rollout, 0.4)
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_are_the_backbones_without_the_head_and_the_mode_is_restored(policy, tokenizer, monkeypatch):
+    rollout = tokenize_pairs(policy, tokenizer, PAIRS)
+    with torch.no_grad():
+        expected = policy(
+            input_ids=rollout.input_ids,
+            attention_mask=rollout.attention_mask,
+            position_ids=rollout.position_ids,
+            output_hidden_states=True,
+        ).hidden_states[-1]
+    monkeypatch.setattr(policy.lm_head, "forward", None)
+    policy.train()
+    batches = list(stream_hidden(policy, rollout, batch_size=5))
+    assert policy.training
+    assert [rows.start for rows, _ in batches] == [0, 5, 10]
+    hidden = torch.cat([hidden for _, hidden in batches])
+    assert not hidden.requires_grad
+    mask = rollout.attention_mask
+    torch.testing.assert_close(hidden[mask], expected[mask], rtol=1e-5, atol=1e-5)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(("pairs", "validation_pairs"), [([], HELD_OUT), (PAIRS, [])])
+def test_no_pairs_is_an_error(reward_model, pairs, validation_pairs):
+    message = f"{len(pairs)} pairs and {len(validation_pairs)} validation_pairs; expected at least 1 of each"
+    with pytest.raises(ValueError, match=message):
+        fit_reward(reward_model, pairs, validation_pairs)
+
+
+def test_a_policy_without_its_tokenizer_is_an_error(reward_model, policy):
+    with pytest.raises(ValueError, match="tokenizer is None; expected the policy's tokenizer"):
+        fit_reward(reward_model, PAIRS, HELD_OUT, policy=policy)

@@ -1,0 +1,198 @@
+"""Loading a policy, adapters, the frozen reference, and dropout."""
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from r2m.config import Lora, R2MConfig
+from r2m.policy import add_adapter, disable_dropout, freeze_reference, load_policy, load_tokenizer
+
+IDS = torch.tensor([[5, 9, 40, 7], [200, 3, 8, 11]])
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A policy as the hub has them: bfloat16 on disk."""
+    tiny.policy().bfloat16().save_pretrained(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def move(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p += 0.1 * torch.randn_like(p)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_full_tuning_trains_every_weight_in_float32(checkpoint, precision):
+    policy = load_policy(R2MConfig(policy=str(checkpoint), precision=precision))
+    assert trainable(policy).keys() == dict(policy.named_parameters()).keys()
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    for name, p in tiny.policy().named_parameters():
+        assert torch.equal(policy.get_parameter(name), p.bfloat16().float())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("float32", torch.float32)])
+def test_an_adapter_trains_in_float32_on_a_frozen_base_of_the_chosen_precision(checkpoint, precision, dtype):
+    policy = load_policy(R2MConfig(policy=str(checkpoint), precision=precision, lora=Lora(rank=3)))
+    assert isinstance(policy, PeftModel)
+    adapter = trainable(policy)
+    assert {p.dtype for p in adapter.values()} == {torch.float32}
+    assert all("lora_" in name for name in adapter)
+    assert {p.shape[0] for name, p in adapter.items() if "lora_A" in name} == {3}
+    assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {dtype}
+
+
+def test_a_fresh_adapter_changes_nothing_yet():
+    policy = add_adapter(tiny.policy(), Lora())
+    torch.testing.assert_close(logits(policy), logits(tiny.policy()), rtol=0, atol=0)
+
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers", "modules"),
+    [
+        ({}, {"0", "1", "2"}, LINEAR),
+        ({"top_layers": 2}, {"1", "2"}, LINEAR),
+        ({"top_layers": 1, "target_modules": ["q_proj", "up_proj"]}, {"2"}, {"q_proj", "up_proj"}),
+    ],
+)
+def test_an_adapter_sits_on_the_layers_and_modules_asked_for(settings, layers, modules):
+    policy = add_adapter(tiny.policy(num_hidden_layers=3), Lora(rank=2, **settings))
+    paths = [name.split(".layers.")[1].split(".") for name in trainable(policy)]
+    assert {path[0] for path in paths} == layers
+    assert {path[2] for path in paths} == modules
+    assert len(paths) == 2 * len(layers) * len(modules)
+
+
+def test_training_can_start_from_a_saved_adapter(checkpoint, tmp_path):
+    torch.manual_seed(3)
+    settings = LoraConfig(r=5, target_modules=["v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    saved = get_peft_model(tiny.policy(), settings)
+    saved.save_pretrained(tmp_path / "adapter")
+    config = R2MConfig(policy=str(checkpoint), lora=Lora(rank=2, top_layers=1, adapter=str(tmp_path / "adapter")))
+    policy = load_policy(config)
+    assert trainable(policy).keys() == trainable(saved).keys()
+    for name, p in trainable(policy).items():
+        assert p.dtype == torch.float32
+        assert torch.equal(p, trainable(saved)[name])
+
+
+def test_a_tokenizer_without_padding_token_pads_with_its_end_token(tmp_path):
+    tiny.tokenizer(pad=None).save_pretrained(tmp_path / "without")
+    tiny.tokenizer(specials=("<s>", "</s>", "<pad>"), pad="<pad>").save_pretrained(tmp_path / "with")
+    assert load_tokenizer(str(tmp_path / "without")).pad_token == "</s>"
+    assert load_tokenizer(str(tmp_path / "with")).pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("architecture", tiny.DROPOUT_ARCHITECTURES)
+def test_without_dropout_training_mode_computes_what_evaluation_mode_does(architecture):
+    model = tiny.policy_with_dropout(architecture)
+    expected = logits(model.eval())
+    assert not torch.allclose(logits(model.train()), expected)
+    disable_dropout(model)
+    torch.testing.assert_close(logits(model.train()), expected, rtol=0, atol=0)
+
+
+def test_the_dropout_of_an_adapter_goes_too():
+    settings = LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False, target_modules="all-linear")
+    model = get_peft_model(tiny.policy(), settings)
+    expected = logits(model.eval())
+    disable_dropout(model)
+    torch.testing.assert_close(logits(model.train()), expected, rtol=0, atol=0)
+
+
+def test_the_reference_of_full_tuning_stays_while_the_policy_moves():
+    policy = tiny.policy()
+    start, flags = logits(policy), trainable(policy).keys()
+    reference = freeze_reference(policy)
+    move(policy)
+    with reference() as model:
+        assert trainable(model) == {}
+        assert not model.training
+        torch.testing.assert_close(logits(model), start, rtol=0, atol=0)
+    assert not torch.allclose(logits(policy), start)
+    assert trainable(policy).keys() == flags
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_has_the_dtype_of_the_policy(dtype):
+    with freeze_reference(tiny.policy().to(dtype))() as model:
+        assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def random_adapter(**settings):
+    """As if trained before: both factors random, so that the adapter matters from the start."""
+    torch.manual_seed(5)
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    return get_peft_model(tiny.policy(), lora).eval()
+
+
+def test_the_reference_of_an_adapter_stays_while_the_policy_moves():
+    policy = random_adapter()
+    start, flags, base = logits(policy), trainable(policy).keys(), logits(tiny.policy())
+    assert not torch.allclose(start, base)
+    reference = freeze_reference(policy)
+    torch.testing.assert_close(logits(policy), start, rtol=0, atol=0)
+    move(policy)
+    moved = logits(policy)
+    assert not torch.allclose(moved, start)
+    for _ in range(2):
+        with reference() as model:
+            torch.testing.assert_close(logits(model), start, rtol=0, atol=0)
+        torch.testing.assert_close(logits(policy), moved, rtol=0, atol=0)
+        assert trainable(policy).keys() == flags
+
+
+def test_only_the_adapter_is_copied():
+    policy = random_adapter()
+    count = sum(p.numel() for p in policy.parameters())
+    adapter = sum(p.numel() for p in trainable(policy).values())
+    freeze_reference(policy)
+    assert sum(p.numel() for p in policy.parameters()) == count + adapter
+
+
+def test_an_error_under_the_reference_gives_the_policy_back():
+    policy = random_adapter()
+    flags = trainable(policy).keys()
+    reference = freeze_reference(policy)
+    move(policy)
+    moved = logits(policy)
+    with pytest.raises(KeyError), reference():
+        raise KeyError
+    torch.testing.assert_close(logits(policy), moved, rtol=0, atol=0)
+    assert trainable(policy).keys() == flags
+
+
+def test_weights_that_were_frozen_by_hand_stay_frozen():
+    policy = random_adapter()
+    for name, p in policy.named_parameters():
+        p.requires_grad_("lora_B" in name)
+    flags = trainable(policy).keys()
+    with freeze_reference(policy)():
+        pass
+    assert trainable(policy).keys() == flags
+
+
+def test_a_reference_made_again_is_of_the_policy_as_it_is_then():
+    policy = random_adapter()
+    freeze_reference(policy)
+    move(policy)
+    now = logits(policy)
+    reference = freeze_reference(policy)
+    move(policy)
+    with reference() as model:
+        torch.testing.assert_close(logits(model), now, rtol=0, atol=0)
