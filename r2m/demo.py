@@ -27,7 +27,7 @@ from r2m.trainer import R2MTrainer
 ARMS = {"RLOO, fixed RM": "none", "RLOO, frozen feedback": "frozen", "RLOO + R2M": "trained"}
 NUM_PAIRS = 64  # human preferences the reward model is fitted on: few, so that there is something to exploit
 EVAL_PROMPTS = 24
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 SUFFIX = " Overall, this movie was"  # what a plain language model is about to say here depends on the review
 
 
@@ -39,16 +39,16 @@ def demo_config(policy: str, reward_model: str, *, rounds: int, seed: int, feedb
         output_dir=str(output),
         seed=seed,
         rounds=rounds,
-        prompts_per_round=4,
+        prompts_per_round=3,
         num_generations=8,
         epochs=2,
-        micro_batch_size=32,
+        micro_batch_size=24,
         learning_rate=1e-4,
-        evaluate_every=5,
+        evaluate_every=8,
         generation=Generation(max_prompt_tokens=16, max_new_tokens=NEW_TOKENS, temperature=0.7),
         kl=KL(beta=0.02),
-        # Twelve of thirty layers: full tuning spends several times the KL for the same reward.
-        lora=Lora(rank=8, alpha=16, top_layers=12),
+        # Eight of thirty layers: full tuning spends several times the KL for the same reward.
+        lora=Lora(rank=8, alpha=16, top_layers=8),
         r2m=R2M(feedback=feedback, learning_rate=1e-4, inner_width=256, standardize=True),  # type: ignore[arg-type]
     )
 
@@ -58,7 +58,7 @@ def run_demo(
     policy: str | None = None,
     reward_model: str | None = None,
     prompts: Path | None = None,
-    rounds: int = 20,
+    rounds: int = 14,
     seed: int = 0,
     output: Path = Path("runs/demo"),
 ) -> dict[str, dict[str, float]]:
@@ -126,7 +126,6 @@ def run_demo(
             held_out_pairs=splits.test_pairs,
             sample_metrics=sample_metrics,
         )
-        accuracy_before = trainer.held_out_accuracy()
         if not table:
             table["before training"], samples["before training"] = _evaluate(trainer, eval_prompts, judge)
         print(f"\n{name}: {rounds} rounds of {config.prompts_per_round} prompts x {config.num_generations} responses")
@@ -135,8 +134,8 @@ def run_demo(
         plot_run(trainer.output_dir / "metrics.jsonl", trainer.output_dir / "metrics.png")
         table[name], samples[name] = _evaluate(trainer, eval_prompts, judge)
         table[name] |= {
-            "RM pair accuracy before": accuracy_before,
-            "RM pair accuracy after": trainer.held_out_accuracy(),
+            "RM pair accuracy, first round": history[0]["rm/pair_accuracy"],
+            "RM pair accuracy, last round": history[-1]["rm/pair_accuracy"],
             **_seconds_per_round(history),
         }
     plot_comparison(

@@ -91,6 +91,15 @@ def freeze_reference(policy: nn.Module) -> Callable[[], AbstractContextManager[n
     return switched
 
 
+def compact_head_input(policy: PreTrainedModel | PeftModel) -> None:
+    """Hand the LM head a contiguous input.
+
+    `logits_to_keep` gives it a slice of positions, and for a slice PyTorch's CPU matmul copies the head's weight once
+    per sequence: 1.8 GB for 32 sequences of a 135M-parameter model, more time than the rest of its forward pass.
+    """
+    policy.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
+
+
 def disable_dropout(model: nn.Module) -> None:
     """No dropout in any mode, so that the first epoch's importance ratio is 1."""
     module: Any

@@ -31,7 +31,7 @@ from r2m.data import Preference, Prompt
 from r2m.fitting import embed_pairs, feature_statistics, pair_accuracy, score_pairs, stream_hidden, tokenize_pairs
 from r2m.hidden_states import HiddenStateTap
 from r2m.monitor import phase, report_start, warn_about_drift, warn_about_settings
-from r2m.policy import disable_dropout, freeze_reference
+from r2m.policy import compact_head_input, disable_dropout, freeze_reference
 from r2m.policy_loss import policy_loss, sequence_kl, token_entropy, token_log_probs
 from r2m.reward_model import R2MRewardModel
 from r2m.rollout import Rollout, RolloutFn, encode_prompt, sample
@@ -91,6 +91,7 @@ class R2MTrainer:
         self.prompts = self._usable(prompts)
         reward_model.check_policy_width(policy.config.get_text_config().hidden_size)
         disable_dropout(policy)
+        compact_head_input(policy)
         if config.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         self.reference = freeze_reference(policy)

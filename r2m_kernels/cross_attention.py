@@ -121,7 +121,8 @@ def policy_feedback_reward(
     hidden       policy feedback [B, S, D_p], or packed [total, D_p] with cu_seqlens int32 [B + 1]
     w_q          [d, D_rm]; w_k, w_v [d, D_p]; w_o [D_rm, d]
     head_weight  phi [D_rm]; head_bias a tensor of one element
-    weight       w of equation 2, a float or a constant 0-dim tensor
+    weight       w of equation 2, a float or a constant 0-dim tensor. Under torch.compile a tensor never recompiles, a
+                 float that changes does once, after which PyTorch treats it as variable
     mask         bool [B, S], True = attend; not with cu_seqlens
 
     Differentiable (once) in every weight and in rte, with one read of hidden, of which autograd keeps nothing: two

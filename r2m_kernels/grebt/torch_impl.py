@@ -11,8 +11,8 @@ def grebt_loss(rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float) -
     winner = pair_scores.argmax(1)  # the first of equal maxima
     loser = pair_scores.shape[1] - 1 - pair_scores.flip(1).argmin(1)  # the last of equal minima
     bt = torch.nn.functional.softplus(-_margin(rewards, winner, loser))
-    std, _, _, log_p = _standardized(rewards, eps)
-    entropy = -(log_p.exp() * log_p).sum(1)
+    std, _, z = _standardized(rewards, eps)
+    entropy = -(torch.softmax(z, 1) * torch.log_softmax(z, 1)).sum(1)
     return (1 - alpha) * bt + alpha * entropy, bt, entropy, std, winner, loser
 
 
@@ -24,8 +24,9 @@ def grebt_loss_backward(
     dGRE/dz = -p (log p + GRE) =: dz. Through x = r - mean(r), std = sqrt(mean(x^2)) and z = x / (std + eps):
     dGRE/dr = (dz - mean(dz) - (x / std) mean(z dz)) / (std + eps), and 0 where std = 0.
     """
-    std, x, z, log_p = (t if t.ndim == 2 else t[:, None] for t in _standardized(rewards, eps))
-    p = log_p.exp()
+    std, x, z = _standardized(rewards, eps)
+    std = std[:, None]
+    p, log_p = torch.softmax(z, 1), torch.log_softmax(z, 1)
     dz = -p * (log_p - (p * log_p).sum(1, keepdim=True))
     unit = x / torch.where(std > 0, std, 1)
     dr = dz - dz.mean(1, keepdim=True) - unit * (z * dz).mean(1, keepdim=True)
@@ -35,18 +36,18 @@ def grebt_loss_backward(
     # A group whose pair is tied in scores and rewards prefers nothing: of the subgradients there, 0 is the smallest.
     tied = (margin == 0) & (_margin(pair_scores, winner, loser) == 0)
     pull = torch.where(tied, 0, (1 - alpha) * torch.sigmoid(-margin))[:, None]
-    dr = dr.scatter_add(1, winner[:, None], -pull).scatter_add(1, loser[:, None], pull)
-    return grad[:, None] * dr
+    position = torch.arange(dr.shape[1], device=dr.device)
+    sign = (position == loser[:, None]).to(dr.dtype) - (position == winner[:, None]).to(dr.dtype)
+    return grad[:, None] * (dr + pull * sign)
 
 
-def _standardized(rewards: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """std [n]; x = r - mean(r), z = x / (std + eps) and log softmax(z), each [n, K]."""
+def _standardized(rewards: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """std [n]; x = r - mean(r) and z = x / (std + eps), each [n, K]."""
     r = rewards.to(accumulate_dtype(rewards))
     x = r - r[:, :1]  # exactly 0 in a group of equal rewards, so that std is too
     x = x - x.mean(1, keepdim=True)
     std = x.square().mean(1).sqrt()
-    z = x / torch.where(std > 0, std + eps, 1)[:, None]
-    return std, x, z, torch.log_softmax(z, 1)
+    return std, x, x / torch.where(std > 0, std + eps, 1)[:, None]
 
 
 def _margin(rewards: Tensor, winner: Tensor, loser: Tensor) -> Tensor:

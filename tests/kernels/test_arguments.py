@@ -15,9 +15,11 @@ META = torch.device("meta")
 
 
 class NothingRuns(TorchDispatchMode):
-    """Fails if any tensor operation runs inside."""
+    """Fails if any tensor operation runs inside but the random numbers of the arguments themselves."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.randn.default:
+            return func(*args, **kwargs)
         raise AssertionError(f"{func} ran before the arguments were checked")
 
 

@@ -39,11 +39,11 @@ def changed(module, before):
 
 
 def preferences(count, seed, *, strength=4.0):
-    """Embeddings [2 N, 24], chosen first; along the first axis the chosen ones lie higher."""
+    """Embeddings [2 N, 24], chosen first, of deviation 10; chosen ones lie `strength` deviations higher on one axis."""
     torch.manual_seed(seed)
     rte = torch.randn(2 * count, 24) + 3
     rte[:count, 0] += strength
-    return rte
+    return 10 * rte
 
 
 # ---- the head ----
@@ -79,8 +79,8 @@ def held_out_loss(reward_model, rte):
 
 
 def test_the_fit_stops_where_the_held_out_loss_is_lowest(reward_model):
-    """Ten pairs in 24 dimensions are separable by chance: the training loss alone never stops."""
-    rte, held_out = preferences(10, 0, strength=0.7), preferences(200, 1, strength=0.7)
+    """Fifteen pairs in 24 dimensions are separable by chance: the training loss alone never stops."""
+    rte, held_out = preferences(15, 0, strength=1.5), preferences(200, 1, strength=1.5)
     overfitted = fit_head(reward_model, rte, rte)
     loss_of_the_overfitted = held_out_loss(reward_model, held_out)
     stopped = fit_head(reward_model, rte, held_out)

@@ -259,7 +259,7 @@ def move(policy, by=0.02):
 
 
 @pytest.mark.parametrize("placement", ["loss", "reward"])
-def test_the_kl_enters_advantages_only_where_it_is_part_of_the_reward_and_never_the_pairs(make, placement):
+def test_the_kl_enters_advantages_only_where_it_is_part_of_the_reward_and_never_the_pairs(make, monkeypatch, placement):
     trainer, row = make(kl={"placement": placement, "beta": 0.5}), {}
     move(trainer.policy)
     rollout = trainer.sample(1)
@@ -272,6 +272,10 @@ def test_the_kl_enters_advantages_only_where_it_is_part_of_the_reward_and_never_
     assert kl.abs().min() > 1e-3
     penalised = batch.scores - 0.5 * kl if placement == "reward" else batch.scores
     torch.testing.assert_close(batch.advantages, rloo_advantages(penalised.view(N, K)).flatten())
+    picking = []
+    monkeypatch.setattr(trainer.updater, "step", lambda annotated: picking.append(annotated) or {})
+    trainer.align_reward_model(batch, 1, row)
+    assert torch.equal(picking[0], batch.scores)
 
 
 def log_probs_of(model, rollout, temperature):
@@ -291,6 +295,18 @@ def test_policy_and_reference_are_scored_at_the_sampling_temperature(make):
     for actual, model in ((batch.log_probs, trainer.policy), (batch.reference_log_probs, small_policy())):
         torch.testing.assert_close(actual * mask, log_probs_of(model, rollout, 0.5), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(batch.log_probs * mask, batch.reference_log_probs * mask, atol=1e-2)
+
+
+def test_padding_and_neighbours_change_no_log_prob_of_a_model_with_absolute_positions(make):
+    trainer = make(policy=tiny.policy_with_dropout("gpt2"), prompts=["a", "a longer prompt than the other"])
+    rollout = trainer.sample(1)
+    batch = trainer.annotate(rollout, 1, {})
+    for i, completion_mask in enumerate(rollout.completion_mask):
+        ids, length = rollout.input_ids[i][rollout.attention_mask[i]][None], int(completion_mask.sum())
+        with torch.no_grad():
+            log_p = (trainer.policy(input_ids=ids).logits[:, -length - 1 : -1] / 0.7).log_softmax(-1)
+        expected = log_p.gather(-1, ids[:, -length:, None])[0, :, 0]
+        torch.testing.assert_close(batch.log_probs[i][completion_mask], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("placement", ["loss", "reward"])
@@ -591,7 +607,7 @@ def test_standardisation_takes_its_statistics_from_the_first_rounds_samples(make
 
 
 def test_evaluation_trains_nothing(make):
-    trainer = make()
+    trainer = make(rounds=5)
     before, before_small = copies(trainer.policy), copies(trainer.reward_model)
     row, rollout = trainer.evaluate(["hello", "you"])
     assert rollout.prompts == ["hello"] * K + ["you"] * K
