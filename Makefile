@@ -10,7 +10,7 @@ STAMP := .venv/installed
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(STAMP)  ## train a 135M-parameter model on movie reviews (some 10 minutes on two CPU cores)
+demo: $(STAMP)  ## train a 135M-parameter model on movie reviews (a quarter of an hour on two CPU cores)
 	$(BIN)/r2m demo
 
 test: lint types unit  ## everything a change must pass

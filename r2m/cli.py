@@ -21,7 +21,7 @@ def demo(
         str | None, typer.Option(help="Hub id or path of the backbone; default: the policy.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help=".jsonl or .txt; default: openings of movie reviews.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Training rounds of each arm.")] = 14,
+    rounds: Annotated[int, typer.Option(min=1, help="Training rounds of each arm.")] = 16,
     seed: Annotated[int, typer.Option(help="Of data splits, weights and sampling.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for metrics, samples, table and plots.")] = Path("runs/demo"),
 ) -> None:

@@ -49,7 +49,7 @@ def add_adapter(model: PreTrainedModel, lora: Lora) -> PeftModel:
     targets, layers = lora.target_modules, None
     if lora.top_layers is not None:
         depth = model.config.get_text_config().num_hidden_layers
-        layers = list(range(depth - lora.top_layers, depth))
+        layers = list(range(max(0, depth - lora.top_layers), depth))
         if targets == "all-linear":  # peft takes no layer numbers beside this name, so it is spelled out
             linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
             targets = sorted({name.rpartition(".")[2] for name in linear if ".layers." in name})

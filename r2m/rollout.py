@@ -154,6 +154,7 @@ def generate(
         eos_token_id=eos_ids,
         pad_token_id=pad_id,
         stop_strings=settings.stop_strings or None,
+        remove_invalid_values=True,  # NaN logits kill a sampler on a GPU; scoring sees them too, and says so
         use_cache=True,
     )
     own_defaults, was_training = model.generation_config, model.training

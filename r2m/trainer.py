@@ -118,7 +118,7 @@ class R2MTrainer:
     def train(self, resume_from: str | Path | None = None) -> list[dict[str, float]]:
         """Run rounds 1..T, or those after a checkpoint; returns metrics.jsonl's rows, one a round."""
         first_round = 1 + (load_checkpoint(self, resume_from) if resume_from is not None else 0)
-        self._open_output(append=resume_from is not None)
+        self._open_output(first_round)
         rounds = tqdm(
             range(first_round, self.config.rounds + 1), unit="round", disable=not self.accelerator.is_main_process
         )
@@ -161,6 +161,9 @@ class R2MTrainer:
         with self.reference() as reference:
             reference_log_probs, _ = self._log_probs(reference, rollout)
 
+        for name, value in (("reward", rewards), ("log-probability", log_probs), ("reference", reference_log_probs)):
+            if not torch.isfinite(value).all():
+                raise FloatingPointError(f"phase annotate, round {t}: a {name} is not finite")
         scores = rewards
         if config.missing_eos_penalty is not None:
             scores = rewards - config.missing_eos_penalty * (~rollout.finished)
@@ -320,7 +323,9 @@ class R2MTrainer:
     def save_pretrained(self, folder: str | Path) -> None:
         """The trained policy (or adapter), tokenizer, and reward model, in the forms that `from_pretrained` loads."""
         folder = Path(folder)
-        self.accelerator.unwrap_model(self.policy).save_pretrained(folder / "policy")
+        policy = self.accelerator.unwrap_model(self.policy)
+        adapter = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}  # no reference
+        policy.save_pretrained(folder / "policy", **adapter)
         self.tokenizer.save_pretrained(folder / "policy")
         self.reward_model.save_pretrained(folder / "reward_model")
 
@@ -374,8 +379,11 @@ class R2MTrainer:
         if not self.parameters:
             raise ValueError("policy has no trainable weights; an adapter has to be loaded with is_trainable=True")
 
-    def _open_output(self, *, append: bool) -> None:
+    def _open_output(self, first_round: int) -> None:
+        """Cut the metrics of an earlier run in this folder back to the rounds that are not run again."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "config.yaml").write_text(config_to_yaml(self.config))
-        if not append:
-            (self.output_dir / "metrics.jsonl").write_text("")
+        metrics = self.output_dir / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.is_file() else []
+        self.history = [row for row in map(json.loads, lines) if row["round"] < first_round]
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in self.history))

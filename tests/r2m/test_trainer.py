@@ -14,6 +14,7 @@ from r2m import Preference, R2MRewardModel, R2MTrainer, load_config
 from r2m.advantages import grpo_advantages, rloo_advantages
 from r2m.config import Lora, config_from_dict
 from r2m.fitting import embed_pairs, pair_accuracy, score_pairs, tokenize_pairs
+from r2m.monitor import warn_about_drift
 from r2m.policy import add_adapter
 from r2m.policy_loss import sequence_kl
 
@@ -667,6 +668,12 @@ def test_a_drift_of_the_rewards_scale_is_warned_about(make, caplog, learning_rat
     assert drifts == (not 0.5 < ratio < 2)
     assert len(warnings(caplog)) == drifts
     assert all(f"{ratio:.2f} times" in line and "round 2" in line for line in warnings(caplog))
+
+
+@pytest.mark.parametrize(("spread", "drifts"), [(0.45, True), (0.55, False), (1.9, False), (2.1, True)])
+def test_twice_or_half_the_first_rounds_spread_is_a_drift(caplog, spread, drifts):
+    warn_about_drift({"round": 1, "reward/group_std": 3.0}, {"round": 9, "reward/group_std": 3.0 * spread})
+    assert len(warnings(caplog)) == drifts
 
 
 def test_the_start_is_described(make, caplog):
