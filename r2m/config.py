@@ -135,7 +135,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = yaml.load(Path(path).read_text(), Loader=_YamlLoader) or {}
+        try:
+            values = yaml.load(Path(path).read_text(), Loader=_YamlLoader) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}; expected a mapping of keys to values")
     for item in overrides or []:

@@ -63,6 +63,8 @@ def fit_head(reward_model: R2MRewardModel, rte: Tensor, held_out_rte: Tensor) ->
     steps = _minimize(
         [head.weight], lambda: _bradley_terry(score(rte)), lambda: _bradley_terry(score(held_out_rte)), 3e-4
     )
+    if steps == 0:
+        raise ValueError("pairs: nothing learned from them lowers the loss on the held-out pairs; the head stays 0")
     with torch.no_grad():
         head.weight.div_(score(rte).std())
         head.bias.sub_(score(rte).mean())
@@ -115,7 +117,7 @@ def tokenize_pairs(policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None,
         completions,
         [encode_prompt(tokenizer, prompt) for prompt in prompts],
         tokenizer(completions, add_special_tokens=False).input_ids,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=tokenizer.pad_token_id or 0,  # any id will do behind a mask
         device=next(policy.parameters()).device,
     )
 
@@ -151,6 +153,8 @@ def feature_statistics(hidden: Iterator[tuple[slice, Tensor]], rollout: Rollout)
     count, mean, square = 0, torch.zeros(()), torch.zeros(())
     for rows, b_hidden in hidden:
         b_rows = b_hidden[rollout.feedback_mask[rows]].float()  # [tokens, D_p]
+        if len(b_rows) == 0:
+            continue
         b_variance, b_mean = torch.var_mean(b_rows, 0, correction=0)
         share = len(b_rows) / (count + len(b_rows))
         square = square + len(b_rows) * (b_variance + (1 - share) * (b_mean - mean).square())

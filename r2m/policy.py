@@ -74,19 +74,26 @@ def freeze_reference(policy: nn.Module) -> Callable[[], AbstractContextManager[n
         frozen = copy.deepcopy(policy).eval().requires_grad_(False)
         return lambda: nullcontext(frozen)
     active = policy.active_adapter
+    trainable = {id(p) for p in policy.parameters() if p.requires_grad}
+
+    def activate(adapter: str) -> None:
+        policy.set_adapter(adapter)  # which also makes all of it trainable
+        for p in policy.parameters():
+            p.requires_grad_(id(p) in trainable)
+
     if REFERENCE not in policy.peft_config:
         policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[active]))
     weights = get_peft_model_state_dict(policy, adapter_name=active)
     set_peft_model_state_dict(policy, weights, adapter_name=REFERENCE)
-    policy.set_adapter(active)
+    activate(active)
 
     @contextmanager
     def switched() -> Iterator[nn.Module]:
-        policy.set_adapter(REFERENCE, inference_mode=True)
+        activate(REFERENCE)
         try:
             yield policy
         finally:
-            policy.set_adapter(active)
+            activate(active)
 
     return switched
 
@@ -102,9 +109,10 @@ def compact_head_input(policy: PreTrainedModel | PeftModel) -> None:
 
 def disable_dropout(model: nn.Module) -> None:
     """No dropout in any mode, so that the first epoch's importance ratio is 1."""
-    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        # Rates that attention and decoder layers apply themselves: dropout, attention_dropout, layerdrop, ...
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

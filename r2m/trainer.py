@@ -90,12 +90,14 @@ class R2MTrainer:
             tokenizer.pad_token = tokenizer.eos_token
         self.prompts = self._usable(prompts)
         reward_model.check_policy_width(policy.config.get_text_config().hidden_size)
-        disable_dropout(policy)
         compact_head_input(policy)
         if config.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         self.reference = freeze_reference(policy)
+        disable_dropout(policy)  # the reference adapter's too
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("policy has no trainable weights; an adapter has to be loaded with is_trainable=True")
         optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.accelerator = Accelerator()
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
@@ -324,7 +326,9 @@ class R2MTrainer:
         """The trained policy (or adapter), tokenizer, and reward model, in the forms that `from_pretrained` loads."""
         folder = Path(folder)
         policy = self.accelerator.unwrap_model(self.policy)
-        adapter = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}  # no reference
+        adapter = (
+            {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
+        )  # no reference
         policy.save_pretrained(folder / "policy", **adapter)
         self.tokenizer.save_pretrained(folder / "policy")
         self.reward_model.save_pretrained(folder / "reward_model")
@@ -376,8 +380,6 @@ class R2MTrainer:
                 f"policy has trainable weights of {', '.join(sorted(wrong))}; expected float32, "
                 "since at small learning rates narrower weights never move (precision is a key of the config)"
             )
-        if not self.parameters:
-            raise ValueError("policy has no trainable weights; an adapter has to be loaded with is_trainable=True")
 
     def _open_output(self, first_round: int) -> None:
         """Cut the metrics of an earlier run in this folder back to the rounds that are not run again."""
