@@ -4,6 +4,7 @@ start."""
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from r2m.data import Preference
 from r2m.hidden_states import policy_backbone
 from r2m.reward_model import R2MRewardModel
 from r2m.rollout import Rollout, collate, encode_prompt
+
+logger = logging.getLogger(__name__)
 
 
 def fit_reward(
@@ -186,7 +189,7 @@ def _minimize(
     loss: Callable[[], Tensor],
     held_out_loss: Callable[[], Tensor],
     learning_rate: float,
-    max_steps: int = 400,
+    max_steps: int = 2000,
     patience: int = 20,
 ) -> int:
     """AdamW on the full batch until the held-out loss has not fallen for `patience` steps; keeps and counts the best
@@ -203,6 +206,8 @@ def _minimize(
         optimizer.zero_grad(set_to_none=True)
         loss().backward()
         optimizer.step()
+    if best_step == max_steps:
+        logger.warning("Bradley-Terry fit: the held-out loss was still falling after %d steps", max_steps)
     if not best:
         raise FloatingPointError(f"Bradley-Terry fit: the held-out loss is {current} at step 0")
     with torch.no_grad():

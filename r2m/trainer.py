@@ -99,7 +99,7 @@ class R2MTrainer:
         if not self.parameters:
             raise ValueError("policy has no trainable weights; an adapter has to be loaded with is_trainable=True")
         optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(device_placement=False)  # everything stays where the user put it
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.device = next(self.policy.parameters()).device
         self._check_weights()
@@ -303,7 +303,7 @@ class R2MTrainer:
         picked = []
         for i in range((t - 1) * n, t * n):
             if i // size not in order:
-                generator = torch.Generator().manual_seed(self.config.seed + i // size)
+                generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + i // size)
                 order[i // size] = torch.randperm(size, generator=generator).tolist()
             picked.append(self.prompts[order[i // size][i % size]])
         return picked

@@ -34,9 +34,9 @@ class R2MUpdater:
         self.settings = settings
         self.total_steps = total_steps
         self.num_generations = num_generations
-        self.optimizer = torch.optim.AdamW(
-            reward_model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        # GREBT does not see a shift of all rewards: the bias would follow rounding noise, which Adam scales up.
+        trained = [p for p in reward_model.parameters() if p is not reward_model.head.bias]
+        self.optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
     @torch.enable_grad()  # scoring runs without gradient; `step` needs the graph that is made here
     def begin_round(self, rte: Tensor, step: int) -> None:
@@ -126,7 +126,8 @@ class R2MUpdater:
     def _optimize(self, loss: Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.reward_model.parameters(), self.settings.max_grad_norm).item()
+        trained = self.optimizer.param_groups[0]["params"]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm).item()
         if not norm < float("inf"):  # NaN too
             raise FloatingPointError(f"gradient norm of the reward model is {norm}")
         self.optimizer.step()
