@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,8 @@ def _clear_errors() -> Iterator[None]:
     """What a user did wrong, or a loss that diverged, ends with its message; anything else keeps its traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("r2m").setLevel(logging.INFO)
+    # peft calls transformers by names that the latter is retiring: nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

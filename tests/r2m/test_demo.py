@@ -17,7 +17,7 @@ def test_the_demo_trains_the_real_model_and_reports(tmp_path, monkeypatch, capsy
             pairs=splits.pairs[:16],
             validation_pairs=splits.validation_pairs[:8],
             test_pairs=splits.test_pairs[:8],
-            judge_train=splits.judge_train[:2000],
+            judge_train=splits.judge_train[::15],
         )
 
     load_splits = demo.load_splits
