@@ -1,4 +1,4 @@
-"""What a run costs, and the warnings a user needs."""
+"""What a round's samples look like, what it costs, and the warnings a user needs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,29 @@ from contextlib import contextmanager
 import torch
 
 from r2m.config import R2MConfig
+from r2m.rollout import Annotations, Rollout
+from r2m_kernels import grebt_loss
 
 logger = logging.getLogger(__name__)
+
+
+def describe_samples(rollout: Rollout, batch: Annotations, config: R2MConfig) -> dict[str, float]:
+    mask, tokens = rollout.completion_mask, rollout.completion_mask.sum()
+    _, groups = grebt_loss(batch.scores.view(-1, config.num_generations), eps=config.r2m.eps, return_stats=True)
+    metrics = {
+        "reward/mean": batch.rewards.mean(),
+        "reward/std": batch.rewards.std(),
+        "reward/initial": batch.initial.mean(),
+        "reward/group_std": groups["std"].mean(),
+        "reward/entropy": groups["entropy"].mean(),
+        "reward/degenerate_share": (groups["std"] < config.r2m.eps).float().mean(),
+        "policy/kl": batch.kl.mean(),
+        "policy/reference_log_prob": (batch.reference_log_probs * mask).sum() / tokens,
+        "policy/entropy": (batch.entropy * mask).sum() / tokens,
+        "length/mean": mask.sum(-1).float().mean(),
+        "length/eos_share": rollout.finished.float().mean(),
+    }
+    return {name: value.item() for name, value in metrics.items()}
 
 
 @contextmanager

@@ -39,6 +39,20 @@ class Rollout:
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
 
+@dataclass
+class Annotations:
+    """What is known of a round's samples before the policy moves: [B, R] per response token, [B] per sequence."""
+
+    log_probs: Tensor  # [B, R] under the policy that sampled
+    reference_log_probs: Tensor  # [B, R]
+    entropy: Tensor  # [B, R]
+    kl: Tensor  # [B] of whole responses, k1
+    rewards: Tensor  # [B] of the reward model
+    initial: Tensor  # [B] of the reward model as it was at the start, without feedback
+    scores: Tensor  # [B] rewards less the penalty for an unfinished response: they pick the pairs
+    advantages: Tensor  # [B]
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: chat messages through the chat template, text as it is; special tokens once."""
     if isinstance(prompt, str):

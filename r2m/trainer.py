@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,12 @@ from r2m.config import R2MConfig, config_to_yaml
 from r2m.data import Preference, Prompt
 from r2m.fitting import embed_pairs, feature_statistics, pair_accuracy, score_pairs, stream_hidden, tokenize_pairs
 from r2m.hidden_states import HiddenStateTap
-from r2m.monitor import phase, report_start, warn_about_drift, warn_about_settings
+from r2m.monitor import describe_samples, phase, report_start, warn_about_drift, warn_about_settings
 from r2m.policy import compact_head_input, disable_dropout, freeze_reference
 from r2m.policy_loss import policy_loss, sequence_kl, token_entropy, token_log_probs
 from r2m.reward_model import R2MRewardModel
-from r2m.rollout import Rollout, RolloutFn, encode_prompt, sample
+from r2m.rollout import Annotations, Rollout, RolloutFn, encode_prompt, sample
 from r2m.updater import R2MUpdater
-from r2m_kernels import grebt_loss
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +43,6 @@ logger = logging.getLogger(__name__)
 SampleMetrics = Callable[[list[Prompt], list[str]], dict[str, float]]
 # Consumes the hidden states of one micro-batch: (rows, hidden [b, S, D_p], mask [b, S])
 Consume = Callable[[slice, Tensor, Tensor], Any]
-
-
-@dataclass
-class Annotations:
-    """What phase 2 hands on: [B, R] per token, [B] per sequence."""
-
-    log_probs: Tensor  # [B, R] under the policy that sampled
-    reference_log_probs: Tensor  # [B, R]
-    scores: Tensor  # [B] rewards without KL: they pick the pairs
-    advantages: Tensor  # [B]
 
 
 class R2MTrainer:
@@ -159,9 +148,17 @@ class R2MTrainer:
             def consume(rows: slice, hidden: Tensor, feedback_mask: Tensor) -> None:
                 rewards[rows] = self.updater.score(rows, hidden, feedback_mask)
 
-        log_probs, entropy = self._log_probs(self.policy, rollout, consume)
+        temperature = config.generation.temperature
+        log_probs, reference_log_probs, entropy = rewards.new_empty(3, *mask.shape)
+        # In the micro-batches of the update: in bf16 the same rows give the same bits, so the first ratio is 1.
+        for rows in chain(*self._minibatches(len(rewards))):
+            logits = self._logits(self.policy, rollout, rows, consume)
+            log_probs[rows] = token_log_probs(logits, rollout.completion_ids[rows], temperature)
+            entropy[rows] = token_entropy(logits, temperature)
         with self.reference() as reference:
-            reference_log_probs, _ = self._log_probs(reference, rollout)
+            for rows in chain(*self._minibatches(len(rewards))):
+                logits = self._logits(reference, rollout, rows)
+                reference_log_probs[rows] = token_log_probs(logits, rollout.completion_ids[rows], temperature)
 
         for name, value in (("reward", rewards), ("log-probability", log_probs), ("reference", reference_log_probs)):
             if not torch.isfinite(value).all():
@@ -173,34 +170,23 @@ class R2MTrainer:
         penalised = scores - config.kl.beta * kl if config.kl.placement == "reward" else scores
         advantages = ADVANTAGES[config.algorithm](penalised.view(-1, config.num_generations)).flatten()
 
-        _, groups = grebt_loss(scores.view(-1, config.num_generations), eps=config.r2m.eps, return_stats=True)
-        row |= {
-            "reward/mean": rewards.mean().item(),
-            "reward/std": rewards.std().item(),
-            "reward/initial": initial.mean().item(),
-            "reward/group_std": groups["std"].mean().item(),
-            "reward/entropy": groups["entropy"].mean().item(),
-            "reward/degenerate_share": (groups["std"] < config.r2m.eps).float().mean().item(),
-            "policy/kl": kl.mean().item(),
-            "policy/reference_log_prob": ((reference_log_probs * mask).sum() / mask.sum()).item(),
-            "policy/entropy": ((entropy * mask).sum() / mask.sum()).item(),
-            "length/mean": mask.sum(-1).float().mean().item(),
-            "length/eos_share": rollout.finished.float().mean().item(),
-        }
+        batch = Annotations(log_probs, reference_log_probs, entropy, kl, rewards, initial, scores, advantages)
+        row |= describe_samples(rollout, batch, config)
         if config.r2m.feedback != "none":
             row |= {"weight": self.updater.weight, "reward/correlation": self.updater.alignment(initial).item()}
-        return Annotations(log_probs, reference_log_probs, scores, advantages)
+        return batch
 
     def optimize_policy(self, rollout: Rollout, batch: Annotations, t: int, row: dict[str, float]) -> None:
         """Step 4: k epochs over the round (equation 7); the last one's forward passes refresh the feedback for free."""
         config = self.config
         self.policy.train()
-        per_minibatch = len(rollout.prompts) // config.minibatches
+        count = len(rollout.prompts)
         totals: dict[str, Tensor] = {}
         for epoch in range(1, config.epochs + 1):
             refresh = epoch == config.epochs and config.r2m.feedback != "none"
-            for minibatch in torch.randperm(config.minibatches).tolist():
-                for rows in self._micro_batches(minibatch * per_minibatch, (minibatch + 1) * per_minibatch):
+            minibatches = self._minibatches(count)
+            for i in torch.randperm(len(minibatches)).tolist():
+                for rows in minibatches[i]:
                     logits = self._logits(self.policy, rollout, rows, self.updater.collect if refresh else None)
                     loss, stats = policy_loss(
                         token_log_probs(logits, rollout.completion_ids[rows], config.generation.temperature),
@@ -213,12 +199,12 @@ class R2MTrainer:
                         beta=config.kl.beta if config.kl.placement == "loss" else 0.0,
                         estimator=config.kl.estimator,
                     )
-                    self.accelerator.backward(loss.sum() / per_minibatch)
+                    self.accelerator.backward(loss.sum() * config.minibatches / count)
                     for name, value in {"loss": loss.detach(), **stats}.items():
                         totals[name] = totals.get(name, 0.0) + value.sum()
                 row["policy/grad_norm"] = self._step_policy(t, epoch)
         self.policy.eval()
-        row |= {f"policy/{name}": (v / (config.epochs * len(rollout.prompts))).item() for name, v in totals.items()}
+        row |= {f"policy/{name}": (v / (config.epochs * count)).item() for name, v in totals.items()}
 
     def align_reward_model(self, batch: Annotations, t: int, row: dict[str, float]) -> None:
         """Step 5: GREBT on rewards recomputed from the refreshed feedback; the backbone and the policy do not run."""
@@ -261,23 +247,13 @@ class R2MTrainer:
                 use_cache=False,
             ).logits[:, :-1]
 
-    def _log_probs(self, model: nn.Module, rollout: Rollout, consume: Consume | None = None) -> tuple[Tensor, Tensor]:
-        """(log-probabilities, entropies) of all response tokens, [B, R] each, in the micro-batches of the update: in
-        bf16 the same rows give the same bits, so the first importance ratio is 1.
-        """
-        log_probs, entropies = [], []
-        temperature = self.config.generation.temperature
-        per_minibatch = len(rollout.prompts) // self.config.minibatches
-        for start in range(0, len(rollout.prompts), per_minibatch):
-            for rows in self._micro_batches(start, start + per_minibatch):
-                logits = self._logits(model, rollout, rows, consume)
-                log_probs.append(token_log_probs(logits, rollout.completion_ids[rows], temperature))
-                entropies.append(token_entropy(logits, temperature))
-        return torch.cat(log_probs), torch.cat(entropies)
-
-    def _micro_batches(self, start: int, end: int) -> Iterator[slice]:
-        size = self.config.micro_batch_size
-        return (slice(i, min(i + size, end)) for i in range(start, end, size))
+    def _minibatches(self, count: int) -> list[list[slice]]:
+        """The rows of each minibatch, a slice for each micro-batch."""
+        size, micro = count // self.config.minibatches, self.config.micro_batch_size
+        return [
+            [slice(i, min(i + micro, start + size)) for i in range(start, start + size, micro)]
+            for start in range(0, count, size)
+        ]
 
     def _step_policy(self, t: int, epoch: int) -> float:
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
@@ -326,10 +302,9 @@ class R2MTrainer:
         """The trained policy (or adapter), tokenizer, and reward model, in the forms that `from_pretrained` loads."""
         folder = Path(folder)
         policy = self.accelerator.unwrap_model(self.policy)
-        adapter = (
-            {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
-        )  # no reference
-        policy.save_pretrained(folder / "policy", **adapter)
+        # The reference adapter stays out.
+        chosen = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
+        policy.save_pretrained(folder / "policy", **chosen)
         self.tokenizer.save_pretrained(folder / "policy")
         self.reward_model.save_pretrained(folder / "reward_model")
 
