@@ -49,6 +49,9 @@ def train(
         from r2m.plots import plot_run
 
         settings = r2m.load_config(config, overrides)
+        for key in ("policy", "reward_model", "prompts"):
+            if not getattr(settings, key):
+                raise ValueError(f"{key} is not set; expected it in {config} or as {key}=...")
         prompts = r2m.load_prompts(settings.prompts)
         torch.manual_seed(settings.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -165,3 +165,9 @@ def test_help_does_not_wait_for_torch(arguments):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Usage:" in result.stdout
     assert "imported: []" in result.stdout
+
+
+def test_a_key_that_has_to_be_set_is_named(run_file):
+    result = train(run_file, 'reward_model=""')
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: reward_model is not set; expected it in ")
