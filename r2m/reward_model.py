@@ -236,7 +236,7 @@ class R2MRewardModel(nn.Module):
 
     def vanilla_score(self, rte: Tensor) -> Tensor:
         """The score at w = 1, the checkpoint's own: rte [B, D_rm] -> [B] float32."""
-        return self.standardized(rte) @ self.head.weight + self.head.bias
+        return self.head(self.standardized(rte))
 
     def score(
         self,

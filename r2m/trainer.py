@@ -140,7 +140,7 @@ class R2MTrainer:
         rte = self.reward_model.embed(rollout.prompts, rollout.completions)
         if self.reward_model.needs_statistics:
             self._take_statistics(rte, rollout)
-        initial = self.reward_model.standardized(rte) @ self.initial_head.weight + self.initial_head.bias
+        initial = self.initial_head(self.reward_model.standardized(rte))
         rewards, consume = initial.clone(), None
         if config.r2m.feedback != "none":
             self.updater.begin_round(rte, t)
@@ -181,10 +181,10 @@ class R2MTrainer:
         config = self.config
         self.policy.train()
         count = len(rollout.prompts)
+        minibatches = self._minibatches(count)
         totals: dict[str, Tensor] = {}
         for epoch in range(1, config.epochs + 1):
             refresh = epoch == config.epochs and config.r2m.feedback != "none"
-            minibatches = self._minibatches(count)
             for i in torch.randperm(len(minibatches)).tolist():
                 for rows in minibatches[i]:
                     logits = self._logits(self.policy, rollout, rows, self.updater.collect if refresh else None)

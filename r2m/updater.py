@@ -46,7 +46,7 @@ class R2MUpdater:
         # What the kernels read; the graph behind `absorbed` waits for `step`.
         self._query, self._direction = self._absorbed.query.detach(), self._absorbed.direction.detach()
         with torch.no_grad():
-            self._vanilla = self._absorbed.rte @ self.reward_model.head.weight + self.reward_model.head.bias  # [B]
+            self._vanilla = self._absorbed.rte @ self.reward_model.head.weight  # phi . H [B]
             self._offset = self._absorbed.bias - self.reward_model.head.bias
         shape = self._query.shape
         self._feedback_value = self._vanilla.new_full(shape[:1], torch.nan)  # (1 - w) phi . A
@@ -61,8 +61,7 @@ class R2MUpdater:
         value, _ = attention_pool_dot(self._query[rows], hidden, self._direction, mask=mask, scale=1.0)
         value = value.sum(-1) if value.ndim == 2 else value  # heads
         self._feedback_value[rows] = value + self._offset
-        head = self.reward_model.head
-        return self._feedback_value[rows] + self.weight * (self._vanilla[rows] - head.bias) + head.bias
+        return self._feedback_value[rows] + self.weight * self._vanilla[rows] + self.reward_model.head.bias
 
     @torch.no_grad()
     def collect(self, rows: Rows, hidden: Tensor, mask: Tensor) -> None:
