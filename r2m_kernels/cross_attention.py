@@ -232,7 +232,7 @@ def _check_cross_attention(
     checks.sequences(rte.shape[0], "rte and w_k", w_k.shape[1], hidden, cu_seqlens, mask)
     checks.shape("w_v", w_v, (tuple(w_k.shape), "[d, D_p] like w_k"))
     checks.shape("w_o", w_o, ((rte.shape[1], w_v.shape[0]), "[D_rm, d]"))
-    dispatch.choose(impl)
+    dispatch.choose(impl, hidden)
 
 
 # reward_from_pools is an op of its own, and so is its gradient, for one reason: pooled and gradient are constants in

@@ -1,31 +1,66 @@
 """Which implementation of an op runs. Adding one: a module `<op>/<name>_impl.py` in each op's folder, a row here."""
 
 import importlib
+import importlib.util
+import os
 from types import ModuleType
 
-# Fastest first; the value says why the implementation cannot run, None if it can.
-_IMPLEMENTATIONS: dict[str, str | None] = {
-    "extension": "not part of this version",
-    "triton": "not part of this version",
-    "torch": None,
-}
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("extension", "torch", "triton")
+
+# What "auto" tries, fastest first. Triton's interpreter, which runs kernels on CPU tensors, is for checking them.
+FASTEST_FIRST = {"cuda": ("triton", "extension", "torch"), "cpu": ("extension", "torch")}
 
 
 def available_implementations() -> dict[str, str | None]:
-    """Every implementation's name -> None if it can run, else the reason it cannot."""
-    return dict(_IMPLEMENTATIONS)
+    """Every implementation's name -> None if it can run on this machine, else the reason it cannot."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: _reason(name, device) for name in IMPLEMENTATIONS}
 
 
-def choose(impl: str) -> str:
-    """The implementation to run: the fastest that can for "auto", else the one named or an error."""
+def choose(impl: str, *tensors: Tensor, **limits: str | None) -> str:
+    """The implementation to run on these tensors: the fastest that can for "auto", else the one named or an error.
+
+    `limits` gives for an implementation the reason why it cannot take these shapes, or None.
+    """
+
+    def reason(name: str) -> str | None:
+        if name != "torch" and any(t.dtype is torch.float64 for t in tensors):
+            return "float64 runs in 'torch' only"
+        return limits.get(name) or _reason(name, str(tensors[0].device))
+
     if impl == "auto":
-        return next(name for name, reason in _IMPLEMENTATIONS.items() if reason is None)
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected 'auto' or one of {sorted(_IMPLEMENTATIONS)}, got {impl!r}")
-    reason = _IMPLEMENTATIONS[impl]
-    if reason is not None:
-        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
+        order = FASTEST_FIRST.get(tensors[0].device.type, ("torch",))
+        return next(name for name in order if reason(name) is None)
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
+    why_not = reason(impl)
+    if why_not is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run: {why_not}")
     return impl
+
+
+def _reason(name: str, device: str) -> str | None:
+    """Why an implementation cannot run on a device, or None. Nothing is imported or compiled to find out."""
+    if name == "torch":
+        return None
+    if name == "extension":
+        return "not part of this version"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not device.startswith("cuda"):
+        return f"Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels slowly, and this is {device!r}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} is older"
+    return None
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: torch.compile runs it as it is.
+_reason.__dict__["_dynamo_marked_constant"] = True
 
 
 def implementation(op: str, name: str) -> ModuleType:

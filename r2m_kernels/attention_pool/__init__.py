@@ -108,7 +108,7 @@ def _check(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     checks.number("scale", scale)
-    return dispatch.choose(impl), scale
+    return dispatch.choose(impl, query, hidden), scale
 
 
 def _by_head(query: Tensor, scale: float) -> Tensor:

@@ -33,11 +33,12 @@ def time_weighted_fusion(aggregated: Tensor, rte: Tensor, weight: float | Tensor
     """F = (1 - w) A + w H, equation 2. Differentiable (once) in A and H.
 
     aggregated A and rte H [B, D_rm], weight w a float or a constant 0-dim tensor -> [B, D_rm] in the promoted dtype.
+    In "triton" one launch forward, one backward.
     Raises ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run.
     """
     checks.floating(aggregated=aggregated, rte=rte)
     _check_embeddings(aggregated, rte)
-    name = dispatch.choose(impl)
+    name = dispatch.choose(impl, rte)
     w = checks.fusion_weight(weight, rte)
     return torch.ops.r2m_kernels.time_weighted_fusion(aggregated, rte, w, name)
 
@@ -54,13 +55,14 @@ def fused_reward(
     """r = phi . ((1 - w) A + w H) + b, equations 2 and 3 in one. Differentiable (once) in A, H, phi and b.
 
     aggregated A and rte H [B, D_rm], weight w a float or a constant 0-dim tensor, head_weight phi [D_rm], head_bias a
-    tensor of one element -> float32 [B] (float64 for float64). At w = 1 it is the vanilla reward phi . H + b. Raises
-    ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run.
+    tensor of one element -> float32 [B] (float64 for float64). At w = 1 it is the vanilla reward phi . H + b. In
+    "triton" one launch forward and two backward: sums over blocks of rows, then over the blocks. Raises ValueError or
+    TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run.
     """
     checks.floating(aggregated=aggregated, rte=rte, head_weight=head_weight, **checks.given(head_bias=head_bias))
     _check_embeddings(aggregated, rte)
     checks.head(rte.shape[1], head_weight, head_bias)
-    name = dispatch.choose(impl)
+    name = dispatch.choose(impl, rte)
     w = checks.fusion_weight(weight, rte)
     bias = None if head_bias is None else head_bias.reshape(())
     return torch.ops.r2m_kernels.fused_reward(aggregated, rte, w, head_weight, bias, name)
@@ -84,14 +86,27 @@ def _(aggregated: Tensor, rte: Tensor, weight: Tensor, impl: str) -> Tensor:
 
 @torch.library.custom_op("r2m_kernels::time_weighted_fusion_backward", mutates_args=())
 @full_precision
-def _time_weighted_fusion_backward(grad: Tensor, weight: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    return dispatch.implementation(_OP, impl).time_weighted_fusion_backward(grad, weight)
+def _time_weighted_fusion_backward(
+    grad: Tensor, weight: Tensor, aggregated_dtype: torch.dtype | None, rte_dtype: torch.dtype | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of A and H in these dtypes. What is None, here and below, is not needed and comes out empty."""
+    backward = dispatch.implementation(_OP, impl).time_weighted_fusion_backward
+    grad_aggregated, grad_rte = backward(grad, weight, aggregated_dtype, rte_dtype)
+    return _or_empty(grad_aggregated, grad), _or_empty(grad_rte, grad)
 
 
 @_time_weighted_fusion_backward.register_fake
-def _(grad: Tensor, weight: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    grads = grad.new_empty(grad.shape, dtype=weight.dtype), grad.new_empty(grad.shape, dtype=weight.dtype)
-    return grads
+def _(
+    grad: Tensor, weight: Tensor, aggregated_dtype: torch.dtype | None, rte_dtype: torch.dtype | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    grad_aggregated = None if aggregated_dtype is None else grad.new_empty(grad.shape, dtype=aggregated_dtype)
+    grad_rte = None if rte_dtype is None else grad.new_empty(grad.shape, dtype=rte_dtype)
+    return _or_empty(grad_aggregated, grad), _or_empty(grad_rte, grad)
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor, or an empty one where there is none: ops return tensors only."""
+    return like.new_empty(0) if tensor is None else tensor
 
 
 def _fusion_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -102,8 +117,10 @@ def _fusion_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _fusion_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (weight,) = saved(ctx)
-    grads = torch.ops.r2m_kernels.time_weighted_fusion_backward(grad, weight, ctx.impl)
-    return *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None
+    needed = ctx.needs_input_grad[:2]
+    dtypes = (dtype if need else None for dtype, need in zip(ctx.dtypes, needed, strict=True))
+    grads = torch.ops.r2m_kernels.time_weighted_fusion_backward(grad, weight, *dtypes, ctx.impl)
+    return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None
 
 
 _time_weighted_fusion.register_autograd(_fusion_backward, setup_context=_fusion_setup_context)
@@ -128,31 +145,66 @@ def _(
 @torch.library.custom_op("r2m_kernels::fused_reward_backward", mutates_args=())
 @full_precision
 def _fused_reward_backward(
-    grad: Tensor, aggregated: Tensor, rte: Tensor, weight: Tensor, head_weight: Tensor, impl: str
+    grad: Tensor,
+    aggregated: Tensor,
+    rte: Tensor,
+    weight: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    needs_aggregated: bool,
+    needs_rte: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.implementation(_OP, impl).fused_reward_backward(grad, aggregated, rte, weight, head_weight)
+    backward = dispatch.implementation(_OP, impl).fused_reward_backward
+    grad_aggregated, grad_rte, grad_head_weight, grad_head_bias = backward(
+        grad, aggregated, rte, weight, head_weight, head_bias, needs_aggregated, needs_rte
+    )
+    return (
+        _or_empty(grad_aggregated, grad),
+        _or_empty(grad_rte, grad),
+        grad_head_weight,
+        _or_empty(grad_head_bias, grad),
+    )
 
 
 @_fused_reward_backward.register_fake
 def _(
-    grad: Tensor, aggregated: Tensor, rte: Tensor, weight: Tensor, head_weight: Tensor, impl: str
+    grad: Tensor,
+    aggregated: Tensor,
+    rte: Tensor,
+    weight: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    needs_aggregated: bool,
+    needs_rte: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = grad.new_empty
-    return like(rte.shape), like(rte.shape), like(rte.shape[1]), like(())
+    return (
+        aggregated.new_empty(aggregated.shape) if needs_aggregated else grad.new_empty(0),
+        rte.new_empty(rte.shape) if needs_rte else grad.new_empty(0),
+        head_weight.new_empty(head_weight.shape),
+        grad.new_empty(0) if head_bias is None else head_bias.new_empty(()),
+    )
 
 
 def _reward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    aggregated, rte, weight, head_weight, head_bias, ctx.impl = inputs
-    ctx.dtypes = [None if t is None else t.dtype for t in (aggregated, rte, head_weight, head_bias)]
-    save(ctx, aggregated, rte, weight, head_weight)
+    *tensors, ctx.impl = inputs
+    save(ctx, *tensors)
 
 
 def _reward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.r2m_kernels.fused_reward_backward(grad, *saved(ctx), ctx.impl)
-    aggregated, rte, head_weight, head_bias = (
-        None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)
+    needs_aggregated, needs_rte, _, needs_head_weight, needs_head_bias, _ = ctx.needs_input_grad
+    grad_aggregated, grad_rte, grad_head_weight, grad_head_bias = torch.ops.r2m_kernels.fused_reward_backward(
+        grad, *saved(ctx), needs_aggregated, needs_rte, ctx.impl
     )
-    return aggregated, rte, None, head_weight, head_bias, None
+    return (
+        grad_aggregated if needs_aggregated else None,
+        grad_rte if needs_rte else None,
+        None,
+        grad_head_weight if needs_head_weight else None,
+        grad_head_bias if needs_head_bias else None,
+        None,
+    )
 
 
 _fused_reward.register_autograd(_reward_backward, setup_context=_reward_setup_context)

@@ -10,10 +10,14 @@ def time_weighted_fusion(aggregated: Tensor, rte: Tensor, weight: Tensor) -> Ten
     return fused.to(torch.promote_types(aggregated.dtype, rte.dtype))
 
 
-def time_weighted_fusion_backward(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of A and H, in the dtype of `weight`."""
+def time_weighted_fusion_backward(
+    grad: Tensor, weight: Tensor, aggregated_dtype: torch.dtype | None, rte_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and H in these dtypes; None for None."""
     grad = grad.to(weight.dtype)
-    return (1 - weight) * grad, weight * grad
+    grad_aggregated = None if aggregated_dtype is None else ((1 - weight) * grad).to(aggregated_dtype)
+    grad_rte = None if rte_dtype is None else (weight * grad).to(rte_dtype)
+    return grad_aggregated, grad_rte
 
 
 def fused_reward(
@@ -26,9 +30,19 @@ def fused_reward(
 
 
 def fused_reward_backward(
-    grad: Tensor, aggregated: Tensor, rte: Tensor, weight: Tensor, head_weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of A, H, phi and b, in the dtype of `weight`."""
-    outer = grad[:, None] * head_weight.to(weight.dtype)
+    grad: Tensor,
+    aggregated: Tensor,
+    rte: Tensor,
+    weight: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    needs_aggregated: bool,
+    needs_rte: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of A, H, phi and b in the dtype of each; None for A and H where not needed, and for no b."""
+    outer = grad[:, None] * head_weight.to(grad.dtype)
+    grad_aggregated = ((1 - weight) * outer).to(aggregated.dtype) if needs_aggregated else None
+    grad_rte = (weight * outer).to(rte.dtype) if needs_rte else None
     grad_head_weight = (1 - weight) * (grad @ aggregated.to(grad.dtype)) + weight * (grad @ rte.to(grad.dtype))
-    return (1 - weight) * outer, weight * outer, grad_head_weight, grad.sum()
+    grad_head_bias = None if head_bias is None else grad.sum().to(head_bias.dtype)
+    return grad_aggregated, grad_rte, grad_head_weight.to(head_weight.dtype), grad_head_bias

@@ -35,8 +35,9 @@ def grebt_loss(
     BT = -log sigmoid(r_winner - r_loser), equation 4; GRE = -sum p log p with p = softmax(z), equation 5, in nats.
     Returns the loss, float32 (float64 for float64), 0-dim or [n]; with return_stats also a dict of constants, each
     [n]: bt, entropy, std (before eps), and the indices winner and loser (int64). A group of equal rewards, whose pair
-    is tied too, has gradient exactly 0. Raises ValueError or TypeError for arguments that do not fit, RuntimeError for
-    an `impl` that cannot run and for second derivatives.
+    is tied too, has gradient exactly 0. A NaN makes its own group NaN. In "triton", for K up to 1024, one launch gives
+    loss, statistics and gradient, one more reduces over groups; the backward is one launch. Raises ValueError or
+    TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run and for second derivatives.
     """
     checks.floating(rewards=rewards)
     if rewards.ndim != 2 or rewards.shape[0] < 1 or rewards.shape[1] < 2:
@@ -52,71 +53,65 @@ def grebt_loss(
             raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
-    name = dispatch.choose(impl)
-    loss, *stats = torch.ops.r2m_kernels.grebt_loss(rewards, pair_scores.detach(), float(alpha), float(eps), name)
-    loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    k = rewards.shape[1]
+    name = dispatch.choose(impl, rewards, triton=f"K = {k} exceeds 1024 rewards a group" if k > 1024 else None)
+    loss, *stats, _ = torch.ops.r2m_kernels.grebt_loss(
+        rewards, pair_scores.detach(), float(alpha), float(eps), reduction, name
+    )
     if not return_stats:
         return loss
-    names = ("bt", "entropy", "std", "winner", "loser")
-    return loss, {name: stat.detach() for name, stat in zip(names, stats, strict=True)}
+    return loss, dict(zip(("bt", "entropy", "std", "winner", "loser"), stats, strict=True))
 
 
 @torch.library.custom_op("r2m_kernels::grebt_loss", mutates_args=())
 @full_precision
 def _grebt_loss(
-    rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.implementation(_OP, impl).grebt_loss(rewards, pair_scores, alpha, eps)
+    rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, reduction: str, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the statistics, and the gradient of the rewards, up to that of the loss: the forward computes both."""
+    groups = dispatch.implementation(_OP, impl).grebt_loss
+    group_weight = 1 / rewards.shape[0] if reduction == "mean" else 1.0
+    loss, bt, entropy, std, winner, loser, gradient = groups(rewards, pair_scores, alpha, eps, group_weight)
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    return loss, bt, entropy, std, winner, loser, gradient
 
 
 @_grebt_loss.register_fake
 def _(
-    rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtypes = [checks.accumulate_dtype(rewards)] * 4 + [torch.int64] * 2
-    loss, bt, entropy, std, winner, loser = (rewards.new_empty(rewards.shape[0], dtype=dtype) for dtype in dtypes)
-    return loss, bt, entropy, std, winner, loser
+    rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, reduction: str, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, dtype = rewards.shape[0], checks.accumulate_dtype(rewards)
+    loss = rewards.new_empty((n,) if reduction == "none" else (), dtype=dtype)
+    bt, entropy, std = (rewards.new_empty(n, dtype=dtype) for _ in range(3))
+    winner, loser = (rewards.new_empty(n, dtype=torch.int64) for _ in range(2))
+    return loss, bt, entropy, std, winner, loser, rewards.new_empty(rewards.shape, dtype=dtype)
 
 
 @torch.library.custom_op("r2m_kernels::grebt_loss_backward", mutates_args=())
 @full_precision
-def _grebt_loss_backward(
-    grad: Tensor,
-    rewards: Tensor,
-    pair_scores: Tensor,
-    winner: Tensor,
-    loser: Tensor,
-    alpha: float,
-    eps: float,
-    impl: str,
-) -> Tensor:
-    backward = dispatch.implementation(_OP, impl).grebt_loss_backward
-    return backward(grad, rewards, pair_scores, winner, loser, alpha, eps)
+def _grebt_loss_backward(grad: Tensor, gradient: Tensor, rewards: Tensor) -> Tensor:
+    """grad, 0-dim or [n], times gradient, in the dtype of the rewards, which are an argument also so that autograd sees
+    the dependence on them that `gradient` stands for, and a second derivative raises."""
+    return torch.mul(grad[..., None], gradient, out=rewards.new_empty(rewards.shape))
 
 
 @_grebt_loss_backward.register_fake
-def _(
-    grad: Tensor,
-    rewards: Tensor,
-    pair_scores: Tensor,
-    winner: Tensor,
-    loser: Tensor,
-    alpha: float,
-    eps: float,
-    impl: str,
-) -> Tensor:
-    return grad.new_empty(rewards.shape)
+def _(grad: Tensor, gradient: Tensor, rewards: Tensor) -> Tensor:
+    return rewards.new_empty(rewards.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rewards, pair_scores, ctx.alpha, ctx.eps, ctx.impl = inputs
-    save(ctx, rewards, pair_scores, *output[-2:])
+    rewards, *_ = inputs
+    *_, gradient = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for the statistics
+    save(ctx, gradient, rewards)
 
 
-def _backward(ctx: Any, grad: Tensor, *grads_of_stats: Tensor) -> tuple[Tensor | None, ...]:
-    rewards, *pair = saved(ctx)
-    grad_rewards = torch.ops.r2m_kernels.grebt_loss_backward(grad, rewards, *pair, ctx.alpha, ctx.eps, ctx.impl)
-    return grad_rewards.to(rewards.dtype), None, None, None, None
+def _backward(ctx: Any, grad: Tensor | None, *grads_of_constants: None) -> tuple[Tensor | None, ...]:
+    grad_rewards = None if grad is None else torch.ops.r2m_kernels.grebt_loss_backward(grad, *saved(ctx))
+    return grad_rewards, None, None, None, None, None
 
 
 _grebt_loss.register_autograd(_backward, setup_context=_setup_context)

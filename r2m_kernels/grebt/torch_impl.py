@@ -6,50 +6,38 @@ from torch import Tensor
 from r2m_kernels.checks import accumulate_dtype
 
 
-def grebt_loss(rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float) -> tuple[Tensor, ...]:
-    """loss, bt, entropy, std, winner, loser, each [n], for rewards [n, K]."""
-    winner = pair_scores.argmax(1)  # the first of equal maxima
-    loser = pair_scores.shape[1] - 1 - pair_scores.flip(1).argmin(1)  # the last of equal minima
-    bt = torch.nn.functional.softplus(-_margin(rewards, winner, loser))
-    std, _, z = _standardized(rewards, eps)
-    entropy = -(torch.softmax(z, 1) * torch.log_softmax(z, 1)).sum(1)
-    return (1 - alpha) * bt + alpha * entropy, bt, entropy, std, winner, loser
-
-
-def grebt_loss_backward(
-    grad: Tensor, rewards: Tensor, pair_scores: Tensor, winner: Tensor, loser: Tensor, alpha: float, eps: float
-) -> Tensor:
-    """Gradient of the rewards, in the dtype of the arithmetic.
+def grebt_loss(
+    rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, group_weight: float
+) -> tuple[Tensor, ...]:
+    """loss, bt, entropy, std, winner, loser, each [n], and group_weight d loss / d rewards [n, K], for rewards [n, K].
 
     dGRE/dz = -p (log p + GRE) =: dz. Through x = r - mean(r), std = sqrt(mean(x^2)) and z = x / (std + eps):
     dGRE/dr = (dz - mean(dz) - (x / std) mean(z dz)) / (std + eps), and 0 where std = 0.
     """
-    std, x, z = _standardized(rewards, eps)
-    std = std[:, None]
-    p, log_p = torch.softmax(z, 1), torch.log_softmax(z, 1)
-    dz = -p * (log_p - (p * log_p).sum(1, keepdim=True))
-    unit = x / torch.where(std > 0, std, 1)
-    dr = dz - dz.mean(1, keepdim=True) - unit * (z * dz).mean(1, keepdim=True)
-    dr = alpha * torch.where(std > 0, dr / torch.where(std > 0, std + eps, 1), 0)
-
-    margin = _margin(rewards, winner, loser)
-    # A group whose pair is tied in scores and rewards prefers nothing: of the subgradients there, 0 is the smallest.
-    tied = (margin == 0) & (_margin(pair_scores, winner, loser) == 0)
-    pull = torch.where(tied, 0, (1 - alpha) * torch.sigmoid(-margin))[:, None]
-    position = torch.arange(dr.shape[1], device=dr.device)
-    sign = (position == loser[:, None]).to(dr.dtype) - (position == winner[:, None]).to(dr.dtype)
-    return grad[:, None] * (dr + pull * sign)
-
-
-def _standardized(rewards: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """std [n]; x = r - mean(r) and z = x / (std + eps), each [n, K]."""
+    winner = pair_scores.argmax(1, keepdim=True)  # the first of equal maxima
+    loser = pair_scores.shape[1] - 1 - pair_scores.flip(1).argmin(1, keepdim=True)  # the last of equal minima
     r = rewards.to(accumulate_dtype(rewards))
+    margin = r.gather(1, winner) - r.gather(1, loser)
+    bt = torch.nn.functional.softplus(-margin)
+    # A group whose pair is tied in scores and rewards prefers nothing: of the subgradients there, 0 is the smallest.
+    tied = (margin == 0) & (pair_scores.gather(1, winner) == pair_scores.gather(1, loser))
+    pull = torch.where(tied, 0, (1 - alpha) * torch.sigmoid(-margin))
+
     x = r - r[:, :1]  # exactly 0 in a group of equal rewards, so that std is too
     x = x - x.mean(1, keepdim=True)
-    std = x.square().mean(1).sqrt()
-    return std, x, x / torch.where(std > 0, std + eps, 1)[:, None]
+    std = x.square().mean(1, keepdim=True).sqrt()
+    varies = std != 0  # NaN too
+    scale = torch.where(varies, std + eps, 1)
+    z = x / scale
+    p, log_p = torch.softmax(z, 1), torch.log_softmax(z, 1)
+    entropy = -(p * log_p).sum(1, keepdim=True)
+    dz = -p * (log_p + entropy)
+    unit = x / torch.where(varies, std, 1)
+    dr = dz - dz.mean(1, keepdim=True) - unit * (z * dz).mean(1, keepdim=True)
+    dr = torch.where(varies, dr / scale, 0)
 
-
-def _margin(rewards: Tensor, winner: Tensor, loser: Tensor) -> Tensor:
-    r = rewards.to(accumulate_dtype(rewards))
-    return (r.gather(1, winner[:, None]) - r.gather(1, loser[:, None])).squeeze(1)
+    position = torch.arange(r.shape[1], device=r.device)
+    sign = (position == loser).to(r.dtype) - (position == winner).to(r.dtype)
+    gradient = group_weight * (alpha * dr + pull * sign)
+    loss = (1 - alpha) * bt + alpha * entropy
+    return *(t.squeeze(1) for t in (loss, bt, entropy, std, winner, loser)), gradient

@@ -61,14 +61,20 @@ def results_and_gradients(function, inputs: dict[str, Tensor], upstream: list[Te
     return named | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-def check_against_reference(function, literal, inputs, upstream, plain_dtype=torch.float32, extreme=False) -> None:
-    """`function` against `literal` in float64 and in `plain_dtype`: every output and every gradient."""
+def check_against_reference(
+    function, literal, inputs, upstream, plain_dtype=torch.float32, extreme=False, plain_forms=()
+) -> None:
+    """`function` against `literal` in float64 and in `plain_dtype`: every output and every gradient.
+
+    Of several equivalent plain forms (default: `literal` alone) the one with the largest error counts.
+    """
     actual = results_and_gradients(function, inputs, upstream)
     upstream = [g.to(actual[f"output {i}"].dtype) for i, g in enumerate(upstream)]  # what actual received
     exact = results_and_gradients(literal, inputs, upstream, torch.float64)
-    plain = results_and_gradients(literal, inputs, upstream, plain_dtype)
+    plain = [results_and_gradients(form, inputs, upstream, plain_dtype) for form in plain_forms or [literal]]
     for what, value in actual.items():
-        assert_accurate(value, exact[what], plain[what], what, extreme)
+        worst = max((form[what] for form in plain), key=lambda form: (form - exact[what]).nan_to_num().abs().sum())
+        assert_accurate(value, exact[what], worst, what, extreme)
 
 
 def gradient_by_autograd(query: Tensor, hidden: Tensor, direction: Tensor, dtype: torch.dtype, **where) -> Tensor:
@@ -76,6 +82,19 @@ def gradient_by_autograd(query: Tensor, hidden: Tensor, direction: Tensor, dtype
     query = query.detach().to(dtype).requires_grad_()
     pooled, _ = reference.attention_pool(query, hidden.to(dtype), **where)
     return torch.autograd.grad((direction.to(dtype) * pooled).sum(), query)[0]
+
+
+def column_orders(function, width: int, count: int) -> list:
+    """`function`(query, hidden) with its D columns in several orders, which is in which order its sums are taken."""
+
+    def reordered(order):
+        def run(query, hidden):
+            pooled, lse = function(query[..., order], hidden[..., order])
+            return pooled[..., order.argsort()], lse
+
+        return run
+
+    return [reordered(torch.randperm(width)) for _ in range(count)]
 
 
 def ragged(lengths: list[int]) -> Tensor:

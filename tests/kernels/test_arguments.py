@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import r2m_kernels as rk
+from r2m_kernels import dispatch
 
 B, S, D, D_RM, D_IN, K = 3, 7, 8, 12, 6, 4
 META = torch.device("meta")
@@ -111,23 +112,23 @@ def test_direction_of_a_wrong_dtype_or_device():
         rk.attention_pool_dot(**pool(), direction=torch.ones(D, device=META))
 
 
-@pytest.mark.parametrize("impl", ["triton", "extension"])
-def test_an_explicit_choice_that_cannot_run_says_why(impl):
-    reason = rk.available_implementations()[impl]
-    assert reason
+@pytest.mark.parametrize("name", ["triton", "extension"])
+def test_an_explicit_choice_that_cannot_run_says_why(name, monkeypatch):
+    reason = "it has no wheels"
+    monkeypatch.setattr(dispatch, "_reason", lambda name, device: None if name == "torch" else reason)
     inputs = reward()
     rte, rewards = torch.randn(B, D), torch.randn(B, K)
     for call in (
-        lambda: rk.attention_pool(**pool(), impl=impl),
-        lambda: rk.attention_pool_dot(**pool(), direction=torch.randn(D), impl=impl),
-        lambda: rk.attention_pool_with_gradient(**pool(), direction=torch.randn(D), impl=impl),
-        lambda: rk.policy_feedback_reward(**inputs, impl=impl),
-        lambda: rk.sequence_to_token_attention(**attention(), impl=impl),
-        lambda: rk.time_weighted_fusion(rte, rte, 0.5, impl=impl),
-        lambda: rk.fused_reward(rte, rte, 0.5, torch.randn(D), impl=impl),
-        lambda: rk.grebt_loss(rewards, impl=impl),
+        lambda: rk.attention_pool(**pool(), impl=name),
+        lambda: rk.attention_pool_dot(**pool(), direction=torch.randn(D), impl=name),
+        lambda: rk.attention_pool_with_gradient(**pool(), direction=torch.randn(D), impl=name),
+        lambda: rk.policy_feedback_reward(**inputs, impl=name),
+        lambda: rk.sequence_to_token_attention(**attention(), impl=name),
+        lambda: rk.time_weighted_fusion(rte, rte, 0.5, impl=name),
+        lambda: rk.fused_reward(rte, rte, 0.5, torch.randn(D), impl=name),
+        lambda: rk.grebt_loss(rewards, impl=name),
     ):
-        with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run: {reason}"):
+        with pytest.raises(RuntimeError, match=f"impl='{name}' cannot run: {reason}"):
             call()
 
 
@@ -139,9 +140,25 @@ def test_torch_is_always_available_and_the_caller_cannot_change_the_table():
     assert rk.available_implementations()["torch"] is None
 
 
-def test_the_default_is_the_torch_implementation_bit_by_bit():
+def test_the_default_is_the_fastest_implementation_bit_by_bit(impl):
     inputs = pool()
-    assert torch.equal(rk.attention_pool(**inputs), rk.attention_pool(**inputs, impl="torch"))
+    assert torch.equal(rk.attention_pool(**inputs), rk.attention_pool(**inputs, impl=impl))
+
+
+def test_triton_needs_a_gpu_or_its_interpreter_and_says_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: Triton (is not installed|needs a GPU, .*'cpu')"):
+        rk.attention_pool(**pool(), impl="triton")
+
+
+@pytest.mark.parametrize("name", ["triton", "extension"])
+def test_float64_runs_in_torch_only(name, monkeypatch):
+    monkeypatch.setattr(dispatch, "_reason", lambda name, device: None)
+    monkeypatch.setitem(dispatch.FASTEST_FIRST, "cpu", (name, "torch"))
+    query, hidden = torch.randn(B, D).double(), torch.randn(B, S, D).double()
+    with pytest.raises(RuntimeError, match=f"impl='{name}' cannot run: float64 runs in 'torch' only"):
+        rk.attention_pool(query, hidden, impl=name)
+    assert torch.equal(rk.attention_pool(query, hidden), rk.attention_pool(query, hidden, impl="torch"))
 
 
 def attention(**changes):

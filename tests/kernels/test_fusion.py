@@ -12,7 +12,7 @@ from r2m_kernels.fusion import reference
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 every_dtype = pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
-every_shape = pytest.mark.parametrize("shape", [(1, 96), (5, 1), (37, 1000), (3, 4096), (0, 8)], ids=str)
+every_shape = pytest.mark.parametrize("shape", [(1, 96), (5, 1), (37, 1000), (3, 4096), (300, 70), (0, 8)], ids=str)
 weights = pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, torch.tensor(0.85)], ids=str)
 
 
@@ -68,9 +68,54 @@ def test_mixed_dtypes_give_gradients_in_the_dtype_of_each_input():
 
 def test_at_weight_one_the_vanilla_reward_comes_out_exactly():
     aggregated, rte, phi, bias = torch.randn(4, 100), torch.randn(4, 100), torch.randn(100), torch.randn(())
-    assert torch.equal(fused_reward(aggregated, rte, 1.0, phi, bias), rte @ phi + bias)
+    reward = fused_reward(aggregated, rte, 1.0, phi, bias)
+    assert torch.equal(reward, fused_reward(torch.randn(4, 100), rte, 1.0, phi, bias))
+    torch.testing.assert_close(reward, rte @ phi + bias)
     assert torch.equal(time_weighted_fusion(aggregated, rte, 1.0), rte)
     assert torch.equal(time_weighted_fusion(aggregated, rte, 0.0), aggregated)
+
+
+def results(function, leaves):
+    value = function(*leaves)
+    return [value, *torch.autograd.grad(value.sum(), [t for t in leaves if t.requires_grad])]
+
+
+def test_strides_do_not_matter():
+    aggregated, rte = torch.randn(40, 20).T, torch.randn(20, 80)[:, ::2]
+    phi, bias = torch.randn(40, 3)[:, 1], torch.randn(())
+    for function, inputs in (
+        (functools.partial(time_weighted_fusion, weight=0.3), (aggregated, rte)),
+        (lambda a, h, phi, bias: fused_reward(a, h, 0.3, phi, bias), (aggregated, rte, phi, bias)),
+    ):
+        strided = results(function, [t.detach().requires_grad_() for t in inputs])
+        dense = results(function, [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in inputs])
+        for one, other in zip(strided, dense, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)], ids=str)
+def test_a_gradient_is_the_same_whichever_others_are_needed(needed):
+    def leaves(aggregated, rte):
+        torch.manual_seed(1)
+        embeddings = (torch.randn(20, 96).requires_grad_(need) for need in (aggregated, rte))
+        return *embeddings, torch.randn(96, requires_grad=True), torch.randn(1, requires_grad=True)
+
+    def reward(aggregated, rte, phi, bias):
+        return fused_reward(aggregated, rte, 0.3, phi, bias)
+
+    value, *gradients = results(reward, leaves(True, True))
+    wanted = [value, *(g for g, need in zip(gradients, (*needed, True, True), strict=True) if need)]
+    for one, other in zip(results(reward, leaves(*needed)), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_reward_does_not_depend_on_its_neighbours(impl):
+    if impl == "torch":
+        pytest.skip("to rounding only: it calls BLAS")
+    aggregated, rte, phi = torch.randn(9, 300), torch.randn(9, 300), torch.randn(300)
+    rewards = fused_reward(aggregated, rte, 0.3, phi)
+    for b in range(9):
+        assert torch.equal(fused_reward(aggregated[b:], rte[b:], 0.3, phi)[0], rewards[b])
 
 
 @pytest.mark.usefixtures("poisoned_memory")

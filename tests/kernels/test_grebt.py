@@ -90,6 +90,51 @@ def test_pair_scores_may_have_another_dtype():
     assert stats["winner"].item() == 2
 
 
+def test_scores_in_float64_are_compared_in_float64():
+    scores = torch.tensor([[1.0, 1.0 + 1e-12, 1.0 - 1e-12]], dtype=F64)
+    _, stats = grebt_loss(torch.zeros(1, 3), pair_scores=scores, return_stats=True)
+    assert (stats["winner"].item(), stats["loser"].item()) == (1, 2)
+
+
+def test_strides_do_not_matter():
+    rewards, scores = torch.randn(8, 50).T, torch.randn(50, 16).bfloat16()[:, ::2]
+    loss, gradient = value_and_gradient(grebt_loss, rewards, pair_scores=scores, reduction="none")
+    leaf = rewards.detach().requires_grad_()
+    assert leaf.stride() == (1, 50)
+    strided = grebt_loss(leaf, pair_scores=scores, reduction="none")
+    assert torch.equal(strided, loss)
+    assert torch.equal(torch.autograd.grad(strided.sum(), leaf)[0], gradient)
+
+
+def test_a_group_does_not_depend_on_its_neighbours():
+    rewards = torch.randn(300, 5)
+    loss, gradient = value_and_gradient(grebt_loss, rewards, reduction="none")
+    for b in (1, 150, 299):
+        alone = value_and_gradient(grebt_loss, rewards[b:], reduction="none")
+        assert torch.equal(alone[0][0], loss[b])
+        assert torch.equal(alone[1][0], gradient[b])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_stays_in_its_group(value):
+    rewards = torch.randn(3, 5)
+    expected = value_and_gradient(grebt_loss, rewards, reduction="none")
+    rewards[1, 2] = value
+    actual = value_and_gradient(grebt_loss, rewards, reduction="none")
+    for one, other in zip(actual, expected, strict=True):
+        assert one[1].isnan().all()
+        assert torch.equal(one[[0, 2]], other[[0, 2]])
+    _, stats = grebt_loss(rewards, return_stats=True)
+    assert 0 <= stats["winner"][1] < 5 and 0 <= stats["loser"][1] < 5
+
+
+def test_a_group_too_wide_for_an_implementation():
+    rewards = torch.randn(2, 1025)
+    torch.testing.assert_close(grebt_loss(rewards), literal(rewards, alpha=0.3, eps=1e-4).mean())
+    with pytest.raises(RuntimeError, match="K = 1025 exceeds 1024 rewards a group"):
+        grebt_loss(rewards, impl="triton")
+
+
 @pytest.mark.parametrize(
     ("row", "winner", "loser"),
     [([1.0, 1.0, 1.0], 0, 2), ([2.0, 3.0, 3.0], 1, 0), ([1.0, 1.0, 3.0], 2, 1), ([5.0, 5.0], 0, 1)],
@@ -223,8 +268,8 @@ def test_order_inside_a_group_does_not_matter(data, k):
 
 
 def test_extreme_rewards_stay_finite():
-    rewards = torch.tensor([[1e30, -1e30, 0.0], [1e4, -1e4, 1e4], [1e-30, 0.0, 2e-30]])
-    loss, gradient = value_and_gradient(grebt_loss, rewards / 1e15, reduction="none")
+    rewards = torch.tensor([[1e15, -1e15, 0.0], [0.0, 0.0, 2.5e38], [1e-11, -1e-11, 1e-11], [1e-45, 0.0, 2e-45]])
+    loss, gradient = value_and_gradient(grebt_loss, rewards, reduction="none")
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
 

@@ -1,0 +1,105 @@
+"""How the Triton kernels of attention pooling are launched: fixed by D, the number of queries, dtype and architecture.
+
+BS rows and BD columns are a tile, CHUNK the rows of a program, BH its queries; STAGES is the number of tiles in shared
+memory and registers together. Nothing depends on the number or the length of sequences.
+"""
+
+from typing import Any
+
+import torch
+
+Config = dict[str, Any]
+
+# Of a tile in shared memory. 15 KB on their way saturate an H100's multiprocessor; 3 stages keep 2 tiles on their way.
+TILE_BYTES = 32 * 1024
+# float32 values of a tile in a thread's registers (half of it beside many others), and by number of warps those of
+# queries, directions and sums. Of 255 registers, or 128 where 16 warps share 65536, the rest is for intermediates.
+TILE_REGISTERS = 64
+VECTOR_REGISTERS = {1: 128, 2: 128, 4: 128, 8: 128, 16: 64}
+# Wider rows would leave less than one row a tile; more queries than this are cheaper on tensor cores.
+WIDEST_ROW, MAX_QUERIES = 8192, 4
+
+# Rows whose pool becomes a partial result. It has at most 2 float32 vectors a query, so 64 rows of a 16-bit dtype for
+# each query keep the workspace at 1/16 of hidden; with twice that, writing and reading it adds 1/16 to the traffic.
+CHUNK = 128
+# Bytes of a chunk of which only scalars are kept: few, so that one sequence fills a GPU, but enough to make loading the
+# query and the direction, 8 D bytes, a small part.
+DOT_CHUNK_BYTES = 256 * 1024
+
+# The merge: a sequence of 1024 rows in one tile, of 32 float32 values a thread.
+MERGE: Config = {"BC": 8, "BD": 512, "num_warps": 4}
+# The gradient of hidden: 32 float32 values a thread.
+OUTER: Config = {"BS": 16, "BD": 256, "num_warps": 4}
+
+
+def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direction: bool, arch: str) -> Config | None:
+    """For programs that take whole rows and hold all queries of a sequence; None where these do not fit.
+
+    vectors: sums of rows are kept, not only scalars. direction: products with a direction are formed beside scores.
+    """
+    columns = max(64, _power_of_two(width))
+    if heads > MAX_QUERIES or columns > WIDEST_ROW:
+        return None
+    lanes = 64 if arch.startswith("gfx") else 32
+    row_bytes = columns * dtype.itemsize
+    # One 128-bit load a thread covers a row, so that rows are summed inside threads. 8 KB rows take two: 8 warps then
+    # have 255 registers each.
+    warps = min(max(row_bytes // (16 * lanes), 1), 8 if row_bytes <= 8192 else 16)
+    threads = warps * lanes
+    kept = heads * (1 + direction) * (1 + vectors) * columns // threads
+    if kept > VECTOR_REGISTERS[warps] * 32 // lanes:  # as many registers for twice the threads
+        return None
+    values = TILE_REGISTERS if kept <= TILE_REGISTERS else TILE_REGISTERS // 2
+    rows = max(1, min(values * threads // columns, TILE_BYTES // row_bytes))
+    chunk = CHUNK * (2 if heads > 2 or row_bytes < 4096 else 1)
+    if not vectors:
+        chunk = max(32, min(CHUNK, DOT_CHUNK_BYTES // row_bytes))
+    tile = {"BD": columns, "BS": rows, "num_warps": warps}
+    return {**tile, "CHUNK": chunk, "STAGES": _stages(arch)} | _registers(warps, arch)
+
+
+def scores_config(heads: int, dtype: torch.dtype, direction: bool, arch: str) -> Config:
+    """For the scores of many queries, as a matrix product."""
+    queries = _queries(heads)
+    if dtype is torch.bfloat16:
+        many = (
+            direction and queries > 16
+        )  # sums: spread over more threads, or over fewer rows where these have 64 lanes
+        tile = {"BS": 64, "BD": 64, "num_warps": 4}
+        if many:
+            tile |= {"BS": 32} if arch.startswith("gfx") else {"num_warps": 8}
+    else:
+        tile = {"BS": 32, "BD": 32, "num_warps": 4}  # float32 units, not tensor cores: operands take twice the room
+    return {"BH": queries, **tile, "STAGES": _stages(arch)} | _registers(tile["num_warps"], arch)
+
+
+def sums_config(heads: int, dtype: torch.dtype, direction: bool, arch: str) -> Config:
+    """For the weighted sums of many queries, a slice of columns a program: wide, as each reads the scores again."""
+    if dtype is torch.bfloat16:
+        many = direction or _queries(heads) > 16  # sums: spread over more threads
+        tile = {"BS": 32, "BD": 256 if many else 128, "num_warps": 8 if many else 4}
+    else:
+        tile = {"BS": 32, "BD": 64, "num_warps": 8 if _queries(heads) > 16 else 4}
+    chunk = max(CHUNK, 64 * _power_of_two(heads))
+    return {"BH": _queries(heads), **tile, "CHUNK": chunk, "STAGES": _stages(arch)} | _registers(
+        tile["num_warps"], arch
+    )
+
+
+def _queries(heads: int) -> int:
+    """Queries of a program: 16 is the least that a matrix product takes, for more than 32 it would lack registers."""
+    return min(max(16, _power_of_two(heads)), 32)
+
+
+def _stages(arch: str) -> int:
+    """gfx942 has 64 KB of shared memory, which two tiles and the sums across warps would exceed."""
+    return 2 if arch.startswith("gfx") else 3
+
+
+def _registers(warps: int, arch: str) -> Config:
+    """Left alone, the assembler spills to fit two blocks a multiprocessor, of which sm_120's shared memory holds one."""
+    return {"maxnreg": min(65536 // (32 * warps), 255)} if arch == "sm_120" else {}
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
