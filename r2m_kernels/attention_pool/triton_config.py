@@ -19,8 +19,8 @@ VECTOR_REGISTERS = {1: 128, 2: 128, 4: 128, 8: 128, 16: 64}
 # Wider rows would leave less than one row a tile; more queries than this are cheaper on tensor cores.
 WIDEST_ROW, MAX_QUERIES = 8192, 4
 
-# Rows whose pool becomes a partial result. It has at most 2 float32 vectors a query, so 64 rows of a 16-bit dtype for
-# each query keep the workspace at 1/16 of hidden; with twice that, writing and reading it adds 1/16 to the traffic.
+# Rows for each query whose pool becomes a partial result, of at most 2 float32 vectors a query: 1/32 of the bytes of
+# these rows in 16 bits. The workspace has room for twice as many, see triton_impl; writing and reading it adds 1/16.
 CHUNK = 128
 # Bytes of a chunk of which only scalars are kept: few, so that one sequence fills a GPU, but enough to make loading the
 # query and the direction, 8 D bytes, a small part.
@@ -47,43 +47,39 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
     warps = min(max(row_bytes // (16 * lanes), 1), 8 if row_bytes <= 8192 else 16)
     threads = warps * lanes
     kept = heads * (1 + direction) * (1 + vectors) * columns // threads
-    if kept > VECTOR_REGISTERS[warps] * 32 // lanes:  # as many registers for twice the threads
+    if kept > VECTOR_REGISTERS[warps] * 32 // lanes:
         return None
     values = TILE_REGISTERS if kept <= TILE_REGISTERS else TILE_REGISTERS // 2
     rows = max(1, min(values * threads // columns, TILE_BYTES // row_bytes))
-    chunk = CHUNK * (2 if heads > 2 or row_bytes < 4096 else 1)
+    chunk = CHUNK * _power_of_two(heads)
     if not vectors:
         chunk = max(32, min(CHUNK, DOT_CHUNK_BYTES // row_bytes))
-    tile = {"BD": columns, "BS": rows, "num_warps": warps}
-    return {**tile, "CHUNK": chunk, "STAGES": _stages(arch)} | _registers(warps, arch)
+    config = _config(arch, warps, BS=rows, BD=columns, CHUNK=chunk)
+    if arch == "sm_120":  # or its assembler spills to fit two blocks a multiprocessor; shared memory holds one
+        config["maxnreg"] = min(65536 // threads, 255)
+    return config
 
 
 def scores_config(heads: int, dtype: torch.dtype, direction: bool, arch: str) -> Config:
     """For the scores of many queries, as a matrix product."""
     queries = _queries(heads)
-    if dtype is torch.bfloat16:
-        many = (
-            direction and queries > 16
-        )  # sums: spread over more threads, or over fewer rows where these have 64 lanes
-        tile = {"BS": 64, "BD": 64, "num_warps": 4}
-        if many:
-            tile |= {"BS": 32} if arch.startswith("gfx") else {"num_warps": 8}
-    else:
-        tile = {"BS": 32, "BD": 32, "num_warps": 4}  # float32 units, not tensor cores: operands take twice the room
-    return {"BH": queries, **tile, "STAGES": _stages(arch)} | _registers(tile["num_warps"], arch)
+    if dtype is not torch.bfloat16:  # on float32 units, not tensor cores: operands take twice the room
+        return _config(arch, 4, BH=queries, BS=32, BD=32)
+    if direction and queries > 16:  # too many sums for 64 rows in 128 threads
+        narrow = arch.startswith("gfx")
+        return _config(arch, 4 if narrow else 8, BH=queries, BS=32 if narrow else 64, BD=64)
+    return _config(arch, 4, BH=queries, BS=64, BD=64)
 
 
 def sums_config(heads: int, dtype: torch.dtype, direction: bool, arch: str) -> Config:
     """For the weighted sums of many queries, a slice of columns a program: wide, as each reads the scores again."""
-    if dtype is torch.bfloat16:
-        many = direction or _queries(heads) > 16  # sums: spread over more threads
-        tile = {"BS": 32, "BD": 256 if many else 128, "num_warps": 8 if many else 4}
-    else:
-        tile = {"BS": 32, "BD": 64, "num_warps": 8 if _queries(heads) > 16 else 4}
-    chunk = max(CHUNK, 64 * _power_of_two(heads))
-    return {"BH": _queries(heads), **tile, "CHUNK": chunk, "STAGES": _stages(arch)} | _registers(
-        tile["num_warps"], arch
-    )
+    queries = _queries(heads)
+    chunk = CHUNK * _power_of_two(heads)
+    if dtype is not torch.bfloat16:
+        return _config(arch, 8 if queries > 16 else 4, BH=queries, BS=32, BD=64, CHUNK=chunk)
+    if direction or queries > 16:
+        return _config(arch, 8, BH=queries, BS=32, BD=256, CHUNK=chunk)
+    return _config(arch, 4, BH=queries, BS=32, BD=128, CHUNK=chunk)
 
 
 def _queries(heads: int) -> int:
@@ -91,14 +87,9 @@ def _queries(heads: int) -> int:
     return min(max(16, _power_of_two(heads)), 32)
 
 
-def _stages(arch: str) -> int:
-    """gfx942 has 64 KB of shared memory, which two tiles and the sums across warps would exceed."""
-    return 2 if arch.startswith("gfx") else 3
-
-
-def _registers(warps: int, arch: str) -> Config:
-    """Left alone, the assembler spills to fit two blocks a multiprocessor, of which sm_120's shared memory holds one."""
-    return {"maxnreg": min(65536 // (32 * warps), 255)} if arch == "sm_120" else {}
+def _config(arch: str, warps: int, **sizes: int) -> Config:
+    # gfx942 has 64 KB of shared memory, which two tiles and the sums across warps would exceed.
+    return {**sizes, "STAGES": 2 if arch.startswith("gfx") else 3, "num_warps": warps}
 
 
 def _power_of_two(n: int) -> int:

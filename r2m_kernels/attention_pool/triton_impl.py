@@ -10,9 +10,11 @@ of `hidden` one launch that only writes it.
 
 Arguments and results as in torch_impl; float64 is not supported. Packed sequence b owns the chunks from
 cu_seqlens[b] // CHUNK + b: enough for its length, whatever it is, and their number follows from shapes alone, so the
-host never waits for the lengths.
+host never waits for the lengths. Where it has two or more, its partial results are in the workspace's rows from
+2 cu_seqlens[b] // CHUNK, so that many short sequences do not make the workspace larger.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r2m_kernels.attention_pool.triton_config import MERGE, OUTER, rows_config, scores_config, sums_config
+from r2m_kernels.attention_pool import triton_tuning
+from r2m_kernels.attention_pool.triton_config import MERGE, OUTER, Config, rows_config, scores_config, sums_config
 from r2m_kernels.triton_target import OPTIONS, architecture, on_device_of_arguments
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x LOG2E), and the GPU has an instruction for powers of two
@@ -55,6 +58,15 @@ def _locate(chunk, cu_seqlens, B, S, total, CHUNK: tl.constexpr):
         length = tl.load(cu_seqlens + b + 1, mask=b < B, other=total) - start
         first = start.to(tl.int64)
     return b, number, first, length, tl.maximum(tl.cdiv(length, CHUNK), 1)
+
+
+@triton.jit
+def _part(cu_seqlens, b, number, first, chunks, CHUNK: tl.constexpr):
+    """The workspace's row for a chunk of a sequence of at least two."""
+    if cu_seqlens is None:
+        return b.to(tl.int64) * chunks + number
+    else:
+        return 2 * first // CHUNK + number
 
 
 @triton.jit
@@ -126,23 +138,24 @@ def _store_scalars(norm, value, lse, o_x, count, b_m, b_l, b_value, m_x, LSE: tl
     if value is not None:
         tl.store(value + o_x, b_value, mask=m_x)
     if LSE:
-        tl.store(lse + o_x, tl.where(b_l == 0, float("-inf"), b_m + tl.log(b_l)), mask=m_x)
+        b_lse = b_m + tl.log(tl.where(b_l == 0, 1.0, b_l))  # m is -inf where there is no row
+        tl.store(lse + o_x, b_lse, mask=m_x)
 
 
 @triton.jit
 def _store_pool(
     pooled, gradient, value, lse, norm,
     part_pooled, part_gradient, part_value, part_norm,
-    chunk, b, chunks, B, partials, o_h, m_h, o_d, m_d, first_slice,
+    part, b, chunks, B, partials, o_h, m_h, o_d, m_d, first_slice,
     state, b_c, b_v,
     H: tl.constexpr, D: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's pool: the result of its sequence if it is the only chunk, else a partial result in the chunk's row."""
+    """A chunk's pool: the result of its sequence if that has no other chunk, else a partial result in row `part`."""
     b_m, b_l, b_anchor, b_x, _, b_e = state
     b_safe = tl.where(b_l == 0, 1.0, b_l)
     b_value = b_anchor + b_x / b_safe
     o_result = b.to(tl.int64) * H + o_h
-    o_partial = chunk.to(tl.int64) * H + o_h
+    o_partial = part * H + o_h
     if first_slice:
         if chunks == 1:
             _store_scalars(norm, value, lse, o_result, B * H, b_m, b_l, b_value, m_h, True)
@@ -227,11 +240,12 @@ def _rows_kernel(
             updated += ((state, b_c, b_v),)
         sums = updated
 
+    part = _part(cu_seqlens, b, number, first, chunks, CHUNK)
     for h in tl.static_range(H):
         state, b_c, b_v = sums[h]
         _store_pool(
             pooled, gradient, value, lse, norm, part_pooled, part_gradient, part_value, part_norm,
-            chunk, b, chunks, B, partials, h, True, o_d, m_d, True, state, b_c, b_v, H, D, 0,
+            part, b, chunks, B, partials, h, True, o_d, m_d, True, state, b_c, b_v, H, D, 0,
         )  # fmt: skip
 
 
@@ -300,7 +314,8 @@ def _scores_kernel(
         _, _, _, _, state = _weigh(b_s, b_t, _start([BH]), True, 1)
         _store_pool(
             None, None, value, lse, norm, None, None, part_value, part_norm,
-            chunk, b, chunks, B, partials, o_h, m_h, None, None, True, state, None, None, H, D, 1,
+            _part(cu_seqlens, b, number, first, chunks, BS), b, chunks, B, partials, o_h, m_h, None, None, True,
+            state, None, None, H, D, 1,
         )  # fmt: skip
 
 
@@ -354,7 +369,8 @@ def _sums_kernel(
             b_v = _product(b_w, b_h, b_v * b_a[:, None]) - b_d[:, None] * b_c  # [BH, BD]
     _store_pool(
         pooled, gradient, value, lse, norm, part_pooled, part_gradient, part_value, part_norm,
-        chunk, b, chunks, B, partials, o_h, m_h, o_d[None, :], m_h[:, None] & m_d[None, :], tl.program_id(1) == 0,
+        _part(cu_seqlens, b, number, first, chunks, CHUNK), b, chunks, B, partials,
+        o_h, m_h, o_d[None, :], m_h[:, None] & m_d[None, :], tl.program_id(1) == 0,
         state, b_c, b_v, H, D, 1,
     )  # fmt: skip
 
@@ -374,15 +390,14 @@ def _merge_kernel(
     b = tl.program_id(0) // H
     h = tl.program_id(0) % H
     if cu_seqlens is None:
-        chunks = tl.maximum(tl.cdiv(S, CHUNK), 1)
-        chunk = b * chunks
+        first = b.to(tl.int64) * S
+        chunks = tl.cdiv(S, CHUNK)
     else:
-        start = tl.load(cu_seqlens + b)
-        chunks = tl.cdiv(tl.load(cu_seqlens + b + 1) - start, CHUNK)
-        chunk = start // CHUNK + b
+        first = tl.load(cu_seqlens + b).to(tl.int64)
+        chunks = tl.cdiv(tl.load(cu_seqlens + b + 1) - first, CHUNK).to(tl.int32)
     if chunks <= 1:
         return
-    part = chunk.to(tl.int64) * H + h  # and H further for every next chunk
+    part = _part(cu_seqlens, b, 0, first, chunks, CHUNK) * H + h  # and H further for every next chunk
     count = partials.to(tl.int64) * H
     o_c = tl.arange(0, BC)
 
@@ -550,24 +565,45 @@ def _pool(
     gradient = new(B, H, D) if vectors and direction is not None else None
     value = new(B, H) if direction is not None else None
     lse, norm = new(B, H), new(2, B, H)
-    S, total = _rows(hidden)
-    rows = rows_config(H, D, hidden.dtype, vectors, direction is not None, architecture())
-    forms = 1 if direction is None else 2
-    scores = new(forms, H, total) if keep_scores or (vectors and rows is None) else None
+    case = H, D, hidden.dtype, vectors, direction is not None, architecture()
+    rows = rows_config(*case)
+    keep_scores = keep_scores or (vectors and rows is None)
+    scores = new(1 if direction is None else 2, H, _rows(hidden)[1]) if keep_scores else None
     results = pooled, gradient, value, lse, norm
-    if query.numel() == 0:
-        return *results, scores
+    if query.numel():
+        launch = functools.partial(_launch, query, hidden, direction, cu_seqlens, mask, results, scores)
+        if rows is not None and triton_tuning.enabled():
+            rows = triton_tuning.tuned(case, rows, launch)
+        launch(rows)
+    return *results, scores
 
+
+def _launch(
+    query: Tensor,
+    hidden: Tensor,
+    direction: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    results: tuple[Tensor | None, ...],
+    scores: Tensor | None,
+    rows: Config | None,
+) -> None:
+    """Fills results (pooled, gradient, value, lse, norm) and scores: with whole rows a program if `rows` says how."""
+    B, H, D = query.shape
+    S, total = _rows(hidden)
+    pooled, gradient, value, lse, norm = results
     by_heads = scores_config(H, hidden.dtype, direction is not None, architecture())
     by_slices = sums_config(H, hidden.dtype, direction is not None, architecture())
-    config = rows or (by_slices if vectors else by_heads)
+    config = rows or (by_heads if pooled is None else by_slices)
     chunk = config["CHUNK" if "CHUNK" in config else "BS"]
     chunks = _chunks(hidden, cu_seqlens, B, chunk)
-    partials = 0 if (S if cu_seqlens is None else total) <= chunk else chunks
-    part_pooled = new(partials, H, D) if vectors else None
-    part_gradient = None if gradient is None else new(partials, H, D)
-    part_value = None if value is None else new(partials, H)
-    part_norm = new(2, partials, H)
+    partials = chunks if cu_seqlens is None else 2 * total // chunk
+    if (S if cu_seqlens is None else total) <= chunk:
+        partials = 0  # no sequence has a second chunk
+    part_pooled = None if pooled is None else query.new_empty(partials, H, D)
+    part_gradient = None if gradient is None else query.new_empty(partials, H, D)
+    part_value = None if value is None else query.new_empty(partials, H)
+    part_norm = query.new_empty(2, partials, H)
     sizes = B, S, total, partials
     strides_g = (0, 0, 0) if direction is None else direction.stride()
     strides = *_strides_of_hidden(hidden), *_strides(mask)
@@ -585,18 +621,17 @@ def _pool(
             part_value, part_norm, scores, *sizes, *strides_g, *strides,
             H=H, D=D, **by_heads, **OPTIONS,
         )  # fmt: skip
-        if vectors:
-            _sums_kernel[chunks, triton.cdiv(D, config["BD"]), groups](
+        if pooled is not None:
+            _sums_kernel[chunks, triton.cdiv(D, by_slices["BD"]), groups](
                 scores, hidden, cu_seqlens, mask, *results,
                 part_pooled, part_gradient, part_value, part_norm, *sizes, *strides,
-                H=H, D=D, **config, **OPTIONS,
+                H=H, D=D, **by_slices, **OPTIONS,
             )  # fmt: skip
     if partials:
-        _merge_kernel[B * H, triton.cdiv(D, MERGE["BD"]) if vectors else 1](
+        _merge_kernel[B * H, 1 if pooled is None else triton.cdiv(D, MERGE["BD"])](
             part_pooled, part_gradient, part_value, part_norm, *results, cu_seqlens,
             B, S, partials, H=H, D=D, CHUNK=chunk, **MERGE, **OPTIONS,
         )  # fmt: skip
-    return *results, scores
 
 
 def _chunks(hidden: Tensor, cu_seqlens: Tensor | None, batch: int, size: int) -> int:
