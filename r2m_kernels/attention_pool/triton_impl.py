@@ -3,10 +3,11 @@ partial results of a sequence are merged in a fixed order.
 
 Launches: attention_pool, attention_pool_dot and attention_pool_with_gradient take one kernel over chunks and one that
 merges, which is left out where no sequence can have two chunks: one read of `hidden`, and a workspace of at most 1/16
-of its bytes. Queries that do not fit into registers together (more than 4 of a sequence, or D > 8192) take a launch
-more: their scores are kept, float32 [H, rows], and unless only scalars are asked for, `hidden` is read twice.
-attention_pool_backward is attention_pool_with_gradient in the direction of the upstream gradient, and for the gradient
-of `hidden` one launch that only writes it.
+of its bytes. Where the queries of a sequence do not fit into registers together (more than 4, or wide rows; D > 8192),
+the first of these is a matrix product. If more than scalars is asked for, it keeps scores, float32 [1 or 2, H, rows],
+and a further kernel reads `hidden` a second time for the sums. attention_pool_backward is attention_pool_with_gradient
+in the direction of the upstream gradient, two small elementwise launches, and for the gradient of `hidden` one that
+only writes it. A scoring micro-batch is so 2 launches, and so is one of training.
 
 Arguments and results as in torch_impl; float64 is not supported. Packed sequence b owns the chunks from
 cu_seqlens[b] // CHUNK + b: enough for its length, whatever it is, and their number follows from shapes alone, so the
@@ -217,7 +218,7 @@ def _rows_kernel(
         m_s = o_s < high
         if mask is not None:
             m_s = m_s & (tl.load(mask + o_s.to(tl.int64) * stride_ms, mask=m_s, other=0) != 0)
-        o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d[None, :] * stride_hd
+        o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
         b_h = tl.load(hidden + o_x, mask=m_s[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
         b_h = b_h.to(tl.float32)  # [BS, BD]
         updated = ()
@@ -295,7 +296,7 @@ def _scores_kernel(
     for k in tl.range(0, width, BD, num_stages=STAGES):
         o_d = k + tl.arange(0, BD)
         m_d = o_d < D
-        o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d[None, :] * stride_hd
+        o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
         b_h = tl.load(hidden + o_x, mask=m_s[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
         m_u = m_h[:, None] & m_d[None, :]
         b_u = tl.load(query + (b.to(tl.int64) * H + o_h)[:, None] * D + o_d[None, :], mask=m_u, other=0.0)  # [BH, BD]
@@ -355,7 +356,7 @@ def _sums_kernel(
         m_s = o_s < high
         if mask is not None:
             m_s = m_s & (tl.load(mask + o_s.to(tl.int64) * stride_ms, mask=m_s, other=0) != 0)
-        o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d[None, :] * stride_hd
+        o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
         b_h = tl.load(hidden + o_x, mask=m_s[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
         o_x = o_h.to(tl.int64)[:, None] * total + first + o_s[None, :]
         m_x = m_h[:, None] & m_s[None, :]

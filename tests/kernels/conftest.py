@@ -43,6 +43,8 @@ def _same_random_numbers_every_run(request):
     if request.config.getoption("device") != "cpu":
         torch.set_default_device(request.config.getoption("device"))
     torch.manual_seed(0)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,7 @@ def results_and_gradients(function, inputs: dict[str, Tensor], upstream: list[Te
 
     With a dtype the function computes in it: inputs are converted, gradients come back in the inputs' dtypes.
     """
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}  # of the strides that they have
     if dtype is torch.float64:
         leaves = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
     outputs = function(**{name: t if dtype is None else t.to(dtype) for name, t in leaves.items()})

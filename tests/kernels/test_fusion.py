@@ -20,6 +20,7 @@ weights = pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, torch.tensor(0.85)],
 @every_shape
 @weights
 def test_fusion_matches_the_equation(dtype, shape, weight):
+    weight = torch.tensor(float(weight)) if isinstance(weight, torch.Tensor) else weight  # on the device under test
     inputs = {"aggregated": torch.randn(shape).to(dtype), "rte": torch.randn(shape).to(dtype)}
     check_against_reference(
         functools.partial(time_weighted_fusion, weight=weight),
@@ -35,6 +36,7 @@ def test_fusion_matches_the_equation(dtype, shape, weight):
 @weights
 @pytest.mark.parametrize("bias", [(), (1,), None], ids=str)
 def test_fused_reward_matches_the_equations(dtype, shape, weight, bias):
+    weight = torch.tensor(float(weight)) if isinstance(weight, torch.Tensor) else weight  # on the device under test
     inputs = {name: torch.randn(shape).to(dtype) for name in ("aggregated", "rte")}
     inputs["head_weight"] = torch.randn(shape[1:]).to(dtype)
     if bias is not None:
