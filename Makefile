@@ -4,16 +4,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help demo test lint types unit format clean
+.PHONY: help demo test lint types unit interpret gate gpu-test format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(STAMP)  ## train a 135M-parameter model on movie reviews (a quarter of an hour on two CPU cores)
 	$(BIN)/r2m demo
 
-test: lint types unit  ## everything a change must pass
+test: lint types unit interpret gate  ## everything a change must pass; needs no GPU
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check
@@ -25,6 +25,17 @@ types: $(STAMP)  ## mypy
 unit: $(STAMP)  ## pytest
 	$(BIN)/pytest -q
 
+interpret: $(STAMP)  ## the operators' tests on the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/kernels --impl triton
+
+gate: $(STAMP)  ## compile every Triton kernel for every GPU and judge the machine code
+	$(BIN)/python tests/offline/gate.py
+
+# With the packages that are there, on a machine with a CUDA build of torch: PYTHON is the one that has them.
+gpu-test:  ## the operators' tests on a GPU, and those that only a GPU can run
+	$(PYTHON) -m pytest -q tests/kernels --impl triton --device cuda
+	$(PYTHON) -m pytest -q tests/gpu
+
 format: $(STAMP)  ## apply ruff's format and safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -35,5 +46,5 @@ clean:  ## remove the environment, caches and runs
 # The tested set of packages, in an environment of this folder.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,dev,triton]'
 	@touch $@

@@ -6,7 +6,7 @@ merges, which is left out where no sequence can have two chunks: one read of `hi
 of its bytes. Where the queries of a sequence do not fit into registers together (more than 4, or wide rows; D > 8192),
 the first of these is a matrix product. If more than scalars is asked for, it keeps scores, float32 [1 or 2, H, rows],
 and a further kernel reads `hidden` a second time for the sums. attention_pool_backward is attention_pool_with_gradient
-in the direction of the upstream gradient, two small elementwise launches, and for the gradient of `hidden` one that
+in the direction of the upstream gradient, three small elementwise launches, and for the gradient of `hidden` one that
 only writes it. A scoring micro-batch is so 2 launches, and so is one of training.
 
 Arguments and results as in torch_impl; float64 is not supported. Packed sequence b owns the chunks from
