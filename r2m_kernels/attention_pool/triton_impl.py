@@ -230,8 +230,8 @@ def _rows_kernel(
             if direction is not None:
                 b_t = tl.sum(b_g[None, :] * b_h, 1)  # [BS]
             if scores is not None:
-                tl.store(scores + h * total + first + o_s, b_s, mask=m_s)
-                tl.store(scores + (H + h) * total + first + o_s, b_t, mask=m_s)
+                tl.store(scores + h * total.to(tl.int64) + first + o_s, b_s, mask=m_s)
+                tl.store(scores + (H + h) * total.to(tl.int64) + first + o_s, b_t, mask=m_s)
             b_s = tl.where(m_s, b_s, float("-inf"))
             b_p, b_w, b_a, b_d, state = _weigh(b_s, b_t, state, direction is not None, 0)
             if pooled is not None:

@@ -60,10 +60,8 @@ def test_nothing_of_the_size_of_hidden_is_made(impl, name, dtype):
         assert max(seen.sizes) < hidden.nbytes / 4
 
 
-@pytest.mark.parametrize(
-    "lengths", [[2000, 0, 1, 799], [3] * 50 + [700], [130] * 20], ids=["few", "short", "two chunks"]
-)
-@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("lengths", [[1200, 0, 1, 799], [3] * 50 + [130] * 10], ids=["long", "short"])
+@pytest.mark.parametrize("heads", [1, 4, 8])
 def test_the_workspace_has_at_most_a_sixteenth_of_the_bytes_of_hidden(impl, heads, lengths):
     if impl != "triton":
         pytest.skip("the torch implementation works in tiles")
