@@ -71,13 +71,31 @@ def _part(cu_seqlens, b, number, first, chunks, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _offset(cu_seqlens, b, first, stride_hb, stride_hs):
+    """Where a sequence's rows begin in hidden."""
+    if cu_seqlens is None:
+        return b.to(tl.int64) * stride_hb
+    else:
+        return first * stride_hs
+
+
+@triton.jit
+def _counted(mask, stride_ms, o_s, end):
+    """Which of the rows o_s of a sequence come before `end` and are not masked."""
+    m_s = o_s < end
+    if mask is not None:
+        m_s = m_s & (tl.load(mask + o_s.to(tl.int64) * stride_ms, mask=m_s, other=0) != 0)
+    return m_s
+
+
+@triton.jit
 def _attended(mask, stride_ms, start, end, CHUNK: tl.constexpr, BS: tl.constexpr):
     """The rows from start to end that a mask leaves at both ends; the first is that of a block."""
     if mask is None:
         return start, end
     else:
         o_s = start + tl.arange(0, CHUNK)
-        m_s = tl.load(mask + o_s.to(tl.int64) * stride_ms, mask=o_s < end, other=0) != 0  # [CHUNK]
+        m_s = _counted(mask, stride_ms, o_s, end)  # [CHUNK]
         low = tl.min(tl.where(m_s, o_s, end), 0)
         return start + (low - start) // BS * BS, tl.max(tl.where(m_s, o_s + 1, start), 0)
 
@@ -204,10 +222,7 @@ def _rows_kernel(
         queries += ((b_u, b_g),)
         sums += ((_start([]), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)),)
 
-    if cu_seqlens is None:
-        hidden += b.to(tl.int64) * stride_hb
-    else:
-        hidden += first * stride_hs
+    hidden += _offset(cu_seqlens, b, first, stride_hb, stride_hs)
     if mask is not None:
         mask += b.to(tl.int64) * stride_mb
     start = number * CHUNK
@@ -215,9 +230,7 @@ def _rows_kernel(
     low, high = _attended(mask, stride_ms, start, end, CHUNK, BS)
     for i in tl.range(low, high, BS, num_stages=STAGES):
         o_s = i + tl.arange(0, BS)
-        m_s = o_s < high
-        if mask is not None:
-            m_s = m_s & (tl.load(mask + o_s.to(tl.int64) * stride_ms, mask=m_s, other=0) != 0)
+        m_s = _counted(mask, stride_ms, o_s, high)
         o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
         b_h = tl.load(hidden + o_x, mask=m_s[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
         b_h = b_h.to(tl.float32)  # [BS, BD]
@@ -282,14 +295,10 @@ def _scores_kernel(
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     m_h = o_h < H
     o_s = number * BS + tl.arange(0, BS)
-    m_s = o_s < length
     if mask is not None:
-        o_m = b.to(tl.int64) * stride_mb + o_s.to(tl.int64) * stride_ms
-        m_s = m_s & (tl.load(mask + o_m, mask=m_s, other=0) != 0)
-    if cu_seqlens is None:
-        hidden += b.to(tl.int64) * stride_hb
-    else:
-        hidden += first * stride_hs
+        mask += b.to(tl.int64) * stride_mb
+    m_s = _counted(mask, stride_ms, o_s, length)
+    hidden += _offset(cu_seqlens, b, first, stride_hb, stride_hs)
     width = tl.where(tl.max(m_s.to(tl.int32), 0) > 0, D, 0)  # nothing is read where no row counts
     b_s = tl.zeros([BH, BS], tl.float32)
     b_t = tl.zeros([BH, BS], tl.float32)
@@ -339,10 +348,7 @@ def _sums_kernel(
     m_h = o_h < H
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
-    if cu_seqlens is None:
-        hidden += b.to(tl.int64) * stride_hb
-    else:
-        hidden += first * stride_hs
+    hidden += _offset(cu_seqlens, b, first, stride_hb, stride_hs)
     if mask is not None:
         mask += b.to(tl.int64) * stride_mb
     state = _start([BH])
@@ -353,9 +359,7 @@ def _sums_kernel(
     low, high = _attended(mask, stride_ms, start, end, CHUNK, BS)
     for i in tl.range(low, high, BS, num_stages=STAGES):
         o_s = i + tl.arange(0, BS)
-        m_s = o_s < high
-        if mask is not None:
-            m_s = m_s & (tl.load(mask + o_s.to(tl.int64) * stride_ms, mask=m_s, other=0) != 0)
+        m_s = _counted(mask, stride_ms, o_s, high)
         o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
         b_h = tl.load(hidden + o_x, mask=m_s[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
         o_x = o_h.to(tl.int64)[:, None] * total + first + o_s[None, :]
@@ -472,10 +476,9 @@ def _outer_kernel(
         return
     o_s = number * BS + tl.arange(0, BS)
     m_s = o_s < length
-    m_a = o_s < tl.where(b < B, length, 0)
     if mask is not None:
-        o_m = b.to(tl.int64) * stride_mb + o_s.to(tl.int64) * stride_ms
-        m_a = m_a & (tl.load(mask + o_m, mask=m_a, other=0) != 0)
+        mask += b.to(tl.int64) * stride_mb
+    m_a = _counted(mask, stride_ms, o_s, tl.where(b < B, length, 0))
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
     m_u = o_d < tl.where(b < B, D, 0)
