@@ -55,7 +55,7 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
     if not vectors:
         chunk = max(32, min(CHUNK, DOT_CHUNK_BYTES // row_bytes))
     config = _config(arch, warps, BS=rows, BD=columns, CHUNK=chunk)
-    if arch == "sm_120":  # or its assembler spills to fit two blocks a multiprocessor; shared memory holds one
+    if arch in ("sm_100", "sm_120"):  # or the assembler spills a few bytes to fit a second block
         config["maxnreg"] = min(65536 // threads, 255)
     return config
 
