@@ -596,10 +596,12 @@ def _launch(
     B, H, D = query.shape
     S, total = _rows(hidden)
     pooled, gradient, value, lse, norm = results
-    by_heads = scores_config(H, hidden.dtype, direction is not None, architecture())
-    by_slices = sums_config(H, hidden.dtype, direction is not None, architecture())
-    config = rows or (by_heads if pooled is None else by_slices)
-    chunk = config["CHUNK" if "CHUNK" in config else "BS"]
+    if rows is None:
+        case = H, hidden.dtype, direction is not None, architecture()
+        by_heads, by_slices = scores_config(*case), sums_config(*case)
+        chunk = by_heads["BS"] if pooled is None else by_slices["CHUNK"]
+    else:
+        chunk = rows["CHUNK"]
     chunks = _chunks(hidden, cu_seqlens, B, chunk)
     partials = chunks if cu_seqlens is None else 2 * total // chunk
     if (S if cu_seqlens is None else total) <= chunk:

@@ -22,10 +22,11 @@ def tuned(key: tuple[Any, ...], config: Config, run: Callable[[Config], Any]) ->
     The key is what rows_config decides by, so that what is printed can be compared with what it returns.
     """
     if key not in _found:
-        times = {index: _milliseconds(run, candidate) for index, candidate in enumerate(_neighbours(config))}
-        best = min(times, key=times.__getitem__)
-        _found[key] = list(_neighbours(config))[best]
-        print(f"{key}: {_found[key]}  # {times[best]:.4f} ms, the default {times[0]:.4f} ms", flush=True)
+        candidates = list(_neighbours(config))
+        times = [_milliseconds(run, candidate) for candidate in candidates]
+        best = min(times)
+        _found[key] = candidates[times.index(best)]
+        print(f"{key}: {_found[key]}  # {best:.4f} ms, the default {times[0]:.4f} ms", flush=True)
     return _found[key]
 
 
