@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from r2m_kernels import extension
+
 IMPLEMENTATIONS = ("extension", "torch", "triton")
 
 # What "auto" tries, fastest first. Triton's interpreter, which runs kernels on CPU tensors, is for checking them.
@@ -47,16 +49,22 @@ def _reason(name: str, device: str) -> str | None:
     if name == "torch":
         return None
     if name == "extension":
-        return "not part of this version"
+        why_not = extension.reason(device.split(":")[0])
+        return why_not or (_too_old(device) if device.startswith("cuda") else None)
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if not device.startswith("cuda"):
         return f"Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels slowly, and this is {device!r}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} is older"
-    return None
+    return _too_old(device) if torch.version.hip is None else None
+
+
+def _too_old(device: str) -> str | None:
+    """Why an NVIDIA GPU lacks the instructions that the kernels use, or None."""
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    return f"needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} is older"
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler: torch.compile runs it as it is.

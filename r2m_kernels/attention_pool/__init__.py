@@ -108,7 +108,9 @@ def _check(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     checks.number("scale", scale)
-    return dispatch.choose(impl, query, hidden), scale
+    apart = hidden.stride(-1) if hidden.shape[-1] > 1 else 1
+    why_not = None if apart == 1 else f"hidden: expected a stride of 1 in the last dimension, got {apart}"
+    return dispatch.choose(impl, query, hidden, extension=why_not), scale
 
 
 def _by_head(query: Tensor, scale: float) -> Tensor:

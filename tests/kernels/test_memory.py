@@ -64,7 +64,7 @@ def test_nothing_of_the_size_of_hidden_is_made(impl, name, dtype):
 @pytest.mark.parametrize("lengths", [[500, 0, 1, 199], [3] * 20 + [130] * 4], ids=["long", "short"])
 @pytest.mark.parametrize("heads", [1, 4, 8])
 def test_the_workspace_has_at_most_a_sixteenth_of_the_bytes_of_hidden(impl, heads, lengths):
-    if impl != "triton":
+    if impl == "torch":
         pytest.skip("the torch implementation works in tiles")
     hidden, cu_seqlens = torch.randn(sum(lengths), 128).bfloat16(), ragged(lengths)
     for function, arguments in forms(impl, heads, hidden, cu_seqlens):

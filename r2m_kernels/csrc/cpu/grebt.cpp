@@ -1,0 +1,148 @@
+// GREBT and its closed-form gradient on CPUs, a group at a time, in float64: there are few numbers, and with its digits
+// none of the differences below needs care.
+#include "../ops.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace r2m {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Rewards that are worth another thread: some 20 us of work.
+constexpr int64_t REWARDS_OF_A_THREAD = 1024;
+
+template <class T>
+void read_row(const Tensor& tensor, int64_t n, std::vector<double>& row) {
+  const T* from = static_cast<const T*>(tensor.data_ptr()) + n * tensor.stride(0);
+  const int64_t stride = tensor.stride(1);
+  for (size_t k = 0; k < row.size(); ++k) row[k] = static_cast<double>(from[k * stride]);
+}
+
+// What copies a row of the tensor's dtype into float64, exactly.
+auto reader(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return read_row<float>;
+    case ScalarType::BFloat16: return read_row<torch::headeronly::BFloat16>;
+    case ScalarType::Half: return read_row<torch::headeronly::Half>;
+    case ScalarType::Double: return read_row<double>;
+    default: STD_TORCH_CHECK(false, name, ": expected a floating dtype"); return read_row<double>;
+  }
+}
+
+// Indices of the first of the highest scores and of the last of the lowest. As in torch, NaN is both.
+struct Pair {
+  int64_t winner = 0, loser = 0;
+
+  explicit Pair(const std::vector<double>& scores) {
+    for (size_t k = 1; k < scores.size(); ++k) {
+      const double score = scores[k];
+      if (score > scores[winner] || (std::isnan(score) && !std::isnan(scores[winner]))) winner = k;
+      if (score <= scores[loser] || std::isnan(score)) loser = k;
+    }
+  }
+};
+
+struct Preference {
+  double bt, sigmoid;  // softplus and sigmoid of -margin: BT and its derivative by the loser's reward
+};
+
+Preference bradley_terry(double margin) {
+  const double small = std::exp(-std::abs(margin));  // in (0, 1]
+  return {std::fmax(-margin, 0) + std::log1p(small), (margin > 0 ? small : 1) / (1 + small)};
+}
+
+struct Spread {
+  double entropy, std;
+};
+
+// GRE of the rewards r, in whose place its gradient comes out. `below` and `p` are scratch of its size.
+Spread group_reward_entropy(std::vector<double>& r, double eps, std::vector<double>& below, std::vector<double>& p) {
+  const size_t K = r.size();
+  // Summed relative to the first, so that equal rewards have exactly their value as mean, and std 0.
+  const double first = r[0];
+  double sum = 0, squares = 0;
+  for (double reward : r) sum += reward - first;
+  const double mean = first + sum / K;
+  double top = first - mean;
+  for (double& x : r) {
+    x -= mean;
+    squares += x * x;
+    top = std::max(top, x);
+  }
+  const double std = std::sqrt(squares / K);
+  // A spread for which float32 has no normal number counts as none: at eps = 0 its gradient would overflow.
+  const bool varies = !(std < std::numeric_limits<float>::min());  // NaN too
+  const double scale = varies ? std + eps : 1;
+
+  // With below = max(z) - z and its mean under p: log p = -below - log(total), so that GRE = log(total) + mean.
+  double total = 0, mean_below = 0;
+  for (size_t k = 0; k < K; ++k) {
+    below[k] = (top - r[k]) / scale;
+    p[k] = std::exp(-below[k]);
+    total += p[k];
+    mean_below += p[k] * below[k];
+  }
+  mean_below /= total;
+
+  // See torch_impl.grebt_loss.
+  std::vector<double>& dz = p;
+  double sum_dz = 0, sum_z_dz = 0;
+  for (size_t k = 0; k < K; ++k) {
+    dz[k] = p[k] / total * (below[k] - mean_below);
+    sum_dz += dz[k];
+    sum_z_dz += r[k] / scale * dz[k];
+  }
+  for (size_t k = 0; k < K; ++k) r[k] = varies ? (dz[k] - sum_dz / K - r[k] / std * (sum_z_dz / K)) / scale : 0;
+  return {std::log(total) + mean_below, std};
+}
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+int64_t* indices(const Tensor& tensor) { return static_cast<int64_t*>(tensor.data_ptr()); }
+
+}  // namespace
+
+void grebt_loss(
+    const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight,
+    const Tensor& loss, const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner,
+    const Tensor& loser, const Tensor& gradient) {
+  const int64_t K = rewards.size(1);
+  const auto read_rewards = reader("rewards", rewards), read_scores = reader("pair_scores", pair_scores);
+  const int64_t grain = std::max<int64_t>(REWARDS_OF_A_THREAD / K, 1);
+  torch::stable::parallel_for(0, rewards.size(0), grain, [&](int64_t begin, int64_t end) {
+    std::vector<double> scores(K), r(K), below(K), p(K);
+    for (int64_t n = begin; n < end; ++n) {
+      read_scores(pair_scores, n, scores);
+      read_rewards(rewards, n, r);
+      const Pair pair(scores);
+      const double margin = r[pair.winner] - r[pair.loser];
+      const Preference preference = bradley_terry(margin);
+      // A group whose pair is tied in scores and rewards prefers nothing: of the subgradients there, 0 is the smallest.
+      const bool tied = margin == 0 && scores[pair.winner] == scores[pair.loser];
+      const double pull = tied ? 0 : (1 - alpha) * preference.sigmoid;
+      const Spread spread = group_reward_entropy(r, eps, below, p);  // r: its gradient
+
+      floats(loss)[n] = (1 - alpha) * preference.bt + alpha * spread.entropy;
+      floats(bt)[n] = preference.bt;
+      floats(entropy)[n] = spread.entropy;
+      floats(std)[n] = spread.std;
+      indices(winner)[n] = pair.winner;
+      indices(loser)[n] = pair.loser;
+      float* row = floats(gradient) + n * K;
+      for (int64_t k = 0; k < K; ++k) {
+        const int sign = (k == pair.loser) - (k == pair.winner);
+        row[k] = group_weight * (alpha * r[k] + pull * sign);
+      }
+    }
+  });
+}
+
+}  // namespace r2m
