@@ -28,10 +28,8 @@ def absorbed_query(rte: Tensor, w_q: Tensor, w_k: Tensor, *, num_heads: int = 1)
     """
     checks.floating(rte=rte, w_q=w_q, w_k=w_k)
     _check_query_weights(rte, w_q, w_k, num_heads)
-    dtype = checks.accumulate_dtype(rte)
-    q = autograd_ready(rte).to(dtype) @ w_q.to(dtype).mT
-    q = torch.unflatten(q, -1, (num_heads, -1)) * (w_q.shape[0] // num_heads) ** -0.5
-    u = torch.einsum("bhd,hdp->bhp", q, torch.unflatten(w_k.to(dtype), 0, (num_heads, -1)))
+    scale = (w_q.shape[0] // num_heads) ** -0.5
+    u = _query(rte, w_q, w_k, num_heads, checks.accumulate_dtype(rte)) * scale
     return u.squeeze(1) if num_heads == 1 else u
 
 
@@ -180,21 +178,38 @@ def sequence_to_token_attention(
 
     Arguments as in `policy_feedback_reward`; v_bias [d] is added to every v_j (a key bias would cancel). Returns
     [B, D_rm] in the dtype of rte, 0 for an empty sequence. Differentiable in everything, for any head on top; the
-    backward keeps hidden and reads it a second time.
+    backward keeps hidden and reads it a second time. If rte and all weights are bfloat16, the weights' products round
+    to it like those of nn.Linear; converting the weights would take longer than all the rest.
     """
     checks.floating(rte=rte, hidden=hidden, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, **checks.given(v_bias=v_bias))
     _check_cross_attention(rte, hidden, w_q, w_k, w_v, w_o, num_heads, cu_seqlens, mask, impl)
     if v_bias is not None:
         checks.shape("v_bias", v_bias, ((w_v.shape[0],), "[d]"))
-    u = absorbed_query(rte, w_q, w_k, num_heads=num_heads)
-    pooled, lse = attention_pool(u, hidden, cu_seqlens=cu_seqlens, mask=mask, scale=1.0, impl=impl, return_lse=True)
-    pooled = pooled.reshape(rte.shape[0], num_heads, hidden.shape[-1])
-    value = torch.einsum("bhp,hdp->bhd", pooled, torch.unflatten(w_v.to(u.dtype), 0, (num_heads, -1))).flatten(1)
+    weights = (w_q, w_k, w_v, w_o)
+    half = all(t.dtype is torch.bfloat16 for t in (rte, *weights))
+    dtype = torch.bfloat16 if half else checks.accumulate_dtype(rte)
+    u = _query(rte, w_q, w_k, num_heads, dtype)
+    sequences: dict[str, Any] = {"cu_seqlens": cu_seqlens, "mask": mask, "impl": impl}
+    scale = (w_q.shape[0] // num_heads) ** -0.5
+    pooled, lse = attention_pool(u, hidden, scale=scale, return_lse=True, **sequences)
+    value = _by_head(pooled, torch.unflatten(w_v.to(dtype), 0, (num_heads, -1)).mT).flatten(1)
     if v_bias is not None:
         # The softmax weights sum to 1, except in an empty sequence, whose lse is -inf.
-        empty = lse.detach().reshape(rte.shape[0], num_heads)[:, :1] == -torch.inf
-        value = value + torch.where(empty, 0.0, v_bias.to(u.dtype))
-    return (value @ w_o.to(u.dtype).mT).to(rte.dtype)
+        value = value + torch.where(lse.detach()[:, :1] == -torch.inf, 0.0, v_bias.to(dtype))
+    return (value @ w_o.to(dtype).mT).to(rte.dtype)
+
+
+def _query(rte: Tensor, w_q: Tensor, w_k: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """W_k^T W_q H [B, num_heads, D_p], computed in `dtype`."""
+    q = torch.unflatten(autograd_ready(rte).to(dtype) @ w_q.to(dtype).mT, -1, (num_heads, -1))
+    return _by_head(q, torch.unflatten(w_k.to(dtype), 0, (num_heads, -1)))
+
+
+def _by_head(x: Tensor, w: Tensor) -> Tensor:
+    """x [B, H, m] times w [H, m, n] for every head: [B, H, n]."""
+    if w.shape[0] == 1:  # on a CPU, a batch of one bfloat16 matrix can take 30 times as long as the matrix
+        return (x[:, 0] @ w[0])[:, None]
+    return torch.einsum("bhm,hmn->bhn", x, w)
 
 
 @full_precision
