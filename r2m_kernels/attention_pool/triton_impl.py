@@ -113,40 +113,39 @@ def _along(b_x, AXIS: tl.constexpr):
 def _start(shape: tl.constexpr):
     """The state of an online softmax before its first block."""
     b_0 = tl.zeros(shape, tl.float32)
-    return tl.full(shape, float("-inf"), tl.float32), b_0, b_0, b_0, b_0, b_0
+    return tl.full(shape, float("-inf"), tl.float32), b_0, b_0, b_0
 
 
 @triton.jit
 def _weigh(b_s, b_t, state, DIRECTION: tl.constexpr, AXIS: tl.constexpr):
     """A block of rows in the online softmax: scores s (-inf: no such row) and, with DIRECTION, t = direction . hidden.
 
-    state: m, the largest score; l = sum p with p = exp(s - m); for the mean of t, the t of that row as anchor and
-    x = sum p (t - anchor), exact where one row outweighs all others; for the covariance, a centre r that follows the
-    mean and the remainder e = sum p (t - r). Returns the block's p and w = p (t - r) with the r before it (the anchor
-    in the first block), the factor a that brings earlier sums to the new m, by how much r moves as d, and the state.
-    So with C = sum p hidden, V = a V + sum w hidden - d C is sum p (t - r) hidden again: centred at every step, or what
-    all rows have in common would cancel digits.
+    state: m, the largest score; l = sum p with p = exp(s - m); the mean of t under p, as a centre r and what it lacks,
+    e = sum p (t - r). Returns the block's p, w = p (t - r) with the r that is the mean with the block, the factor a that
+    brings earlier sums to the new m, by how much r moved as d, and the state. So with C = sum p hidden before the
+    block, V = (V - d C) a + sum w hidden is sum p (t - r) hidden again: centred at every step, or what all rows have in
+    common would cancel digits. A row that outweighs all others is exactly the mean.
     """
-    b_m, b_l, b_anchor, b_x, b_r, b_e = state
+    b_m, b_l, b_r, b_e = state
     b_top = tl.max(b_s, AXIS)
     b_new = tl.maximum(b_m, b_top)
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # before the first row: exp(-inf - 0) = 0
     b_a = tl.exp2((b_m - b_safe) * LOG2E)
     b_p = tl.exp2((b_s - _along(b_safe, AXIS)) * LOG2E)
     b_w, b_d = b_p, b_a
-    b_sum = b_l * b_a + tl.sum(b_p, AXIS)
+    b_l *= b_a
+    b_sum = b_l + tl.sum(b_p, AXIS)
     if DIRECTION:
-        b_at_top = tl.max(tl.where(b_s == _along(b_top, AXIS), b_t, float("-inf")), AXIS)
-        b_at_top = tl.where(b_top > b_m, b_at_top, b_anchor)
-        b_x = (b_x + (b_anchor - b_at_top) * b_l) * b_a + tl.sum(b_p * (b_t - _along(b_at_top, AXIS)), AXIS)
-        b_r = tl.where(b_l == 0, b_at_top, b_r)
-        b_w = b_p * (b_t - _along(b_r, AXIS))
-        b_e = b_e * b_a + tl.sum(b_w, AXIS)
-        b_centre = b_r + b_e / tl.where(b_sum == 0, 1.0, b_sum)
-        b_d = b_centre - b_r
-        b_e -= b_d * b_sum
-        b_anchor, b_r = b_at_top, b_centre
-    return b_p, b_w, b_a, b_d, (b_new, b_sum, b_anchor, b_x, b_r, b_e)
+        b_near = tl.max(tl.where(b_s == _along(b_top, AXIS), b_t, float("-inf")), AXIS)
+        b_near = tl.where(b_top > b_m, b_near, b_r)
+        b_e *= b_a
+        b_total = b_e + b_l * (b_r - b_near) + tl.sum(b_p * (b_t - _along(b_near, AXIS)), AXIS)
+        b_mean = b_near + b_total / tl.where(b_sum == 0, 1.0, b_sum)
+        b_w = b_p * (b_t - _along(b_mean, AXIS))
+        b_d = tl.where(b_l == 0, 0.0, b_mean - b_r)
+        b_e += tl.sum(b_w, AXIS) - b_d * b_l
+        b_r = b_mean
+    return b_p, b_w, b_a, b_d, (b_new, b_sum, b_r, b_e)
 
 
 @triton.jit
@@ -170,9 +169,9 @@ def _store_pool(
     H: tl.constexpr, D: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """A chunk's pool: the result of its sequence if that has no other chunk, else a partial result in row `part`."""
-    b_m, b_l, b_anchor, b_x, _, b_e = state
+    b_m, b_l, b_r, b_e = state
     b_safe = tl.where(b_l == 0, 1.0, b_l)
-    b_value = b_anchor + b_x / b_safe
+    b_value = b_r + b_e / b_safe
     o_result = b.to(tl.int64) * H + o_h
     o_partial = part * H + o_h
     if first_slice:
@@ -247,10 +246,10 @@ def _rows_kernel(
                 tl.store(scores + (H + h) * total.to(tl.int64) + first + o_s, b_t, mask=m_s)
             b_s = tl.where(m_s, b_s, float("-inf"))
             b_p, b_w, b_a, b_d, state = _weigh(b_s, b_t, state, direction is not None, 0)
+            if gradient is not None:
+                b_v = (b_v - b_d * b_c) * b_a + tl.sum(b_w[:, None] * b_h, 0)  # [BD]
             if pooled is not None:
                 b_c = b_c * b_a + tl.sum(b_p[:, None] * b_h, 0)  # [BD]
-            if gradient is not None:
-                b_v = b_v * b_a + tl.sum(b_w[:, None] * b_h, 0) - b_d * b_c  # [BD]
             updated += ((state, b_c, b_v),)
         sums = updated
 
@@ -369,9 +368,9 @@ def _sums_kernel(
         if gradient is not None:
             b_t = tl.load(scores + total.to(tl.int64) * H + o_x, mask=m_x, other=0.0)  # [BH, BS]
         b_p, b_w, b_a, b_d, state = _weigh(b_s, b_t, state, gradient is not None, 1)
-        b_c = _product(b_p, b_h, b_c * b_a[:, None])  # [BH, BD]
         if gradient is not None:
-            b_v = _product(b_w, b_h, b_v * b_a[:, None]) - b_d[:, None] * b_c  # [BH, BD]
+            b_v = _product(b_w, b_h, (b_v - b_d[:, None] * b_c) * b_a[:, None])  # [BH, BD]
+        b_c = _product(b_p, b_h, b_c * b_a[:, None])  # [BH, BD]
     _store_pool(
         pooled, gradient, value, lse, norm, part_pooled, part_gradient, part_value, part_norm,
         _part(cu_seqlens, b, number, first, chunks, CHUNK), b, chunks, B, partials,
