@@ -1,5 +1,5 @@
-"""Attention pooling in C++ and CUDA C++: what csrc needs, and calls into it. Arguments and results as in torch_impl, but
-not float64, and the last stride of hidden is 1.
+"""Attention pooling in C++ and CUDA C++: what csrc needs, and calls into it. Arguments and results as in torch_impl,
+but not float64, and the last stride of hidden is 1.
 
 A pool is one pass over chunks of rows and one that merges the chunks of a sequence, which is left out where none has
 two: one read of `hidden`, and a workspace of at most 1/16 of its bytes (none for the dot product but scalars).
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from r2m_kernels import extension
 
-# Rows that are pooled together, times the number of queries. A partial result is one or two float32 vectors a query: all
-# together have so at most 1/16 of the bytes of packed bfloat16 rows, whatever their lengths.
+# Rows that are pooled together, times the number of queries. A partial result is one or two float32 vectors a query:
+# all together so have at most 1/16 of the bytes of packed bfloat16 rows, whatever their lengths.
 CHUNK = 128
 
 

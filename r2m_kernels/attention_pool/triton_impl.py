@@ -121,8 +121,8 @@ def _weigh(b_s, b_t, state, DIRECTION: tl.constexpr, AXIS: tl.constexpr):
     """A block of rows in the online softmax: scores s (-inf: no such row) and, with DIRECTION, t = direction . hidden.
 
     state: m, the largest score; l = sum p with p = exp(s - m); the mean of t under p, as a centre r and what it lacks,
-    e = sum p (t - r). Returns the block's p, w = p (t - r) with the r that is the mean with the block, the factor a that
-    brings earlier sums to the new m, by how much r moved as d, and the state. So with C = sum p hidden before the
+    e = sum p (t - r). Returns the block's p, w = p (t - r) with the r that is the mean with the block, the factor a
+    that brings earlier sums to the new m, by how much r moved as d, and the state. So with C = sum p hidden before the
     block, V = (V - d C) a + sum w hidden is sum p (t - r) hidden again: centred at every step, or what all rows have in
     common would cancel digits. A row that outweighs all others is exactly the mean.
     """
