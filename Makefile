@@ -3,17 +3,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+# A process a core, up to what memory is sure to hold; their own threads would only be in each other's way.
+PROCESSES := -n auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q $(PROCESSES)
 
-.PHONY: help demo test lint types unit interpret gate gpu-test format clean
+.PHONY: help demo test extension lint types unit cpu sanitize emulate interpret gate nvcc-gate bench-cpu
+.PHONY: gpu-test gpu-sanitize format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(STAMP)  ## train a 135M-parameter model on movie reviews (a quarter of an hour on two CPU cores)
+demo: $(STAMP) extension  ## train a 135M-parameter model on movie reviews (a quarter of an hour on two CPU cores)
 	$(BIN)/r2m demo
 
-test: lint types unit interpret gate  ## everything a change must pass; needs no GPU
+test: lint types unit cpu sanitize emulate interpret gate nvcc-gate  ## everything a change must pass; needs no GPU
+
+extension: $(STAMP)  ## compile the operators for the CPU; without a compiler, everything runs in PyTorch
+	-$(BIN)/python -m r2m_kernels.build cpu
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check
@@ -22,26 +29,50 @@ lint: $(STAMP)  ## ruff: rules and format
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
-unit: $(STAMP)  ## pytest
-	$(BIN)/pytest -q
+unit: $(STAMP) extension  ## pytest
+	$(PYTEST)
+
+cpu: $(STAMP)  ## the operators' tests on the extension, with every instruction set that this CPU has
+	$(BIN)/python tests/offline/builds.py cpu $(PROCESSES)
+
+sanitize: $(STAMP)  ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tests/offline/builds.py sanitized $(PROCESSES)
+
+emulate: $(STAMP)  ## the operators' tests on the CUDA kernels, emulated on the CPU
+	$(BIN)/python tests/offline/builds.py emulated $(PROCESSES)
 
 interpret: $(STAMP)  ## the operators' tests on the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/kernels --impl triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels --impl triton
 
 gate: $(STAMP)  ## compile every Triton kernel for every GPU and judge the machine code
 	$(BIN)/python tests/offline/gate.py
 
-# With the packages that are there, on a machine with a CUDA build of torch: PYTHON is the one that has them.
+nvcc-gate: $(STAMP)  ## the same for the CUDA kernels, where there is nvcc
+	$(BIN)/python tests/offline/nvcc_gate.py
+
+bench-cpu: $(STAMP) extension  ## time the extension on this CPU, beside PyTorch
+	$(BIN)/pytest -q benchmarks/test_cpu_ops.py --benchmark-columns=median,iqr,rounds
+
+# With the packages that are there, on a machine with a CUDA build of torch: PYTHON is the one that has them, and
+# `$(PYTHON) -m r2m_kernels.build` has been run.
 gpu-test:  ## the operators' tests on a GPU, and those that only a GPU can run
-	$(PYTHON) -m pytest -q tests/kernels --impl triton --device cuda
-	$(PYTHON) -m pytest -q tests/gpu
+	for impl in triton extension; do \
+	  $(PYTHON) -m pytest -q tests/kernels --impl $$impl --device cuda && \
+	  $(PYTHON) -m pytest -q tests/gpu --impl $$impl || exit 1; \
+	done
+
+gpu-sanitize:  ## the CUDA kernels on small shapes under compute-sanitizer: memory errors and races
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PYTHON) -m pytest -q tests/kernels -k "any_pool or strides_do_not" --impl extension --device cuda || exit 1; \
+	done
 
 format: $(STAMP)  ## apply ruff's format and safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:  ## remove the environment, caches and runs
-	rm -rf .venv build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist runs r2m_kernels/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 # The tested set of packages, in an environment of this folder.
 $(STAMP): pyproject.toml setup.py constraints.txt

@@ -1,7 +1,7 @@
 // The ops of this library. One backend (cpu/ or cuda/) implements them, and registration.cpp registers them for it.
 //
 // Callers have checked every argument, made every result and the workspace; nothing here allocates, waits for a device
-// or keeps a tensor. Sums are in float32. Results are contiguous.
+// or keeps a tensor. Sums are in float32 or better. Results are contiguous.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -33,7 +33,7 @@ def time_weighted_fusion(aggregated: Tensor, rte: Tensor, weight: float | Tensor
     """F = (1 - w) A + w H, equation 2. Differentiable (once) in A and H.
 
     aggregated A and rte H [B, D_rm], weight w a float or a constant 0-dim tensor -> [B, D_rm] in the promoted dtype.
-    In "triton" one launch forward, one backward.
+    On a GPU "triton" and "extension" take one launch forward, one backward.
     Raises ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run.
     """
     checks.floating(aggregated=aggregated, rte=rte)
@@ -55,9 +55,9 @@ def fused_reward(
     """r = phi . ((1 - w) A + w H) + b, equations 2 and 3 in one. Differentiable (once) in A, H, phi and b.
 
     aggregated A and rte H [B, D_rm], weight w a float or a constant 0-dim tensor, head_weight phi [D_rm], head_bias a
-    tensor of one element -> float32 [B] (float64 for float64). At w = 1 it is the vanilla reward phi . H + b. In
-    "triton" one launch forward and two backward: sums over blocks of rows, then over the blocks. Raises ValueError or
-    TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run.
+    tensor of one element -> float32 [B] (float64 for float64). At w = 1 it is the vanilla reward phi . H + b. On
+    a GPU "triton" and "extension" take one launch forward and two backward: sums over blocks of rows, then over the
+    blocks. Raises ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run.
     """
     checks.floating(aggregated=aggregated, rte=rte, head_weight=head_weight, **checks.given(head_bias=head_bias))
     _check_embeddings(aggregated, rte)

@@ -1,10 +1,14 @@
-"""What only a GPU can show. The rest runs there by `pytest tests/kernels --impl triton --device cuda`."""
+"""What only a GPU can show, of Triton's kernels or, with --impl extension, of those in CUDA C++. The rest runs there by
+`pytest tests/kernels --impl triton --device cuda`.
+"""
 
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from r2m_kernels import dispatch
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # for the accuracy rule, and check_pool
 
@@ -17,6 +21,20 @@ def _on_the_device():
     torch.manual_seed(0)
     yield
     torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def impl(request, monkeypatch):
+    """The implementation under test: what impl="auto" takes."""
+    name = request.config.getoption("impl") or "triton"
+    monkeypatch.setitem(dispatch.FASTEST_FIRST, "cuda", (name, "torch"))
+    return name
+
+
+@pytest.fixture
+def triton_alone(impl):
+    if impl != "triton":
+        pytest.skip("of Triton")
 
 
 @pytest.fixture

@@ -101,15 +101,19 @@ ROWS, MERGE, SCORES, SUMS, OUTER = (f"_{name}_kernel" for name in ("rows", "merg
     ],
     ids=str,
 )
-def test_launches_of_a_pool(form, queries, length, expected, kernels):
+def test_launches_of_a_pool(form, queries, length, expected, kernels, impl):
     query, hidden = torch.randn(2, queries, cases.WIDTH), torch.randn(2, length, cases.WIDTH).bfloat16()
     query, direction = query.squeeze(1), torch.randn(cases.WIDTH)
     function = getattr(rk, f"attention_pool_{form}")
-    assert kernels(lambda: function(query, hidden, direction, scale=1.0)) == expected
+    names = kernels(lambda: function(query, hidden, direction, scale=1.0))
+    if impl == "triton":
+        assert names == expected
+    else:  # one for the chunks, of 128 rows a query, and one that merges
+        assert len(names) == (2 if length > 128 * queries else 1), names
 
 
 @pytest.mark.parametrize("needs_hidden", [False, True])
-def test_launches_of_a_backward(needs_hidden, kernels):
+def test_launches_of_a_backward(needs_hidden, kernels, triton_alone):
     """Beside small ones of PyTorch: one read of hidden, and one write of its gradient where that is needed."""
     query, hidden = torch.randn(2, cases.WIDTH, requires_grad=True), torch.randn(2, 1024, cases.WIDTH).bfloat16()
     leaves = [query, hidden.requires_grad_()] if needs_hidden else [query]
@@ -167,7 +171,7 @@ def test_a_pool_takes_a_sixteenth_of_hidden_as_workspace(packed, queries, free_m
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled(monkeypatch, triton_alone):
     """The kernels that Triton makes ready for new kinds of arguments, from now on."""
     import triton
 

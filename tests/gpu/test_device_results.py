@@ -138,7 +138,7 @@ def test_fresh_memory_is_never_read(name):
     assert_same_bits(results, expected)
 
 
-def test_the_default_implementation_is_triton():
+def test_the_default_implementation_is_triton(triton_alone):
     assert available_implementations()["triton"] is None
     inputs = cases.pool_inputs("dense")
     query, hidden = inputs["query"], inputs["hidden"]

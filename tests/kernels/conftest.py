@@ -4,12 +4,26 @@ import numpy as np
 import pytest
 import torch
 
-from r2m_kernels import dispatch
+from r2m_kernels import dispatch, extension
 
 
 def pytest_configure(config):
     if os.environ.get("TRITON_INTERPRET") == "1":
         mend_interpreter()
+    if config.getoption("library"):
+        use_library(config.getoption("library"))
+    name, device = config.getoption("impl") or "torch", config.getoption("device")
+    why_not = dispatch._reason(name, device)
+    if why_not is not None:  # or "auto" would let another one pass the tests
+        pytest.exit(f"--impl {name} --device {device}: {why_not}", returncode=1)
+
+
+def use_library(path):
+    """The extension for all devices is the library at `path`, of CPU or of emulated CUDA code."""
+    torch.ops.load_library(path)
+    loaded = (torch.ops.r2m_kernels_cpu, torch.ops.r2m_kernels_emulated)
+    ops = next(ops for ops in loaded if hasattr(ops, "attention_pool"))
+    extension.ops, extension.reason = lambda device_type: ops, lambda device_type: None
 
 
 def mend_interpreter():
@@ -53,7 +67,7 @@ def _same_random_numbers_every_run(request):
 @pytest.fixture(autouse=True)
 def impl(request, monkeypatch):
     """The implementation under test: what impl="auto" takes for every dtype that it runs."""
-    name = request.config.getoption("impl")
+    name = request.config.getoption("impl") or "torch"
     for device in dispatch.FASTEST_FIRST:
         monkeypatch.setitem(dispatch.FASTEST_FIRST, device, (name, "torch"))
     return name

@@ -14,8 +14,7 @@
 
 namespace r2m {
 
-// What fusion_simd.cpp defines for every instruction set, the first two for every dtype.
-enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
+// What fusion_simd.cpp defines for every instruction set; the first two by dtype.
 using ToFloats = void (*[3])(const void* from, int64_t stride, int64_t n, float* to);
 using FromFloats = void (*[3])(float x, const float* from, int64_t n, void* to);
 using Blend = void(float x, const float* a, float y, const float* b, int64_t n, float* to);
@@ -30,6 +29,8 @@ R2M_DECLARE(Dot, dot)
 namespace {
 
 using torch::headeronly::ScalarType;
+
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
 // Of these, the ones for this CPU.
 const auto& to_floats = R2M_FASTEST(to_floats);

@@ -1,6 +1,5 @@
-// What fusion.cpp, which declares these functions, does with n elements of a row. As floats they are in buffers with room
-// for whole steps: zeros follow the elements that were read, and all arithmetic is in whole vectors.
-#include "isa.h"
+// What fusion.cpp, which declares these functions, does with n elements of a row. As floats they come in whole steps:
+// zeros follow those that were read.
 #include "vector.h"
 
 namespace r2m::R2M_ISA {
