@@ -37,7 +37,8 @@ def grebt_loss(
     [n]: bt, entropy, std (before eps), and the indices winner and loser (int64). A group of equal rewards, whose pair
     is tied too, has gradient exactly 0. A NaN makes its own group NaN. On a GPU, one launch of "triton" (K up to 1024)
     or "extension" gives loss, statistics and gradient, one more reduces over groups; the backward is one. Raises
-    ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run and for second derivatives.
+    ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run and for second
+    derivatives.
     """
     checks.floating(rewards=rewards)
     if rewards.ndim != 2 or rewards.shape[0] < 1 or rewards.shape[1] < 2:
