@@ -1,0 +1,276 @@
+// What the kernels of attention pooling share: where rows are, the online softmax, and where results go.
+#pragma once
+
+#include "launch.cuh"
+
+#include <cmath>
+#include <cstdint>
+
+namespace r2m {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+constexpr float kLog2e = 1.4426950408889634f;  // exp(x) = 2 ** (x log2e), and a GPU has an instruction for 2 ** x
+
+enum class Form { kMean, kValue, kGradient };  // pooled; only value; pooled, gradient and value
+
+// Where the rows of sequences are, which of them count, and how they are cut into chunks of `size` rows. Numbers of
+// sequences, chunks and, in one sequence, rows are below 2**31.
+struct Sequences {
+  int batch, size;
+  int length, chunks;         // of a dense sequence
+  int64_t total;              // rows of all sequences
+  const int32_t* cu_seqlens;  // nullptr: dense
+  const uint8_t* mask;        // nullptr: all rows count
+  int64_t mask_stride_b, mask_stride_s;
+};
+
+// Pools of `count` rows of H queries, as results or as partial results. nullptr: not asked for.
+struct Pools {
+  float* pooled;    // [count, H, D]
+  float* gradient;  // [count, H, D]
+  float* norm;      // [2, count, H]
+  float* value;     // [count, H]
+  int64_t count;
+};
+
+struct PoolArguments {
+  const float* query;
+  const void* hidden;
+  const float* direction;
+  float* scores;
+  float* lse;
+  Pools results, parts;
+  Sequences sequences;
+  int64_t direction_stride_b, direction_stride_h, direction_stride_d, hidden_stride_b, hidden_stride_s;
+  int heads, width;
+};
+
+struct Chunk {
+  int sequence, number;  // number in its sequence
+  int64_t first;         // of its sequence: first row, rows, chunks
+  int length, chunks;
+};
+
+// The first chunk of sequence b, see locate.
+__device__ inline int first_chunk(const Sequences& sequences, int b) {
+  return sequences.cu_seqlens == nullptr ? b * sequences.chunks : sequences.cu_seqlens[b] / sequences.size + b;
+}
+
+// Chunk `index`. Packed sequence b owns the chunks from cu_seqlens[b] / size + b: enough for its length, whatever that
+// is, and how many there are follows from shapes alone. Those it does not need have number >= chunks. Rows behind the
+// last packed sequence are sequence `batch`.
+__device__ inline Chunk locate(const Sequences& sequences, int index) {
+  if (sequences.cu_seqlens == nullptr) {
+    const int b = index / sequences.chunks;
+    return {b, index % sequences.chunks, int64_t(b) * sequences.length, sequences.length, sequences.chunks};
+  }
+  int b = 0, end = sequences.batch + 1;
+  while (end - b > 1) {  // bisects for the last sequence whose first chunk is not after this one
+    const int middle = b + (end - b) / 2;
+    if (first_chunk(sequences, middle) <= index) {
+      b = middle;
+    } else {
+      end = middle;
+    }
+  }
+  const int first = sequences.cu_seqlens[b];
+  const int64_t last = b < sequences.batch ? sequences.cu_seqlens[b + 1] : sequences.total;
+  const int length = static_cast<int>(last - first);
+  const int chunks = length > 0 ? (length - 1) / sequences.size + 1 : 1;
+  return {b, index - first_chunk(sequences, b), first, length, chunks};
+}
+
+// The row of the partial results for the first chunk of a sequence; its others follow.
+__device__ inline int64_t part_of(const Sequences& sequences, const Chunk& chunk) {
+  if (sequences.cu_seqlens == nullptr) return int64_t(chunk.sequence) * chunk.chunks;
+  return static_cast<uint32_t>(2 * chunk.first) / sequences.size;
+}
+
+__device__ inline bool counts(const Sequences& sequences, int sequence, int row) {
+  return sequences.mask == nullptr ||
+      sequences.mask[sequence * sequences.mask_stride_b + row * sequences.mask_stride_s] != 0;
+}
+
+// Where the first row of a chunk's sequence is in hidden.
+__device__ inline int64_t offset_of(const PoolArguments& arguments, const Chunk& chunk) {
+  return arguments.sequences.cu_seqlens == nullptr ? chunk.sequence * arguments.hidden_stride_b
+                                                   : chunk.first * arguments.hidden_stride_s;
+}
+
+// The shared memory that Rows needs.
+inline size_t list_bytes(const Sequences& sequences) {
+  return sequences.mask == nullptr ? 0 : (sequences.size + 1) * sizeof(int32_t);
+}
+
+// The rows of a chunk that count, in order: `row(i)` of its sequence for i < count().
+class Rows {
+ public:
+  // `list` is in shared memory. All threads of the block come here.
+  __device__ Rows(const Sequences& sequences, const Chunk& chunk, int32_t* list)
+      : start_(chunk.number * sequences.size), list_(sequences.mask == nullptr ? nullptr : list) {
+    const int rows = min(chunk.length - start_, sequences.size);
+    count_ = rows;
+    if (list_ == nullptr) return;
+    if (threadIdx.x < kWarp) {
+      const int lane = threadIdx.x;
+      int count = 0;
+      for (int begin = 0; begin < rows; begin += kWarp) {
+        const int i = begin + lane;
+        const bool keep = i < rows && counts(sequences, chunk.sequence, start_ + i);
+        const unsigned kept = __ballot_sync(kAllLanes, keep);
+        if (keep) list_[1 + count + __popc(kept & ((1u << lane) - 1))] = i;
+        count += __popc(kept);
+      }
+      if (lane == 0) list_[0] = count;
+    }
+    __syncthreads();
+    count_ = list_[0];
+  }
+
+  __device__ int count() const { return count_; }
+  __device__ int row(int i) const { return start_ + (list_ == nullptr ? i : list_[1 + i]); }
+
+ private:
+  int start_;
+  int32_t* list_;
+  int count_;
+};
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float(float x) { return x; }
+template <>
+__device__ inline __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
+template <>
+__device__ inline __half from_float(float x) { return __float2half_rn(x); }
+
+// Sums each of kValues numbers over the lanes of a warp: lane i gets the sum of number i / (32 / kValues). Every step
+// halves what a lane has to carry on, so that all take kValues + 4 shuffles or fewer.
+template <int kValues, int kPartner = kWarp / 2>
+__device__ __forceinline__ float sum_over_warp(const float (&values)[kValues]) {
+  if constexpr (kPartner == 0) {
+    return values[0];
+  } else if constexpr (kValues == 1) {
+    const float sum[1] = {values[0] + __shfl_xor_sync(kAllLanes, values[0], kPartner)};
+    return sum_over_warp<1, kPartner / 2>(sum);
+  } else {
+    constexpr int kKept = kValues / 2;
+    const bool upper = threadIdx.x & kPartner;
+    float sums[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const float given = upper ? values[i] : values[i + kKept];
+      sums[i] = (upper ? values[i + kKept] : values[i]) + __shfl_xor_sync(kAllLanes, given, kPartner);
+    }
+    return sum_over_warp<kKept, kPartner / 2>(sums);
+  }
+}
+
+// The online softmaxes of kQueries queries, all of them in every warp. For a tile of kRows rows a lane holds one
+// product: of query or direction, of which query, with which row (row-minor, each in kCopies lanes side by side).
+//
+// For every query: m, the largest score; l = sum p with p = exp(s - m); and for t = direction . hidden, a centre near
+// its mean and the remainder e = sum p (t - centre), so that centre + e / l is the mean, exact where one row outweighs
+// all others. With every tile the centre moves to the new mean, by d, and a brings earlier sums to the new m. With
+// w = p (t - the new centre), C = a C + sum p hidden and V = a V - d a C + sum w hidden, V stays sum p (t - centre)
+// hidden: were it not centred at every step, what all rows have in common would cancel digits.
+template <int kQueries, int kRows, bool kDirection>
+class Softmaxes {
+ public:
+  static constexpr int kValues = (kDirection ? 2 : 1) * kQueries * kRows;
+  static constexpr int kCopies = kWarp / kValues;
+  static constexpr int kShared = kQueries * (kRows + 1);  // float2, of a warp
+
+  __device__ explicit Softmaxes(float2* shared) : shared_(shared), lane_(threadIdx.x % kWarp) {}
+
+  // The number of this lane's product, and whether it is the first lane that holds it.
+  __device__ int number() const { return lane_ / kCopies; }
+  __device__ int row() const { return number() % kRows; }
+  __device__ bool owns() const { return lane_ % kCopies == 0; }
+
+  // Takes a tile. `count` rows of it are there; what the others' products are does not matter if it is finite.
+  __device__ void update(float product, int count) {
+    float s = product, t = product;
+    if (kDirection) {
+      const float other = __shfl_xor_sync(kAllLanes, product, kWarp / 2);
+      if (lane_ < kWarp / 2) {
+        t = other;
+      } else {
+        s = other;
+      }
+    }
+    if (row() >= count) s = -INFINITY;
+    const float top = over_rows(s, [](float x, float y) { return fmaxf(x, y); });
+    const float m = fmaxf(m_, top);
+    const float safe = m == -INFINITY ? 0.f : m;  // before the first row: exp(-inf - 0) = 0
+    const float a = exp2f((m_ - safe) * kLog2e);
+    const float p = exp2f((s - safe) * kLog2e);
+    const float l = l_ * a + sum_over_rows(p);
+    float w = 0.f, d = 0.f;
+    if (kDirection) {
+      const float moved = e_ * a + sum_over_rows(p * (t - centre_));
+      const float centre = centre_ + moved / (l == 0.f ? 1.f : l);
+      w = p * (t - centre);
+      d = centre - centre_;
+      e_ = (e_ - d * l_) * a + sum_over_rows(w);
+      centre_ = centre;
+    }
+    m_ = m;
+    l_ = l;
+    if (owns() && number() < kQueries * kRows) {
+      shared_[number()] = make_float2(p, w);
+      if (row() == 0) shared_[kQueries * kRows + number() / kRows] = make_float2(a, d);
+    }
+    __syncwarp();
+  }
+
+  // p and w of a row of the last tile, and a and d of a query.
+  __device__ float2 weights(int query, int row) const { return shared_[query * kRows + row]; }
+  __device__ float2 change(int query) const { return shared_[kQueries * kRows + query]; }
+
+  struct Sums {
+    float m, l, value, e;
+  };
+
+  __device__ Sums sums(int query) const {
+    const int lane = query * kRows * kCopies;
+    const float value = centre_ + e_ / (l_ == 0.f ? 1.f : l_);
+    return {
+        __shfl_sync(kAllLanes, m_, lane), __shfl_sync(kAllLanes, l_, lane), __shfl_sync(kAllLanes, value, lane),
+        __shfl_sync(kAllLanes, e_, lane)};
+  }
+
+ private:
+  // Combines the values of a query's rows; all its lanes get the same bits.
+  template <typename Combine>
+  __device__ static float over_rows(float x, Combine combine) {
+#pragma unroll
+    for (int partner = kCopies; partner < kCopies * kRows; partner *= 2) {
+      x = combine(x, __shfl_xor_sync(kAllLanes, x, partner));
+    }
+    return x;
+  }
+  __device__ static float sum_over_rows(float x) {
+    return over_rows(x, [](float x, float y) { return x + y; });
+  }
+
+  float2* shared_;
+  int lane_;
+  float m_ = -INFINITY, l_ = 0.f, centre_ = 0.f, e_ = 0.f;
+};
+
+__device__ inline void store_scalars(
+    const Pools& pools, float* lse, int heads, int64_t index, float m, float l, float value) {
+  pools.norm[index] = m;
+  pools.norm[pools.count * heads + index] = l;
+  if (pools.value != nullptr) pools.value[index] = value;
+  if (lse != nullptr) lse[index] = m + logf(l == 0.f ? 1.f : l);  // m is -inf where there is no row
+}
+
+}  // namespace r2m

@@ -1,0 +1,83 @@
+// How the host launches kernels: on the device of a tensor, on torch's current stream there, every call checked.
+//
+// With R2M_EMULATE, tests/offline/emulation stands in for CUDA and runs kernels on CPU tensors.
+#pragma once
+
+#include "../ops.h"
+
+#ifdef R2M_EMULATE
+#include "cuda_emulation.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "primitives.cuh"
+#endif
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace r2m {
+
+inline void check_cuda(cudaError_t status, const char* call) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
+}
+#define R2M_CHECK_CUDA(call) ::r2m::check_cuda((call), #call)
+
+// The device of a tensor. It is the current one while this lives.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+  int attribute(cudaDeviceAttr attribute) const {
+    int value = 0;
+    R2M_CHECK_CUDA(cudaDeviceGetAttribute(&value, attribute, index_));
+    return value;
+  }
+
+ private:
+  int32_t index_;
+#ifdef R2M_EMULATE
+  emulation::DeviceGuard guard_;
+#else
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// Launches kernel(arguments...) with `shared_bytes` of dynamic shared memory, in clusters of `cluster` blocks along x.
+template <typename... Parameters, typename... Arguments>
+void launch(
+    void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, cudaStream_t stream,
+    Arguments... arguments) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shared_bytes > kWithoutAsking) {
+    const auto bytes = static_cast<int>(shared_bytes);
+    R2M_CHECK_CUDA(cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  }
+  cudaLaunchAttribute shape{};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = cluster;
+  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &shape;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  R2M_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+}  // namespace r2m
