@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import r2m_kernels as rk
-from r2m_kernels import dispatch
+from r2m_kernels import dispatch, extension
 
 B, S, D, D_RM, D_IN, K = 3, 7, 8, 12, 6, 4
 META = torch.device("meta")
@@ -165,6 +165,33 @@ def test_float64_runs_in_torch_only(name, monkeypatch):
     with pytest.raises(RuntimeError, match=f"impl='{name}' cannot run: float64 runs in 'torch' only"):
         rk.attention_pool(query, hidden, impl=name)
     assert torch.equal(rk.attention_pool(query, hidden), rk.attention_pool(query, hidden, impl="torch"))
+
+
+def test_the_extension_takes_rows_of_adjacent_elements_only(monkeypatch):
+    monkeypatch.setattr(dispatch, "_reason", lambda name, device: None)
+    monkeypatch.setitem(dispatch.FASTEST_FIRST, "cpu", ("extension", "torch"))
+    inputs = pool(hidden=torch.randn(B, S, 2 * D)[..., ::2])
+    with pytest.raises(RuntimeError, match=r"hidden: expected a stride of 1 in the last dimension, got 2"):
+        rk.attention_pool(**inputs, impl="extension")
+    assert torch.equal(rk.attention_pool(**inputs), rk.attention_pool(**inputs, impl="torch"))
+
+
+def test_the_extension_says_what_it_cannot_run_on(monkeypatch):
+    monkeypatch.setattr(extension, "reason", lambda device_type: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of 2018")
+    assert dispatch._reason("extension", "cuda:0") == "needs compute capability 8.0 or newer, and a GPU of 2018 is older"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert dispatch._reason("extension", "cuda:0") is None
+
+
+@pytest.mark.parametrize("lengths", [[-1, 3, 5, 7], [0, 5, 3, 7], [0, 3, 5, 22]])
+def test_the_extension_reads_no_rows_that_are_not_there(lengths, impl, request):
+    if impl != "extension" or request.config.getoption("device") != "cpu" or request.config.getoption("library"):
+        pytest.skip("lengths are checked where the host has them: by the extension on a CPU")
+    cu_seqlens = torch.tensor(lengths, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"cu_seqlens: expected 0 <= .* <= 21 rows of hidden, got"):
+        rk.attention_pool(torch.randn(B, D), torch.randn(B * S, D), cu_seqlens=cu_seqlens)
 
 
 def attention(**changes):
