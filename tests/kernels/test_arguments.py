@@ -180,7 +180,8 @@ def test_the_extension_says_what_it_cannot_run_on(monkeypatch):
     monkeypatch.setattr(extension, "reason", lambda device_type: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of 2018")
-    assert dispatch._reason("extension", "cuda:0") == "needs compute capability 8.0 or newer, and a GPU of 2018 is older"
+    why_not = "needs compute capability 8.0 or newer, and a GPU of 2018 is older"
+    assert dispatch._reason("extension", "cuda:0") == why_not
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert dispatch._reason("extension", "cuda:0") is None
 

@@ -108,7 +108,7 @@ def test_the_emulator_shows_what_does_not_wait(tmp_path):
     assert torch.equal(run(2), numbers)
     with pytest.raises(RuntimeError, match="the block ends before its copies"):
         run(3)
-    with pytest.raises(RuntimeError, match="wait|barrier"):
+    with pytest.raises(RuntimeError, match=r"wait|barrier"):
         run(4)
 
 

@@ -2,11 +2,9 @@
 // lengths alone and are merged in order, so neither threads nor neighbours change a bit.
 #include "attention_pool.h"
 
-#include "../ops.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -18,27 +16,9 @@
 namespace r2m {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 const PoolKernels& kernels() {
   static const PoolKernels& fastest = R2M_FASTEST(pool_kernels);
   return fastest;
-}
-
-template <class T = float>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-float* data(const OptionalTensor& tensor) { return tensor ? data(*tensor) : nullptr; }
-
-int index_of_dtype(const Tensor& hidden) {
-  switch (hidden.scalar_type()) {
-    case ScalarType::Float: return 0;
-    case ScalarType::BFloat16: return 1;
-    case ScalarType::Half: return 2;
-    default: STD_TORCH_CHECK(false, "hidden: expected float32, bfloat16 or float16"); return 0;
-  }
 }
 
 // Where the rows of every sequence are, and which of them are attended.
@@ -84,10 +64,12 @@ struct Pieces {
 
   Pieces(const Rows& rows, int64_t size) : first(rows.B + 1, 0) {
     for (int64_t b = 0; b < rows.B; ++b)
-      first[b + 1] = first[b] + std::max<int64_t>((rows.length(b) + size - 1) / size, 1);
+      first[b + 1] = first[b] + std::max<int64_t>(ceil_div(rows.length(b), size), 1);
   }
 
   int64_t count() const { return first.back(); }
+  // How many are worth another thread, if they have so many elements in all.
+  int64_t grain(int64_t elements) const { return pieces_of_a_thread(elements / std::max<int64_t>(count(), 1)); }
   int64_t of(int64_t b) const { return first[b + 1] - first[b]; }
   int64_t sequence(int64_t piece) const {
     return std::upper_bound(first.begin(), first.end(), piece) - first.begin() - 1;
@@ -112,7 +94,7 @@ void attention_pool(
   const int64_t B = query.size(0), H = query.size(1), D = query.size(2);
   const Rows rows(hidden, cu_seqlens, mask, B);
   const Pieces chunks(rows, chunk);
-  const int dtype = index_of_dtype(hidden);
+  const Dtype dtype = dtype_of(hidden);
   float* part_pooled = data(workspace);
   float* part_gradient = part_pooled + (pooled ? partials * H * D : 0);
   float* part_norm = part_gradient + (gradient ? partials * H * D : 0);
@@ -124,7 +106,7 @@ void attention_pool(
     data(lse)[result] = l == 0 ? -std::numeric_limits<float>::infinity() : m + std::log(l);
   };
 
-  torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, chunks.count(), chunks.grain(rows.total * H * D), [&](int64_t begin, int64_t end) {
     auto scratch = aligned_memory(kernels().scratch(H, D));
     std::vector<const void*> attended;
     std::vector<int32_t> positions;
@@ -168,7 +150,7 @@ void attention_pool(
   });
 
   if (partials == 0) return;
-  torch::stable::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, B * H, pieces_of_a_thread(partials * D / B), [&](int64_t begin, int64_t end) {
     for (int64_t result = begin; result < end; ++result) {
       const int64_t b = result / H;
       if (chunks.of(b) == 1) continue;
@@ -199,11 +181,11 @@ void attention_pool_grad_hidden(
   const int64_t B = query.size(0), H = query.size(1), D = query.size(2);
   const Rows rows(grad_hidden, cu_seqlens, mask, B);
   const Pieces pieces(rows, 256);  // a sequence's vectors are arranged anew for every piece: little beside so many rows
-  const int dtype = index_of_dtype(grad_hidden);
+  const Dtype dtype = dtype_of(grad_hidden);
   const int64_t width = kernels().padded(D), bytes = D * rows.itemsize;
   char* grad = data<char>(grad_hidden);
 
-  torch::stable::parallel_for(0, pieces.count(), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, pieces.count(), pieces.grain(rows.total * H * D), [&](int64_t begin, int64_t end) {
     auto vectors = aligned_memory(2 * H * width * sizeof(float));
     std::vector<float> factors(2 * H);
     for (int64_t i = begin; i < end; ++i) {

@@ -2,14 +2,10 @@
 // converted back. Sums are taken in an order that neither threads nor neighbours change.
 #include "isa.h"
 
-#include "../ops.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <optional>
 
 namespace r2m {
@@ -28,10 +24,6 @@ R2M_DECLARE(Dot, dot)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-
-enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
-
 // Of these, the ones for this CPU.
 const auto& to_floats = R2M_FASTEST(to_floats);
 const auto& from_floats = R2M_FASTEST(from_floats);
@@ -45,33 +37,15 @@ struct alignas(64) Buffer {
   float floats[BLOCK];
 };
 
-// Elements that are worth another thread, as in PyTorch's own loops.
-constexpr int64_t ELEMENTS_OF_A_THREAD = 32768;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How many pieces of so many elements make the work of a thread.
-int64_t pieces_of_a_thread(int64_t elements) {
-  return std::max<int64_t>(ELEMENTS_OF_A_THREAD / std::max<int64_t>(elements, 1), 1);
-}
-
-float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
-
 // A matrix of any strides and dtype; tensors of fewer dimensions are one row, or one element.
 class Matrix {
  public:
   explicit Matrix(const Tensor& tensor)
-      : data_(static_cast<char*>(tensor.data_ptr())),
+      : data_(data<char>(tensor)),
         itemsize_(tensor.element_size()),
         stride_b_(tensor.dim() == 2 ? tensor.stride(0) : 0),
-        stride_d_(tensor.dim() > 0 ? tensor.stride(-1) : 1) {
-    switch (tensor.scalar_type()) {
-      case ScalarType::Float: dtype_ = FLOAT32; break;
-      case ScalarType::BFloat16: dtype_ = BFLOAT16; break;
-      case ScalarType::Half: dtype_ = FLOAT16; break;
-      default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
-    }
-  }
+        stride_d_(tensor.dim() > 0 ? tensor.stride(-1) : 1),
+        dtype_(dtype_of(tensor)) {}
 
   // Columns d to d + n of row b: in `to`, with zeros behind them, or where they are.
   const float* read(int64_t b, int64_t d, int64_t n, Buffer& to) const {
