@@ -25,9 +25,19 @@ void arrange_vector(const float* vector, int64_t stride, int64_t D, float* arran
   }
 }
 
-// products[q][r] = vectors[q] . rows[r].
+// Of the next tile, one half is fetched during the products of this one and the other during its sums, so that memory is
+// never idle. This fetches one step of half of its rows.
+template <class T>
+inline void fetch(const T* const* half, int64_t i) {
+  for (int r = 0; r < TILE / 2; ++r)
+    for (int64_t line = 0; line < int64_t(STEP * sizeof(T)); line += CACHE_LINE)
+      __builtin_prefetch((const char*)(half[r] + i) + line, 0, INTO_L2);
+}
+
+// products[q][r] = vectors[q] . rows[r]. `next`: rows to be fetched meanwhile, or null.
 template <class T, int Q, int R>
-void multiply(const T* const* rows, const float* const* vectors, int64_t D, float (*products)[TILE]) {
+void multiply(
+    const T* const* rows, const float* const* vectors, int64_t D, float (*products)[TILE], const T* const* next) {
   Vector sums[Q][R] = {};
   auto step = [&](int64_t i, auto load_row) __attribute__((always_inline)) {
     Pair vector[Q];
@@ -41,16 +51,23 @@ void multiply(const T* const* rows, const float* const* vectors, int64_t D, floa
     }
   };
   int64_t i = 0;
-  for (; i + STEP <= D; i += STEP) step(i, [](const T* from) { return load(from); });
+  for (; i + STEP <= D; i += STEP) {
+    if (next) fetch(next, i);
+    step(i, [](const T* from) { return load(from); });
+  }
   if (i < D) step(i, [&](const T* from) { return load(from, D - i); });
   for (int q = 0; q < Q; ++q)
     for (int r = 0; r < R; ++r) products[q][r] = sum(sums[q][r]);
 }
 
 template <class T, int Q>
-void multiply_tile(const T* const* rows, const float* const* vectors, int64_t D, float (*products)[TILE]) {
+void multiply_tile(
+    const T* const* rows, const float* const* vectors, int64_t D, float (*products)[TILE], const T* const* next) {
   constexpr int R = Q == 2 ? ROWS_OF_TWO : TILE;
-  for (int r = 0; r < TILE; r += R) multiply<T, Q, R>(rows + r, vectors, D, (float(*)[TILE])(products[0] + r));
+  for (int r = 0; r < TILE; r += R) {
+    const bool last = r + R == TILE;
+    multiply<T, Q, R>(rows + r, vectors, D, (float(*)[TILE])(products[0] + r), last ? next : nullptr);
+  }
 }
 
 // What a tile of rows does to two sums over rows: y = (y - shift x) decay + sum weights_y row, x = x decay + sum
@@ -60,7 +77,7 @@ struct Weights {
   float decay, shift;
 };
 
-// Sums over rows, x alone (Q = 1) or both. `next`: the rows of the next tile, to be fetched meanwhile.
+// Sums over rows, x alone (Q = 1) or both. `next` as above.
 template <class T, int Q>
 void accumulate(const T* const* rows, const Weights& weights, int64_t D, float* x, float* y, const T* const* next) {
   auto step = [&](int64_t i, auto load_row) __attribute__((always_inline)) {
@@ -86,10 +103,7 @@ void accumulate(const T* const* rows, const Weights& weights, int64_t D, float* 
   };
   int64_t i = 0;
   for (; i + STEP <= D; i += STEP) {
-    if (next)
-      for (int r = 0; r < TILE; ++r)
-        for (int64_t line = 0; line < int64_t(STEP * sizeof(T)); line += CACHE_LINE)
-          __builtin_prefetch((const char*)(next[r] + i) + line, 0, INTO_L2);
+    if (next) fetch(next, i);
     step(i, [](const T* from) { return load(from); });
   }
   if (i < D) step(i, [&](const T* from) { return load(from, D - i); });
@@ -169,14 +183,15 @@ void pool(const Chunk& chunk) {
   for (int64_t begin = 0; begin < chunk.count; begin += TILE, rows += TILE) {
     const int n = chunk.count - begin < TILE ? chunk.count - begin : TILE;
     const T* const* next = begin + TILE < chunk.count ? rows + TILE : nullptr;
+    const T* const* upper_half = next ? next + TILE / 2 : nullptr;
     int64_t q = 0;
     for (; q + 2 <= H * forms; q += 2) {
       const float* two[] = {vectors + q * width, vectors + (q + 1) * width};
-      multiply_tile<T, 2>(rows, two, D, products + q);
+      multiply_tile<T, 2>(rows, two, D, products + q, q == 0 ? upper_half : nullptr);
     }
     if (q < H * forms) {
       const float* one[] = {vectors + q * width};
-      multiply_tile<T, 1>(rows, one, D, products + q);
+      multiply_tile<T, 1>(rows, one, D, products + q, q == 0 ? upper_half : nullptr);
     }
     for (int64_t h = 0; h < H; ++h) {
       const float* s = products[h * forms];
