@@ -54,8 +54,11 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
     chunk = CHUNK * _power_of_two(heads)
     if not vectors:
         chunk = max(32, min(CHUNK, DOT_CHUNK_BYTES // row_bytes))
+    blackwell = arch in ("sm_100", "sm_120")  # whose assembler needs more registers for the same
+    if blackwell and warps == 16 and kept == VECTOR_REGISTERS[16]:
+        rows = 1
     config = _config(arch, warps, BS=rows, BD=columns, CHUNK=chunk)
-    if arch in ("sm_100", "sm_120"):  # or the assembler spills a few bytes to fit a second block
+    if blackwell:  # or it spills a few bytes to fit a second block
         config["maxnreg"] = min(65536 // threads, 255)
     return config
 
