@@ -2,9 +2,11 @@
 // partial results of a sequence are merged in order. A chunk's blocks and their sums follow from shapes alone, so that
 // the same input gives the same bits in every run, whatever its neighbours are.
 #include "attention_pool_any.cuh"
+#include "attention_pool_cluster.cuh"
 #include "attention_pool_rows.cuh"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace r2m {
 namespace {
@@ -262,8 +264,46 @@ void launch_rows(const PoolArguments& arguments, const Device& device) {
   launch_rows<T, form, 1, kElements>(arguments, device);
 }
 
+// Launches the smallest clusters whose blocks' slices fit into registers and, with two stages, shared memory: the fewer
+// blocks, the less they exchange. False where none do, or where the device or the code for it has no clusters.
+template <typename T, Form form, int kQueries>
+bool launch_cluster(const PoolArguments& arguments, const Device& device) {
+  using Sums = ClusterSums<T, form, kQueries>;
+  constexpr int kLeastStages = 2, kMostStages = 8;
+  const auto kernel = cluster_kernel<T, form, kQueries>;
+  if (architecture_of(kernel) < 90) return false;
+  const size_t limit = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t clusters = chunks_of(arguments.sequences) * ceil_div(arguments.heads, kQueries);
+  for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
+    const int slice = ceil_div(ceil_div(arguments.width, Sums::kUnit), cluster) * Sums::kUnit;
+    if (slice > Sums::kMostColumns) continue;
+    for (int stages = kMostStages; stages >= kLeastStages; --stages) {
+      const size_t bytes = cluster_shared<T, form, kQueries>(slice, stages).bytes(arguments.sequences);
+      if (bytes > limit) continue;
+      launch(
+          kernel, grid_of(clusters * cluster), dim3(kClusterThreads), bytes, cluster, device.stream(), arguments,
+          cluster, slice, stages);
+      return true;
+    }
+  }
+  return false;
+}
+
+// The more queries a cluster takes, the less often hidden is read. Without tensor cores, gradients of 32 do not leave
+// enough registers for the products, and are bound by arithmetic anyhow.
+template <typename T, Form form>
+bool launch_cluster(const PoolArguments& arguments, const Device& device) {
+  if constexpr (form != Form::kGradient || std::is_same_v<T, __nv_bfloat16>) {
+    if (arguments.heads > 16 && launch_cluster<T, form, 32>(arguments, device)) return true;
+  }
+  if (arguments.heads > 8 && launch_cluster<T, form, 16>(arguments, device)) return true;
+  return launch_cluster<T, form, 8>(arguments, device);
+}
+
 template <typename T, Form form>
 void launch_pool(const PoolArguments& arguments, const Device& device, bool vectors) {
+  constexpr int kFewHeads = 4;  // of which the kernel for whole rows takes all at once
+  if (vectors && arguments.heads > kFewHeads && launch_cluster<T, form>(arguments, device)) return;
   if (vectors && arguments.width <= 8 * kRowsThreads) return launch_rows<T, form, 8>(arguments, device);
   if (vectors && arguments.width <= 16 * kRowsThreads) return launch_rows<T, form, 16>(arguments, device);
   if (vectors && arguments.width <= 32 * kRowsThreads) return launch_rows<T, form, 32>(arguments, device);

@@ -9,6 +9,7 @@
 namespace r2m {
 
 constexpr int kWarp = 32;
+constexpr int kVectorBytes = 16;  // the widest load
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr float kLog2e = 1.4426950408889634f;  // exp(x) = 2 ** (x log2e), and a GPU has an instruction for 2 ** x
 
@@ -137,6 +138,18 @@ class Rows {
   int count_;
 };
 
+#if __CUDA_ARCH__ >= 900
+// Starts to copy `bytes` of each of `count` rows, from number `first` on, to places `pitch` bytes apart.
+template <typename T>
+__device__ __forceinline__ void copy_rows(
+    unsigned char* to, int pitch, const T* hidden, int64_t stride, int bytes, const Rows& rows, int first, int count,
+    Barrier* barrier) {
+  arrive_expecting(barrier, count * bytes);
+#pragma unroll 1
+  for (int r = 0; r < count; ++r) copy_bulk(to + r * pitch, hidden + rows.row(first + r) * stride, bytes, barrier);
+}
+#endif
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -149,6 +162,44 @@ template <>
 __device__ inline __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
 template <>
 __device__ inline __half from_float(float x) { return __float2half_rn(x); }
+
+// The values of a 32-bit word, an instruction each.
+template <typename T>
+__device__ __forceinline__ void unpack(uint32_t word, float* values);
+template <>
+__device__ __forceinline__ void unpack<float>(uint32_t word, float* values) {
+  values[0] = __uint_as_float(word);
+}
+template <>
+__device__ __forceinline__ void unpack<__nv_bfloat16>(uint32_t word, float* values) {
+  values[0] = __uint_as_float(word << 16);
+  values[1] = __uint_as_float(word & 0xffff0000);
+}
+template <>
+__device__ __forceinline__ void unpack<__half>(uint32_t word, float* values) {
+  values[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+  values[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+}
+
+// Two numbers side by side, whose address is aligned to both.
+template <typename T>
+__device__ __forceinline__ float2 to_float2(const T* place) {
+  float values[2];
+  unpack<T>(*reinterpret_cast<const uint32_t*>(place), values);
+  return make_float2(values[0], values[1]);
+}
+template <>
+__device__ __forceinline__ float2 to_float2(const float* place) {
+  return *reinterpret_cast<const float2*>(place);
+}
+
+// The values of a vector of kVectorBytes.
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& vector, float* values) {
+  const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unpack<T>(words[i], values + i * (sizeof(uint32_t) / sizeof(T)));
+}
 
 // Sums each of kValues numbers over the lanes of a warp: lane i gets the sum of number i / (32 / kValues). Every step
 // halves what a lane has to carry on, so that all take kValues + 4 shuffles or fewer.
@@ -187,7 +238,7 @@ class Softmaxes {
   static constexpr int kCopies = kWarp / kValues;
   static constexpr int kShared = kQueries * (kRows + 1);  // float2, of a warp
 
-  __device__ explicit Softmaxes(float2* shared) : shared_(shared), lane_(threadIdx.x % kWarp) {}
+  __device__ explicit Softmaxes(float2* shared = nullptr) : shared_(shared), lane_(threadIdx.x % kWarp) {}
 
   // The number of this lane's product, and whether it is the first lane that holds it.
   __device__ int number() const { return lane_ / kCopies; }
@@ -264,6 +315,18 @@ class Softmaxes {
   int lane_;
   float m_ = -INFINITY, l_ = 0.f, centre_ = 0.f, e_ = 0.f;
 };
+
+// Where the pool of a chunk goes: to row `place` of the results if its sequence has no other, else of the parts.
+struct Destination {
+  const Pools& pools;
+  float* lse;
+  int64_t place;
+};
+
+__device__ __forceinline__ Destination destination_of(const PoolArguments& arguments, const Chunk& chunk) {
+  if (chunk.chunks == 1) return {arguments.results, arguments.lse, chunk.sequence};
+  return {arguments.parts, nullptr, part_of(arguments.sequences, chunk) + chunk.number};
+}
 
 __device__ inline void store_scalars(
     const Pools& pools, float* lse, int heads, int64_t index, float m, float l, float value) {

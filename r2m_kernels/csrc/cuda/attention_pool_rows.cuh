@@ -9,7 +9,6 @@
 namespace r2m {
 
 constexpr int kRowsThreads = 256;    // at most
-constexpr int kVectorBytes = 16;     // the widest load
 constexpr int kMostRegisters = 128;  // of a thread, for vectors: the most that leave enough for everything else
 
 constexpr int smaller(int x, int y) { return x < y ? x : y; }
@@ -35,24 +34,6 @@ struct RowsTile {
 
   using Softmax = Softmaxes<kQueries, kRows, kDirection>;
 };
-
-// The values of a 32-bit word, an instruction each.
-template <typename T>
-__device__ __forceinline__ void unpack(uint32_t word, float* values);
-template <>
-__device__ __forceinline__ void unpack<float>(uint32_t word, float* values) {
-  values[0] = __uint_as_float(word);
-}
-template <>
-__device__ __forceinline__ void unpack<__nv_bfloat16>(uint32_t word, float* values) {
-  values[0] = __uint_as_float(word << 16);
-  values[1] = __uint_as_float(word & 0xffff0000);
-}
-template <>
-__device__ __forceinline__ void unpack<__half>(uint32_t word, float* values) {
-  values[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
-  values[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
-}
 
 // Shared memory of a block: `stages` tiles, their barriers, products by warp, what softmaxes share, the rows of a mask.
 struct RowsShared {
@@ -114,13 +95,7 @@ rows_kernel(const __grid_constant__ PoolArguments arguments, int stages) {
     unsigned char* to = memory + stage * layout.tile_bytes;
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
-      const int row_bytes = vectors * kVectorBytes;
-      arrive_expecting(&full[stage], count * row_bytes);
-#pragma unroll 1
-      for (int r = 0; r < count; ++r) {
-        const T* from = hidden + rows.row(first + r) * arguments.hidden_stride_s;
-        copy_bulk(to + r * pitch, from, row_bytes, &full[stage]);
-      }
+      copy_rows(to, pitch, hidden, arguments.hidden_stride_s, vectors * kVectorBytes, rows, first, count, &full[stage]);
     }
 #else
     for (int r = 0; r < count; ++r) {
@@ -138,10 +113,7 @@ rows_kernel(const __grid_constant__ PoolArguments arguments, int stages) {
   const auto read = [&](const unsigned char* row, float (&h)[kElements]) {
 #pragma unroll
     for (int k = 0; k < Tile::kVectors; ++k) {
-      const uint4 vector = reinterpret_cast<const uint4*>(row)[threadIdx.x + k * threads];
-      const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) unpack<T>(words[i], &h[k * kPerVector + i * kPerVector / 4]);
+      unpack<T>(reinterpret_cast<const uint4*>(row)[threadIdx.x + k * threads], &h[k * kPerVector]);
     }
   };
 
@@ -230,15 +202,13 @@ rows_kernel(const __grid_constant__ PoolArguments arguments, int stages) {
     }
   }
 
-  const bool whole = chunk.chunks == 1;
-  const Pools& pools = whole ? arguments.results : arguments.parts;
-  const int64_t place = whole ? chunk.sequence : part_of(arguments.sequences, chunk) + chunk.number;
+  const auto [pools, lse, place] = destination_of(arguments, chunk);
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
     const auto [m, l, value, e] = softmax.sums(q);
     if (head + q >= heads) break;
     const int64_t index = place * heads + head + q;
-    if (threadIdx.x == 0) store_scalars(pools, whole ? arguments.lse : nullptr, heads, index, m, l, value);
+    if (threadIdx.x == 0) store_scalars(pools, lse, heads, index, m, l, value);
     if (Tile::kSums) {
       const float share = 1.f / (l == 0.f ? 1.f : l), remainder = e * share;
       const auto store = [&](float* to, const float (&values)[kElements]) {

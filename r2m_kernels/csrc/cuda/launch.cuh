@@ -55,6 +55,14 @@ class Device {
 #endif
 };
 
+// The architecture, 80, 90, ..., whose code a kernel has on the current device, which may be a newer one.
+template <typename... Parameters>
+int architecture_of(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  R2M_CHECK_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return attributes.ptxVersion;
+}
+
 // Launches kernel(arguments...) with `shared_bytes` of dynamic shared memory, in clusters of `cluster` blocks along x.
 template <typename... Parameters, typename... Arguments>
 void launch(

@@ -6,6 +6,7 @@
 // - an asynchronous copy is carried out as late as possible, when somebody has waited for it, and its destination is
 //   NaN until then; its addresses must be aligned and inside shared memory, its bytes must be those announced;
 // - barriers release their threads in an order that changes, so that a missing barrier shows;
+// - the barrier of a cluster lets one block go on as far as it can before the next; one that ended cannot be read;
 // - threads that wait for each other for ever, and copies still on their way when a block ends, are errors.
 #pragma once
 
@@ -108,7 +109,8 @@ struct Warp : Gathering {
 
 struct Block : Gathering {
   dim3 index;
-  unsigned rank;  // in its cluster
+  unsigned rank;       // in its cluster
+  unsigned ended = 0;  // threads
   std::vector<Warp> warps;
   unsigned char* shared;
   std::vector<BarrierState> barriers;
@@ -214,9 +216,15 @@ inline void gather(Gathering& gathering, const char* name) {
     run_next();
   } else {
     gathering.arrived = 0;
-    make_ready(gathering.members, current);
-    if (gathering.members.size() > kWarp) {  // the last one to come need not be the first to go
-      ready.push_back(current);
+    if (gathering.members.size() <= kWarp) {
+      make_ready(gathering.members, current);
+    } else {  // the last one to come need not be the first to go
+      if (&gathering == &cluster) {  // block by block, so that one goes on far ahead of another
+        const size_t first = random_number() % blocks.size();
+        for (size_t i = 0; i < blocks.size(); ++i) make_ready(blocks[(first + i) % blocks.size()].members, nullptr);
+      } else {
+        make_ready(gathering.members, nullptr);
+      }
       run_next();
     }
   }
@@ -226,6 +234,7 @@ inline void run_thread() {
   launched->kernel();
   if (!current->copies.empty()) fail("ends before its copies");
   current->waits_for = "have ended";
+  ++current->block->ended;
   futile = 0;
   if (--alive == 0) {
     for (const Block& block : blocks) {
@@ -436,6 +445,66 @@ inline void wait(Barrier* barrier, uint32_t parity) {
   emulation::futile = 0;
 }
 
+inline uint32_t pack_bfloat16(float low, float high) {
+  return __nv_bfloat16(low).x | uint32_t{__nv_bfloat16(high).x} << 16;
+}
+
+namespace emulation {
+
+// Number `column` of row `row` of matrix `matrix`, whose rows the lanes have said.
+inline uint32_t matrix_entry(const uint64_t* rows, int matrix, int row, int column) {
+  uint16_t bits;
+  std::memcpy(&bits, reinterpret_cast<const unsigned char*>(rows[8 * matrix + row]) + 2 * column, sizeof(bits));
+  return bits;
+}
+
+inline const uint64_t* exchange_rows(const void* row) {
+  const auto* begin = static_cast<const unsigned char*>(row);
+  const unsigned char* memory = current->block->shared;
+  if (begin < memory || begin + 16 > memory + launched->shared_bytes) fail("a matrix is outside shared memory");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("a matrix is not aligned to 16 bytes");
+  return exchange(0xffffffff, reinterpret_cast<uint64_t>(row));
+}
+
+}  // namespace emulation
+
+inline void load_matrices(uint32_t (&words)[4], const void* row) {
+  const uint64_t* rows = emulation::exchange_rows(row);
+  const int r = emulation::current->lane / 4, k = emulation::current->lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    words[i] = emulation::matrix_entry(rows, i, r, k) | emulation::matrix_entry(rows, i, r, k + 1) << 16;
+  }
+}
+
+inline void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
+  const uint64_t* rows = emulation::exchange_rows(row);
+  const int r = emulation::current->lane / 4, k = emulation::current->lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    words[i] = emulation::matrix_entry(rows, i, k, r) | emulation::matrix_entry(rows, i, k + 1, r) << 16;
+  }
+}
+
+inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t upper, uint32_t lower) {
+  const auto pair = [](uint32_t first, uint32_t second) { return first | uint64_t{second} << 32; };
+  const auto number = [](uint64_t words, int half, int i) {
+    return std::bit_cast<float>(static_cast<uint32_t>(words >> (32 * half + 16 * i)) << 16);
+  };
+  const int lane = emulation::current->lane;
+  double exact[4] = {sums[0], sums[1], sums[2], sums[3]};
+  uint64_t b[emulation::kWarp];
+  std::memcpy(b, emulation::exchange(0xffffffff, pair(upper, lower)), sizeof(b));
+  for (int half = 0; half < 2; ++half) {  // of the 16 numbers that are summed
+    const uint64_t* rows = emulation::exchange(0xffffffff, pair(a[2 * half], a[2 * half + 1]));
+    for (int k = 0; k < 8; ++k) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 * 4 + k / 2, column = (lane % 4 * 2 + i % 2) * 4 + k / 2;  // lanes that have them
+        exact[i] += double{number(rows[row], i / 2, k % 2)} * number(b[column], half, k % 2);
+      }
+    }
+  }
+  for (int i = 0; i < 4; ++i) sums[i] = static_cast<float>(exact[i]);
+}
+
 #if R2M_EMULATE >= 900
 
 inline void publish_barriers() {
@@ -452,6 +521,22 @@ inline void copy_bulk(void* shared, const void* global, uint32_t bytes, Barrier*
   emulation::BarrierState& state = emulation::state_of(barrier);
   if (!state.published) emulation::fail("a copy does not see its barrier yet");
   state.copies.push_back(emulation::start_copy(shared, global, bytes));
+}
+
+inline int cluster_rank() { return static_cast<int>(emulation::current->block->rank); }
+
+inline void cluster_sync() { emulation::gather(emulation::cluster, "at a barrier of the cluster"); }
+
+inline float load_from(int rank, const float* place) {
+  if (rank < 0 || rank >= static_cast<int>(emulation::blocks.size())) emulation::fail("the cluster has no such block");
+  const emulation::Block& block = emulation::blocks[rank];
+  if (block.ended == block.members.size()) emulation::fail("reads shared memory of a block that has ended");
+  const auto* own = reinterpret_cast<const unsigned char*>(place);
+  const size_t offset = own - emulation::current->block->shared;
+  if (offset + sizeof(float) > emulation::launched->shared_bytes) emulation::fail("reads outside shared memory");
+  float value;
+  std::memcpy(&value, block.shared + offset, sizeof(value));
+  return value;
 }
 
 #else
@@ -485,6 +570,7 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 using cudaStream_t = void*;
+struct cudaFuncAttributes { int ptxVersion; };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct { dim3 clusterDim; } val;
@@ -535,6 +621,11 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
     return r2m::emulation::refuse("the device has less shared memory");
   }
   r2m::emulation::shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* /*kernel*/) {
+  attributes->ptxVersion = R2M_EMULATE / 10;
   return cudaSuccess;
 }
 
