@@ -176,8 +176,6 @@ T* pointer(const OptionalTensor& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 Sequences sequences_of(
     const Tensor& hidden, const OptionalTensor& cu_seqlens, const OptionalTensor& mask, int64_t batch, int64_t size) {
   Sequences sequences{};

@@ -10,8 +10,6 @@
 namespace r2m {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kThreads = 128;
 constexpr int kSumWarps = 8;  // of a block that sums rows: they take rows in turn
 constexpr int kSumThreads = kSumWarps * kWarp;
@@ -224,8 +222,6 @@ __global__ void __launch_bounds__(kSumThreads) head_gradient_kernel(
 }
 
 // ------------------------------------------------------------------------------------------------------------- Host
-
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 Matrix matrix_of(const char* name, const Tensor& tensor) {
   using torch::headeronly::ScalarType;

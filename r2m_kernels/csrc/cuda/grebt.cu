@@ -8,8 +8,6 @@
 namespace r2m {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kThreads = 128;
 
 enum class Dtype { kFloat32, kBfloat16, kFloat16, kFloat64 };

@@ -24,6 +24,11 @@
 
 namespace r2m {
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
 inline void check_cuda(cudaError_t status, const char* call) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
 }
