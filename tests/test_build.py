@@ -28,13 +28,13 @@ STABLE_TORCH_LIBRARY(R2M_NAMESPACE, library) { library.def("answer() -> int"); }
 
 @pytest.fixture(autouse=True)
 def csrc(tmp_path, monkeypatch):
-    """Sources, and nothing built; neither what this machine has built nor how its user builds is seen."""
+    """Sources, and nothing built; what this machine has built and this process loaded is not seen, nor how it builds."""
     for name in ("CXX", "CUDA_HOME", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "R2M_KERNELS_BUILD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(extension, "AHEAD_OF_TIME", tmp_path / "lib")
     monkeypatch.setattr(extension, "CSRC", tmp_path / "csrc")
-    monkeypatch.setattr(extension, "ops", functools.cache(extension.ops.__wrapped__))  # what this process has loaded stays
+    monkeypatch.setattr(extension, "ops", functools.cache(extension.ops.__wrapped__))
     extension.reason.cache_clear()
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cuda").mkdir()
