@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(R2M_NAMESPACE, library) { library.def("answer() -> int"); }
 
 @pytest.fixture(autouse=True)
 def csrc(tmp_path, monkeypatch):
-    """Sources, and nothing built; what this machine has built and this process loaded is not seen, nor how it builds."""
+    """Sources, and nothing built: what this machine has built, this process loaded or its user wants is not seen."""
     for name in ("CXX", "CUDA_HOME", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "R2M_KERNELS_BUILD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
