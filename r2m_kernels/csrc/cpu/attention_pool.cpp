@@ -180,7 +180,8 @@ void attention_pool_grad_hidden(
     const Tensor& grad_lse, const OptionalTensor& cu_seqlens, const OptionalTensor& mask, const Tensor& grad_hidden) {
   const int64_t B = query.size(0), H = query.size(1), D = query.size(2);
   const Rows rows(grad_hidden, cu_seqlens, mask, B);
-  const Pieces pieces(rows, 256);  // a sequence's vectors are arranged anew for every piece: little beside so many rows
+  constexpr int64_t PIECE = 256;  // rows: a sequence's vectors are arranged anew for each, little beside so many
+  const Pieces pieces(rows, PIECE);
   const Dtype dtype = dtype_of(grad_hidden);
   const int64_t width = kernels().padded(D), bytes = D * rows.itemsize;
   char* grad = data<char>(grad_hidden);
@@ -189,14 +190,14 @@ void attention_pool_grad_hidden(
     auto vectors = aligned_memory(2 * H * width * sizeof(float));
     std::vector<float> factors(2 * H);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = pieces.sequence(i), start = (i - pieces.first[b]) * 256;
+      const int64_t b = pieces.sequence(i), start = (i - pieces.first[b]) * PIECE;
       for (int64_t h = 0; h < H; ++h) {
         float* arranged = vectors.get() + 2 * h * width;
         kernels().arrange[dtype](data(query) + (b * H + h) * D, 1, D, arranged);
         const float* g = data(direction) + b * direction.stride(0) + h * direction.stride(1);
         kernels().arrange[dtype](g, direction.stride(2), D, arranged + width);
       }
-      for (int64_t s = start; s < std::min(start + 256, rows.length(b)); ++s) {
+      for (int64_t s = start; s < std::min(start + PIECE, rows.length(b)); ++s) {
         char* row = grad + (rows.first(b) + s) * bytes;
         if (!rows.attended(b, s)) {
           std::fill_n(row, bytes, 0);

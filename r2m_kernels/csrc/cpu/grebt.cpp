@@ -1,14 +1,10 @@
 // GREBT and its closed-form gradient on CPUs, a group at a time, in float64: there are few numbers, and with its digits
 // none of the differences below needs care.
-#include "../ops.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <limits>
 #include <vector>
 
@@ -22,7 +18,7 @@ constexpr int64_t REWARDS_OF_A_THREAD = 1024;
 
 template <class T>
 void read_row(const Tensor& tensor, int64_t n, std::vector<double>& row) {
-  const T* from = static_cast<const T*>(tensor.data_ptr()) + n * tensor.stride(0);
+  const T* from = data<T>(tensor) + n * tensor.stride(0);
   const int64_t stride = tensor.stride(1);
   for (size_t k = 0; k < row.size(); ++k) row[k] = static_cast<double>(from[k * stride]);
 }
@@ -105,9 +101,6 @@ Spread group_reward_entropy(std::vector<double>& r, double eps, std::vector<doub
   return {std::log(total) + mean_below, std};
 }
 
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
-int64_t* indices(const Tensor& tensor) { return static_cast<int64_t*>(tensor.data_ptr()); }
-
 }  // namespace
 
 void grebt_loss(
@@ -130,13 +123,13 @@ void grebt_loss(
       const double pull = tied ? 0 : (1 - alpha) * preference.sigmoid;
       const Spread spread = group_reward_entropy(r, eps, below, p);  // r: its gradient
 
-      floats(loss)[n] = (1 - alpha) * preference.bt + alpha * spread.entropy;
-      floats(bt)[n] = preference.bt;
-      floats(entropy)[n] = spread.entropy;
-      floats(std)[n] = spread.std;
-      indices(winner)[n] = pair.winner;
-      indices(loser)[n] = pair.loser;
-      float* row = floats(gradient) + n * K;
+      data(loss)[n] = (1 - alpha) * preference.bt + alpha * spread.entropy;
+      data(bt)[n] = preference.bt;
+      data(entropy)[n] = spread.entropy;
+      data(std)[n] = spread.std;
+      data<int64_t>(winner)[n] = pair.winner;
+      data<int64_t>(loser)[n] = pair.loser;
+      float* row = data(gradient) + n * K;
       for (int64_t k = 0; k < K; ++k) {
         const int sign = (k == pair.loser) - (k == pair.winner);
         row[k] = group_weight * (alpha * r[k] + pull * sign);

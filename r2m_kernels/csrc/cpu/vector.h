@@ -23,7 +23,6 @@ constexpr int LANES = 4;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 // What one step of a loop over a row takes: STEP elements, in two vectors.

@@ -85,12 +85,10 @@ __global__ void __launch_bounds__(kAnyThreads, kAnyBlocks) any_kernel(const __gr
     }
   }
 
-  const bool whole = chunk.chunks == 1;
-  const Pools& pools = whole ? arguments.results : arguments.parts;
-  const int64_t place = whole ? chunk.sequence : part_of(arguments.sequences, chunk) + chunk.number;
+  const auto [pools, lse, place] = destination_of(arguments, chunk);
   const int64_t index = place * heads + head;
   const auto [m, l, value, e] = softmax.sums(0);
-  if (slice == 0 && threadIdx.x == 0) store_scalars(pools, whole ? arguments.lse : nullptr, heads, index, m, l, value);
+  if (slice == 0 && threadIdx.x == 0) store_scalars(pools, lse, heads, index, m, l, value);
   if (kSums) {
     const float share = 1.f / (l == 0.f ? 1.f : l);
 #pragma unroll

@@ -8,7 +8,6 @@
 
 namespace r2m {
 
-constexpr int kVectorBytes = 16;  // the widest load
 constexpr float kLog2e = 1.4426950408889634f;  // exp(x) = 2 ** (x log2e), and a GPU has an instruction for 2 ** x
 
 enum class Form { kMean, kValue, kGradient };  // pooled; only value; pooled, gradient and value

@@ -13,7 +13,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kSumWarps = 8;  // of a block that sums rows: they take rows in turn
 constexpr int kSumThreads = kSumWarps * kWarp;
-constexpr int kVectorBytes = 16;
 
 // Columns of a thread, in the first template argument of every kernel: a vector of 16-bit floats, two of float32, where
 // all addresses are aligned to vectors; elsewhere 1.

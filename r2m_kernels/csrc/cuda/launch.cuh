@@ -26,6 +26,7 @@ namespace r2m {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kVectorBytes = 16;  // the widest load
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
