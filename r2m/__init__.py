@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from r2m.config import R2MConfig, load_config
-    from r2m.data import Preference, load_prompts
+    from r2m.data import Preference, load_pairs, load_prompts
     from r2m.fitting import fit_reward
     from r2m.hidden_states import HiddenStateTap
     from r2m.policy import load_policy, load_tokenizer
@@ -26,6 +26,7 @@ _HOME = {
     "R2MUpdater": "updater",
     "fit_reward": "fitting",
     "load_config": "config",
+    "load_pairs": "data",
     "load_policy": "policy",
     "load_prompts": "data",
     "load_tokenizer": "policy",
@@ -40,6 +41,7 @@ __all__ = [
     "R2MUpdater",
     "fit_reward",
     "load_config",
+    "load_pairs",
     "load_policy",
     "load_prompts",
     "load_tokenizer",

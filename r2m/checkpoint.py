@@ -1,62 +1,339 @@
-"""Saving and restoring a training run between rounds."""
+"""The folder of a run: who may write to it, and the states from which the run goes on as if it had never stopped.
+
+A checkpoint is complete or it is not there: it is written under another name, flushed to the disk, and renamed. It
+holds the policy's trainable weights (all of them, or the adapter), the reward model's part, both optimizers and
+schedules, the resolved config, and what identifies the models and prompts the run started from. The position in the
+data and the random numbers are functions of the seed and the round and need no saving.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from r2m.config import R2MConfig, config_to_yaml, load_config
 from r2m.reward_model import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from r2m.trainer import R2MTrainer
 
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"  # written last: file sizes, and what identifies models and prompts
+METRICS = "metrics.jsonl"
+UNFINISHED = ".unfinished-"  # prefix of a folder that is being written or removed
+
+# What a resumed run may change: where things lie (their content is compared instead), what is measured and kept, and
+# what decides only how the work is laid out. Everything else would make it another run: T, for one, is in w(t).
+MAY_CHANGE = [
+    "policy", "policy_revision", "reward_model", "reward_model_revision", "prompts", "columns", "output_dir",
+    "trust_remote_code", "micro_batch_size", "gradient_checkpointing", "trackers", "generation.batch_size",
+    "evaluation.*", "checkpoints.*", "placement.*",
+]  # fmt: skip
+
+
+# ---- the folder ----
+
+
+@contextmanager
+def claim(folder: str | Path) -> Iterator[Path]:
+    """Make `folder` where it is missing and keep other processes from running in it.
+
+    The operating system gives the lock back when the process dies, however it dies. Raises OSError if the folder cannot
+    be written, or if another run has it.
+    """
+    folder = Path(folder)
+    # One object a process, so that a command can claim the folder before it loads models, and the trainer again.
+    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise OSError(f"output_dir {folder}: another run is writing there; wait for it or choose another") from None
+    except OSError as error:
+        raise OSError(f"output_dir {folder} cannot be written: {error}") from None
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run, one a round. A last line that the disk or a kill cut short is left out."""
+    file = Path(folder) / METRICS
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_back(folder: Path, first_round: int) -> list[dict[str, Any]]:
+    """Take the rounds from `first_round` on out of the folder, to be run again; returns the rows of those before."""
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for t, checkpoint in checkpoints(folder).items():
+        if t >= first_round:
+            logger.info("round %d is run again: %s is removed", t, checkpoint)
+            _remove(checkpoint)
+    rows = [row for row in read_metrics(folder) if row["round"] < first_round]
+    scratch = folder / f"{UNFINISHED}{METRICS}"
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    scratch.replace(folder / METRICS)
+    return rows
+
+
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # on disk before a checkpoint that counts on it
+
+
+# ---- finding checkpoints ----
+
+
+def checkpoints(folder: str | Path) -> dict[int, Path]:
+    """The complete checkpoints of a run, {round: folder}, oldest first."""
+    found = {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob("checkpoint-[0-9]*")}
+    return dict(sorted(found.items()))
+
+
+def best_round(rows: Iterable[dict[str, Any]]) -> int | None:
+    """The first round with the judge's highest mean score on the held-out prompts; None without a judge."""
+    judged = [row for row in rows if "eval/judge" in row]
+    return max(judged, key=lambda row: row["eval/judge"])["round"] if judged else None
+
+
+def find_checkpoint(folder: str | Path, which: str) -> Path:
+    """The checkpoint "last", "best" (by the judge) or of a round, such as "40". Raises FileNotFoundError."""
+    found = checkpoints(folder)
+    names = {str(t): path for t, path in found.items()}
+    if found:
+        names["last"] = found[max(found)]
+    best = best_round(read_metrics(folder))
+    if best in found:
+        names["best"] = found[best]
+    if which not in names:
+        there = f"there are {', '.join(names)}" if names else "there is none"
+        raise FileNotFoundError(f"checkpoint {which!r} is not in {folder}; {there}")
+    return names[which]
+
+
+# ---- saving ----
+
 
 def save_checkpoint(trainer: R2MTrainer, t: int) -> Path:
-    """Write `checkpoint-<t>`, everything that round t + 1 needs: the policy's trainable weights, the reward model's
-    part and both optimizers. Prompts and random numbers are functions of the seed and the round, and need no saving.
+    """Write `checkpoint-<t>`, everything that round t + 1 needs, and drop the checkpoints that are not to be kept.
+
+    Raises FloatingPointError if a weight is not finite and OSError if the disk is full or cannot be written; either way
+    the checkpoints before it stay.
     """
-    folder = trainer.output_dir / f"checkpoint-{t}"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(_trainable(trainer), folder / "policy.safetensors")
-    trainer.reward_model.save_pretrained(folder / "reward_model")
+    start, folder = time.perf_counter(), trainer.output_dir
+    weights = trainable_weights(trainer)
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"phase checkpoint, round {t}: the policy's weight {name} is not finite")
     state = {
-        "round": t,
-        "rounds": trainer.config.rounds,
         "optimizer": trainer.optimizer.state_dict(),
         "updater": trainer.updater.state_dict(),
+        "schedules": [schedule.state_dict() for schedule in trainer.schedules],
         "initial_head": trainer.initial_head.state_dict(),
     }
-    torch.save(state, folder / "state.pt")
-    return folder
+    target, scratch = folder / f"checkpoint-{t}", folder / f"{UNFINISHED}checkpoint-{t}"
+    try:
+        _check_space(folder, _size(weights) + _size(state) + _size(trainer.reward_model.state_dict()))
+        scratch.mkdir()
+        save_file(weights, scratch / "policy.safetensors")
+        trainer.reward_model.save_pretrained(scratch / "reward_model")
+        torch.save(state, scratch / "state.pt")
+        (scratch / "config.yaml").write_text(config_to_yaml(trainer.config))
+        files = [path for path in scratch.rglob("*") if path.is_file()]
+        sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
+        manifest = {"round": t, "files": sizes, **identity(trainer)}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in (*files, scratch / MANIFEST, scratch / "reward_model", scratch):
+            _flush(path)
+        scratch.rename(target)
+        _flush(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise OSError(f"the checkpoint of round {t} cannot be written to {folder}: {error}") from error
+    logger.info(
+        "checkpoint-%d: %.1f MiB in %.2f s", t, sum(sizes.values()) / 2**20, time.perf_counter() - start
+    )  # fmt: skip
+    _prune(folder, keep=trainer.config.checkpoints.keep, best=best_round(trainer.history))
+    return target
+
+
+def trainable_weights(trainer: R2MTrainer) -> dict[str, Tensor]:
+    policy = trainer.accelerator.unwrap_model(trainer.policy)
+    return {name: p.data for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def identity(trainer: R2MTrainer) -> dict[str, Any]:
+    """What a run is made of beside its config: frozen weights, their revisions, and prompts."""
+    config = trainer.config
+    trained = {id(p) for p in trainer.parameters}
+    with trainer.reference() as reference:
+        frozen = [(name, p) for name, p in reference.named_parameters() if id(p) not in trained]
+        policy = fingerprint(frozen)
+    backbone = trainer.reward_model.backbone
+    models = {
+        "policy": {"name": config.policy, "commit": _commit(trainer.accelerator.unwrap_model(trainer.policy))},
+        "reward_model": {"name": config.reward_model, "commit": _commit(backbone)},
+    }
+    models["policy"]["fingerprint"] = policy
+    models["reward_model"]["fingerprint"] = fingerprint(backbone.named_parameters())
+    prompts = hashlib.sha256(json.dumps(trainer.prompts).encode()).hexdigest()
+    return {"models": models, "prompts": {"count": len(trainer.prompts), "sha256": prompts}}
+
+
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, shapes and up to 64 evenly spaced values of each weight: tells models apart without reading
+    them whole."""
+    digest = hashlib.sha256()
+    for name, p in weights:
+        values = p.detach().reshape(-1)
+        picked = values[:: max(1, len(values) // 64)][:64].float().cpu()
+        digest.update(f"{name} {tuple(p.shape)} ".encode() + picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- restoring ----
 
 
 def load_checkpoint(trainer: R2MTrainer, folder: str | Path) -> int:
-    """Restore `folder` into a trainer made from the same initial policy and reward model; returns its round."""
+    """Restore `folder` into a trainer made from the same initial models and prompts; returns its round.
+
+    Raises FileNotFoundError if it is no checkpoint and ValueError if it is damaged, of another run or of other models;
+    then the trainer is unchanged.
+    """
     folder = Path(folder)
-    if not (folder / "state.pt").is_file():
-        raise FileNotFoundError(f"resume_from: {folder} holds no state.pt; expected a folder checkpoint-<round>")
-    state = torch.load(folder / "state.pt", map_location=trainer.device, weights_only=True)
-    if state["rounds"] != trainer.config.rounds:
-        raise ValueError(
-            f"rounds is {trainer.config.rounds}, the checkpoint's run has {state['rounds']}; w(t) depends on it"
-        )
-    saved, own = load_file(folder / "policy.safetensors", device=str(trainer.device)), _trainable(trainer)
+    manifest = _read_manifest(folder)
+    _check_config(load_config(folder / "config.yaml"), trainer.config)
+    _check_identity(folder, manifest, identity(trainer))
+    saved, own = load_file(folder / "policy.safetensors", device=str(trainer.device)), trainable_weights(trainer)
     if {name: p.shape for name, p in saved.items()} != {name: p.shape for name, p in own.items()}:
         raise ValueError(f"resume_from: the trainable weights in {folder} are not those of this policy")
+    state = torch.load(folder / "state.pt", map_location=trainer.device, weights_only=True)
+    part = load_file(folder / "reward_model" / WEIGHTS_FILE, device=str(trainer.device))
+    trainer.reward_model.load_state_dict(part)
     for name, value in saved.items():
         own[name].copy_(value)
-    weights = load_file(folder / "reward_model" / WEIGHTS_FILE, device=str(trainer.device))
-    trainer.reward_model.load_state_dict(weights)
     trainer.initial_head.load_state_dict(state["initial_head"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.updater.load_state_dict(state["updater"])
-    return state["round"]
+    for schedule, values in zip(trainer.schedules, state["schedules"], strict=True):
+        schedule.load_state_dict(values)
+    return manifest["round"]
 
 
-def _trainable(trainer: R2MTrainer) -> dict[str, Tensor]:
-    policy = trainer.accelerator.unwrap_model(trainer.policy)
-    return {name: p.data for name, p in policy.named_parameters() if p.requires_grad}
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"resume_from: {folder} holds no {MANIFEST}; expected a folder checkpoint-<round>")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name, size in manifest["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            others = [path.name for path in checkpoints(folder.parent).values() if path != folder]
+            raise ValueError(
+                f"resume_from: {folder} is damaged: {name} {state}, expected {size} bytes; "
+                f"other checkpoints there: {', '.join(others) or 'none'}"
+            )
+    return manifest
+
+
+def _check_config(saved: R2MConfig, given: R2MConfig) -> None:
+    old, new = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(given))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE):
+            reason = " and w(t) depends on it" if key == "rounds" else ""
+            raise ValueError(
+                f"{key} is {new.get(key)!r}, the checkpoint's run has {old.get(key)!r}{reason}; "
+                f"a resumed run may change only {', '.join(MAY_CHANGE)}"
+            )
+
+
+def _check_identity(folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    for key, model in saved["models"].items():
+        if model["fingerprint"] != own["models"][key]["fingerprint"]:
+            revision = f" at {model['commit']}" if model["commit"] else ""
+            raise ValueError(
+                f"resume_from: {folder} is of another model: its run started from {key} {model['name']}{revision}, "
+                f"whose frozen weights are not those of {own['models'][key]['name'] or 'the one given'}"
+            )
+    if saved["prompts"] != own["prompts"]:
+        raise ValueError(
+            f"resume_from: {folder} is of a run on {saved['prompts']['count']} usable prompts; "
+            f"the {own['prompts']['count']} given are not the same"
+        )
+
+
+# ---- disk ----
+
+
+def _prune(folder: Path, *, keep: int, best: int | None) -> None:
+    found = checkpoints(folder)
+    for t in list(found)[:-keep]:
+        if t != best:
+            _remove(found[t])
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first: what is left of it after a kill does not look like a checkpoint."""
+    doomed = checkpoint.with_name(f"{UNFINISHED}old-{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
+
+
+def _size(state: Any) -> int:
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return sum(map(_size, values))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        # `columns` is a value as a whole; blocks are not.
+        if isinstance(value, dict) and key != "columns":
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _commit(model: Any) -> str | None:
+    return getattr(model.config, "_commit_hash", None)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,48 +35,180 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="YAML file; every key is a field of r2m.R2MConfig.")],
+    config: Annotated[str, typer.Option(help="YAML file, every key a field of r2m.R2MConfig; or a preset's name.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, dots reach into blocks: r2m.floor=0.7")
     ] = None,
-    resume_from: Annotated[Path | None, typer.Option(help="A folder checkpoint-<round> of this run.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir, or start if there is none.")
+    ] = False,
+    resume_from: Annotated[Path | None, typer.Option(help="Go on from this folder checkpoint-<round>.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, run one tiny round, print the config, stop.")
+    ] = False,
 ) -> None:
     """Train a policy with R2M; policy and reward model are saved in the config's output_dir."""
     with _clear_errors():
-        import torch
+        from r2m import run as runs
+        from r2m.config import load_config
+        from r2m.presets import resolve_config_source
 
-        import r2m
+        if resume and resume_from is not None:
+            raise ValueError("--resume and --resume-from are both given; expected one of them")
+        settings = load_config(resolve_config_source(config), overrides)
+        typer.echo(runs.dry_run(settings) if dry_run else runs.run(settings, "last" if resume else resume_from))
+
+
+@app.command()
+def fit_reward(
+    pairs: Annotated[str, typer.Option(help="Preference pairs: .jsonl, .csv, a saved dataset, or one of the hub.")],
+    reward_model: Annotated[str, typer.Option(help="Sequence-classification checkpoint or causal LM, hub id or path.")],
+    output: Annotated[Path, typer.Option(help="New folder for the fitted reward model, fit.json and calibration.png.")],
+    policy: Annotated[
+        str | None, typer.Option(help="Whose hidden states R2M attends to; without it only the head is fitted.")
+    ] = None,
+    held_out: Annotated[str | None, typer.Option(help="Pairs that stop the fit; default: a random tenth.")] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="field=its name in the data: prompt=question")] = None,
+    lora_rank: Annotated[int, typer.Option(min=0, help="Adapter of the backbone, merged; 0: it stays frozen.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Of the adapter.")] = 1e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs in one forward pass.")] = 16,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens; longer pairs are dropped. Default 2048.")
+    ] = None,
+    rte_token: Annotated[str | None, typer.Option(help="Token read: checkpoint (default) or last.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Put behind every text that is no chat.")] = None,
+    inner_width: Annotated[int | None, typer.Option(min=1, help="Of the cross-attention; default 2048.")] = None,
+    num_heads: Annotated[int | None, typer.Option(min=1, help="Of the cross-attention; default 1.")] = None,
+    floor: Annotated[float | None, typer.Option(min=0, max=1, help="Omega, w outside training; default 0.6.")] = None,
+    standardize: Annotated[
+        bool | None,
+        typer.Option("--standardize/--no-standardize", help="RTEs and hidden states, per feature; default no."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, weights and minibatches.")] = 0,
+    reward_model_revision: Annotated[str | None, typer.Option(help="Commit, branch or tag on the hub.")] = None,
+    policy_revision: Annotated[str | None, typer.Option(help="Commit, branch or tag on the hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the code that comes with a checkpoint.")] = False,
+) -> None:
+    """Fit a reward model on preference pairs: linear head, on request LoRA, and with a policy R2M's cross-attention.
+
+    The output folder is a checkpoint for AutoModelForSequenceClassification, and with a policy also for r2m train.
+    """
+    with _clear_errors():
+        import transformers
+
+        from r2m.fitting import fit_reward_from_files
+
+        for item in columns or []:
+            if "=" not in item:
+                raise ValueError(f"--columns {item}: expected field=name")
+        transformers.logging.set_verbosity_error()  # the head is new on purpose
+        settings: dict[str, Any] = {
+            "max_length": max_length,
+            "rte_token": rte_token,
+            "suffix": suffix,
+            "inner_width": inner_width,
+            "num_heads": num_heads,
+            "floor": floor,
+            "standardize": standardize,
+        }
+        report = fit_reward_from_files(
+            pairs,
+            reward_model,
+            output,
+            policy=policy,
+            held_out=held_out,
+            columns=dict(item.split("=", 1) for item in columns or []),
+            reward_model_revision=reward_model_revision,
+            policy_revision=policy_revision,
+            trust_remote_code=trust_remote_code,
+            lora_rank=lora_rank,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+            **{name: value for name, value in settings.items() if value is not None},
+        )
+        for name, value in report.items():
+            typer.echo(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+        typer.echo(f"reward model, fit.json and calibration.png are in {output}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a run with checkpoints.")],
+    checkpoint: Annotated[str, typer.Option(help="last, best (by the judge) or a round.")] = "last",
+    prompts: Annotated[str, typer.Option(help="Held-out prompts; default: the run's evaluation.prompts.")] = "",
+    pairs: Annotated[str, typer.Option(help="Held-out pairs; default: the run's evaluation.pairs.")] = "",
+    judge: Annotated[str, typer.Option(help="module:function; default: the run's evaluation.judge.")] = "",
+) -> None:
+    """Rewards, judge, KL, lengths, pair accuracy and samples of a run's policy on held-out prompts."""
+    with _clear_errors():
+        from r2m.run import evaluate_run
+
+        typer.echo(evaluate_run(run, checkpoint, prompts=prompts, pairs=pairs, judge=judge))
+
+
+@app.command()
+def plot(run: Annotated[Path, typer.Argument(help="The output_dir of a run.")]) -> None:
+    """Draw a run's curves anew from its metrics.jsonl."""
+    with _clear_errors():
         from r2m.plots import plot_run
 
-        settings = r2m.load_config(config, overrides)
-        for key in ("policy", "reward_model", "prompts"):
-            if not getattr(settings, key):
-                raise ValueError(f"{key} is not set; expected it in {config} or as {key}=...")
-        prompts = r2m.load_prompts(settings.prompts)
-        torch.manual_seed(settings.seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        policy = r2m.load_policy(settings, device)
-        tokenizer = r2m.load_tokenizer(
-            settings.policy, revision=settings.policy_revision, trust_remote_code=settings.trust_remote_code
+        plot_run(run / "metrics.jsonl", run / "metrics.png")
+        typer.echo(f"{run / 'metrics.png'}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a run.")],
+    output: Annotated[Path, typer.Option(help="New folder: policy, tokenizer, model card and reward_model.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="best (by the judge), last or a round; default: the policy at the run's end.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Put the adapter into the model; the folder then loads without peft.")
+    ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, owner/name.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="The repository has to be private.")] = False,
+) -> None:
+    """Write a run's policy and reward model as from_pretrained and the Hugging Face hub expect them."""
+    with _clear_errors():
+        from r2m import export as exports
+
+        if private and push_to_hub is None:
+            raise ValueError("--private is given without --push-to-hub")
+        typer.echo(
+            f"policy and reward model are in {exports.export_run(run, output, checkpoint=checkpoint, merge=merge)}"
         )
-        reward_model = r2m.R2MRewardModel.from_pretrained(
-            settings.reward_model,
-            policy=settings.policy,
-            revision=settings.reward_model_revision,
-            policy_revision=settings.policy_revision,
-            device=device,
-            trust_remote_code=settings.trust_remote_code,
-            inner_width=settings.r2m.inner_width,
-            num_heads=settings.r2m.num_heads,
-            floor=settings.r2m.floor,
-            standardize=settings.r2m.standardize,
-            zero_output=settings.r2m.zero_output,
-        )
-        trainer = r2m.R2MTrainer(policy, reward_model, tokenizer, prompts, settings)
-        trainer.train(resume_from)
-        trainer.save_pretrained(settings.output_dir)
-        plot_run(trainer.output_dir / "metrics.jsonl", trainer.output_dir / "metrics.png")
-        typer.echo(f"policy, reward model, metrics.jsonl and metrics.png are in {settings.output_dir}")
+        if push_to_hub is not None:
+            typer.echo(f"uploaded to {exports.push_to_hub(output, push_to_hub, private=private)}")
+
+
+@app.command()
+def presets() -> None:
+    """List the configs that come with the package, for r2m train --config NAME."""
+    from r2m.presets import list_presets
+
+    for preset in list_presets():
+        typer.echo(f"{preset.name}\n  {preset.summary}\n  {preset.hardware}\n  {preset.status}")
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        str | None, typer.Option(help="YAML file or a preset's name: estimate the memory of its run.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, dots reach into blocks: r2m.floor=0.7")
+    ] = None,
+) -> None:
+    """Show versions, devices and operators of this machine and, with a config, whether its run fits into memory."""
+    with _clear_errors():
+        from r2m.config import load_config
+        from r2m.doctor import report
+        from r2m.presets import resolve_config_source
+
+        source = None if config is None else resolve_config_source(config)
+        typer.echo(report(load_config(source, overrides) if config or overrides else None))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class Generation:
     temperature: float = 0.7  # every logit (policy, old, reference) is divided by it
     eos_token_ids: list[int] | None = None  # None: those of the policy's checkpoint and tokenizer
     stop_strings: list[str] = field(default_factory=list)
+    batch_size: int | None = None  # sequences generated at once; None: the whole round, prompts x K
 
 
 @dataclass
@@ -71,6 +72,41 @@ class R2M:
 
 
 @dataclass
+class Evaluation:
+    """Measurements on what training never sees, and samples in the log."""
+
+    __pydantic_config__ = _STRICT
+    every: int = 5  # rounds; also after the first and the last
+    prompts: str = ""  # held-out prompts, one response each; "": none
+    pairs: str = ""  # held-out human preferences: the reward model's accuracy on them; "": none
+    judge: str = ""  # "module:function" or "file.py:function", called with (prompts, responses), returns their scores
+    stop_at_kl: float | None = None  # nats per response, mean over a round's samples; training ends with that round
+    samples_every: int = 10  # rounds between tables of samples in the log; 0: none
+
+
+@dataclass
+class Checkpoints:
+    """Saved states from which a run goes on as if nothing had happened."""
+
+    __pydantic_config__ = _STRICT
+    every: int = 10  # rounds; also after the last; 0: none but on SIGTERM
+    keep: int = 2  # the newest ones; beside them the best by the judge
+
+
+@dataclass
+class Placement:
+    """Where models lie, and in what form. Devices as PyTorch names them."""
+
+    __pydantic_config__ = _STRICT
+    device: str | None = None  # of the policy and all that trains; None: the GPU where there is one
+    reward_model: str | None = None  # of the reward model's backbone; None: the policy's
+    offload_reward_model: bool = False  # its backbone waits in host memory between its uses
+    offload_reference: bool = False  # the reference waits in host memory between its uses; an adapter needs no copy
+    quantize_reward_model: Literal["8bit", "4bit"] | None = None  # of its backbone, by bitsandbytes
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None  # None: what transformers chooses
+
+
+@dataclass
 class R2MConfig:
     """A training run. Batch sizes count sequences; lengths count tokens."""
 
@@ -79,7 +115,8 @@ class R2MConfig:
     policy_revision: str | None = None
     reward_model: str = ""  # sequence-classification checkpoint, causal LM, or a saved R2M reward model
     reward_model_revision: str | None = None
-    prompts: str = ""  # .jsonl with a field "prompt", or .txt with one prompt a line
+    prompts: str = ""  # .jsonl, .csv, .txt or a dataset of the Hugging Face hub (see r2m.load_prompts)
+    columns: dict[str, str] = field(default_factory=dict)  # field -> its name in the data: {prompt: question}
     output_dir: str = "runs/r2m"
     seed: int = 0
     trust_remote_code: bool = False
@@ -92,22 +129,26 @@ class R2MConfig:
     minibatches: int = 1  # optimizer steps per epoch
     micro_batch_size: int = 8  # sequences in one forward pass
     learning_rate: float = 1e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the rounds, of both learning rates
+    warmup_rounds: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     clip_range: float = 0.2
     missing_eos_penalty: float | None = None  # taken off the reward of a response that did not end by itself
     precision: Literal["bf16", "float32"] = "bf16"  # of the autocast region; trainable weights are float32
     gradient_checkpointing: bool = False
-    evaluate_every: int = 5  # rounds between measurements on held-out pairs, where there are any
-    save_every: int = 0  # rounds between checkpoints; 0: none
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)  # beside metrics.jsonl
 
     generation: Generation = field(default_factory=Generation)
     kl: KL = field(default_factory=KL)
     lora: Lora | None = None
     r2m: R2M = field(default_factory=R2M)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    placement: Placement = field(default_factory=Placement)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "prompts_per_round", "epochs", "minibatches", "micro_batch_size", "evaluate_every"):
+        for name in ("rounds", "prompts_per_round", "epochs", "minibatches", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.num_generations < 2:
@@ -115,6 +156,14 @@ class R2MConfig:
                 f"num_generations is {self.num_generations}; {self.algorithm} and GREBT compare the responses of a "
                 "group: expected at least 2"
             )
+        for name, value, least in (
+            ("generation.batch_size", 1 if self.generation.batch_size is None else self.generation.batch_size, 1),
+            ("evaluation.every", self.evaluation.every, 1),
+            ("checkpoints.every", self.checkpoints.every, 0),
+            ("checkpoints.keep", self.checkpoints.keep, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
         if not 0 <= self.r2m.floor <= 1:
             raise ValueError(f"r2m.floor is {self.r2m.floor}; expected a value between 0 and 1")
         if self.generation.temperature <= 0:
@@ -183,7 +232,10 @@ def _explain(problem: Any) -> str:
 
 
 def _field_paths(cls: type) -> list[str]:
-    blocks = {"generation": Generation, "kl": KL, "lora": Lora, "r2m": R2M}
+    blocks: dict[str, Any] = {
+        "generation": Generation, "kl": KL, "lora": Lora, "r2m": R2M,
+        "evaluation": Evaluation, "checkpoints": Checkpoints, "placement": Placement,
+    }  # fmt: skip
     paths = []
     for item in dataclasses.fields(cls):
         paths.append(item.name)

@@ -1,13 +1,20 @@
-"""Prompts and preference pairs."""
+"""Prompts and preference pairs, from files, saved datasets and the Hugging Face hub."""
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 Prompt = str | list[dict[str, Any]]  # plain text, or chat messages: [{"role": ..., "content": ...}, ...]
+
+_FIELDS = ("prompt", "chosen", "rejected")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -19,44 +26,285 @@ class Preference:
     rejected: str
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read the prompts of a `.jsonl` file (the field "prompt" of each line: text or chat messages) or of a `.txt` file
-    (a prompt a line). Blank lines are skipped. Raises ValueError naming file, line and field."""
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(f"{path}: expected a file named *.jsonl or *.txt")
-    lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path}: no prompts, the file is empty")
-    if path.suffix == ".txt":
-        return [line.rstrip("\r") for _, line in lines]
-    return [_parse_prompt(line, where=f"{path}, line {n}") for n, line in lines]
+def load_prompts(source: str | Path, *, columns: Mapping[str, str] | None = None) -> list[Prompt]:
+    """The prompts of a file, a saved dataset, or a dataset of the Hugging Face hub.
+
+    source: a `.jsonl` file, a `.csv` file with a header line, a `.txt` file (a prompt a line), a folder written by
+        `Dataset.save_to_disk`, or `owner/name` on the hub. A dataset's split follows a colon: `owner/name:test` (by
+        default "train"), on the hub also a slice, `owner/name:train[:1000]`. Blank lines of a file are skipped.
+    columns: field -> its name in the data, such as {"prompt": "question"}. The fields are "prompt", and of pairs
+        "chosen" and "rejected"; all other columns are ignored.
+
+    A prompt is text or chat messages; in a CSV file messages are JSON. Of preference pairs the prompt is taken (see
+    `load_pairs`).
+
+    Raises ValueError, which names source, line (or row, counted from 1) and field, for data that is no prompt;
+    FileNotFoundError for a source that does not exist; ImportError for a dataset without the package `datasets`.
+    """
+    return _load(source, columns, "prompts", _parse_prompt)
 
 
-def _parse_prompt(line: str, *, where: str) -> Prompt:
+def load_pairs(source: str | Path, *, columns: Mapping[str, str] | None = None) -> list[Preference]:
+    """The preference pairs of a source of `load_prompts`, with its errors; a `.txt` file holds none.
+
+    A pair has the fields "prompt", "chosen" and "rejected". Without "prompt" it is implicit, as in TRL: of two texts
+    the prompt is the longest common beginning, less a space at its end; of two conversations it is all but the last
+    message. That holds also for a prompt of text beside two conversations. A completion is text, or messages that are
+    the prompt's (where implicit) and then one of the assistant's, whose content is taken.
+
+    Raises ValueError also for completions that are equal, and for an implicit pair that shares no prompt.
+    """
+    if Path(source).suffix == ".txt":
+        raise ValueError(f"{source}: a .txt file holds prompts only; expected pairs in a *.jsonl or *.csv file")
+    return _load(source, columns, "pairs", _parse_pair)
+
+
+def _load(
+    source: str | Path,
+    columns: Mapping[str, str] | None,
+    kind: str,
+    parse: Callable[[dict[str, Any], dict[str, str], str], _Item],
+) -> list[_Item]:
+    columns = columns or {}
+    for field in columns:
+        if field not in _FIELDS:
+            raise ValueError(f"columns: unknown field {field!r}; expected {', '.join(map(repr, _FIELDS))}")
+    names = {field: columns.get(field, field) for field in _FIELDS}
+    first = names["prompt" if kind == "prompts" else "chosen"]
+    suffix = Path(source).suffix
+    items = []
+    for where, row in _rows(source):
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: expected an object with the field "{first}", got {_shown(row)}')
+        for column in columns.values():
+            _require(row, column, where)
+        if suffix == ".csv":
+            row |= {name: _csv_value(row[name], name, where) for name in names.values() if name in row}
+        items.append(parse(row, names, where))
+    if not items:
+        raise ValueError(f"{source}: no {kind}, the {'file' if suffix in _READERS else 'dataset'} is empty")
+    return items
+
+
+# ---- sources: each gives (where, row) ----
+
+
+def _rows(source: str | Path) -> Iterable[tuple[str, Any]]:
+    path = Path(source)
+    if path.suffix in _READERS:
+        return _file_rows(path)
+    if path.is_file():
+        raise ValueError(f"{path}: expected a file named {_SUFFIXES}")
+    return _dataset_rows(str(source))
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    # Only "\n" ends a line of text or JSON, which may hold any other separator. A byte order mark is no content.
+    newline = "" if path.suffix == ".csv" else "\n"
+    with path.open(encoding="utf-8-sig", newline=newline) as file:
+        try:
+            for line, row in _READERS[path.suffix](file, path):
+                yield f"{path}, line {line}", row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8: {error}") from None
+
+
+def _read_jsonl(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON: {_explain(error)}") from None
+            yield number, row
+
+
+def _read_txt(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, {"prompt": line.rstrip("\r\n")}
+
+
+def _read_csv(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+    reader = csv.reader(file, strict=True)
+    header: list[str] = []
+    start = 1
     try:
-        row = json.loads(line)
+        for fields in reader:
+            if not header:
+                header = fields
+            elif fields:
+                if len(fields) != len(header):
+                    raise ValueError(
+                        f"{path}, line {start}: {len(fields)} fields; expected {len(header)} as in the header, {header}"
+                    )
+                yield start, dict(zip(header, fields, strict=True))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {start}: not valid CSV: {error}") from None
+
+
+def _explain(error: json.JSONDecodeError) -> str:
+    return f"{error.msg} at character {error.pos + 1}"
+
+
+_READERS: dict[str, Callable[[TextIO, Path], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".txt": _read_txt,
+}
+_SUFFIXES = "*.jsonl, *.csv or *.txt"
+
+
+def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
+    name, _, split = (source, "", "") if Path(source).is_dir() else source.partition(":")
+    on_disk = Path(name).is_dir()
+    if not on_disk and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(
+            f"{source}: no such file or folder; expected a file named {_SUFFIXES}, a folder written by "
+            "Dataset.save_to_disk, or a dataset of the Hugging Face hub as owner/name"
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{source}: reading a dataset needs datasets: pip install 'r2m[data]'") from error
+    data: Any
+    if not on_disk:
+        data = datasets.load_dataset(name, split=split or "train")
+    else:
+        data = datasets.load_from_disk(name)
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                given = f"no split {split!r}" if split else "no split is named"
+                raise ValueError(f"{source}: {given}; expected one of {', '.join(f'{name}:{s}' for s in data)}")
+            data = data[split]
+        elif split:
+            raise ValueError(f"{source}: {name} holds one dataset without splits; expected {name}")
+    # A saved dataset keeps its format, which may hide columns or turn them into tensors.
+    for number, row in enumerate(data.with_format(None), 1):
+        yield f"{source}, row {number}", row
+
+
+# ---- rows ----
+
+
+def _csv_value(text: str, name: str, where: str) -> Any:
+    """Messages where a field looks like them, else its text."""
+    if not text.startswith("[{"):
+        return text
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: expected an object with the field "prompt", got {_shown(row)}')
-    if "prompt" not in row:
-        raise ValueError(f'{where}: the field "prompt" is missing, found {sorted(row)}')
-    prompt = row["prompt"]
-    if isinstance(prompt, str) and prompt.strip():
-        return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return prompt
+        raise ValueError(
+            f'{where}, field "{name}": starts like a list of messages but is not valid JSON: {_explain(error)}'
+        ) from None
+
+
+def _parse_prompt(row: dict[str, Any], names: dict[str, str], where: str) -> Prompt:
+    if _is_implicit(row, names):
+        return _shared_prompt(row, names, where)
+    return _checked_prompt(_require(row, names["prompt"], where), names["prompt"], where)
+
+
+def _parse_pair(row: dict[str, Any], names: dict[str, str], where: str) -> Preference:
+    chosen, rejected = (_require(row, names[field], where) for field in ("chosen", "rejected"))
+    if _is_implicit(row, names):
+        prompt = _shared_prompt(row, names, where)
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    else:
+        prompt = _checked_prompt(row[names["prompt"]], names["prompt"], where)
+    chosen = _completion(chosen, names["chosen"], where)
+    rejected = _completion(rejected, names["rejected"], where)
+    if chosen == rejected:
+        raise _no_preference(row, names, where)
+    return Preference(prompt, chosen, rejected)
+
+
+def _is_implicit(row: dict[str, Any], names: dict[str, str]) -> bool:
+    prompt, chosen, rejected = (names[field] for field in _FIELDS)
+    if chosen not in row or rejected not in row:
+        return False
+    # Some datasets repeat the user's text as "prompt" beside whole conversations.
+    return prompt not in row or (isinstance(row[prompt], str) and isinstance(row[chosen], list))
+
+
+def _shared_prompt(row: dict[str, Any], names: dict[str, str], where: str) -> Prompt:
+    chosen, rejected = row[names["chosen"]], row[names["rejected"]]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if chosen == rejected:
+            raise _no_preference(row, names, where)
+        shorter = min(len(chosen), len(rejected))
+        length = bisect_left(range(shorter), True, key=lambda i: chosen[: i + 1] != rejected[: i + 1])
+        # A tokenizer joins a space to the word after it, so the space goes to the completions.
+        if chosen[:length].endswith(" "):
+            length -= 1
+        if chosen[:length].strip():
+            return chosen[:length]
+    else:
+        for field in ("chosen", "rejected"):
+            _check_messages(row[names[field]], names[field], where)
+        if len(chosen) > 1 and chosen[:-1] == rejected[:-1]:
+            return _checked_prompt(chosen[:-1], names["chosen"], where)
     raise ValueError(
-        f'{where}, field "prompt": expected non-empty text or a list of messages {{"role": "...", "content": "..."}}, '
-        f"got {_shown(prompt)}"
+        f'{where}: the fields "{names["chosen"]}" and "{names["rejected"]}" share no prompt; expected two texts with '
+        "the same beginning, or the same messages and then one of the assistant"
     )
+
+
+def _checked_prompt(value: object, name: str, where: str) -> Prompt:
+    if isinstance(value, str) and value.strip():
+        return value
+    messages = _check_messages(value, name, where)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f'{where}, field "{name}": the prompt ends with the assistant\'s turn, which is to be sampled')
+    if not messages[-1]["content"].strip():
+        raise ValueError(f'{where}, field "{name}": the prompt\'s last message is empty')
+    return messages
+
+
+def _completion(value: object, name: str, where: str) -> str:
+    text = value
+    if isinstance(value, list) and value:
+        messages = _check_messages(value, name, where)
+        text = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "assistant" else None
+    if isinstance(text, str) and text.strip():
+        return text
+    raise ValueError(
+        f'{where}, field "{name}": expected non-empty text or one message of the assistant after the prompt, '
+        f"got {_shown(value)}"
+    )
+
+
+def _check_messages(value: object, name: str, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+        raise ValueError(
+            f'{where}, field "{name}": expected non-empty text or a list of messages {{"role": "...", "content": '
+            f'"..."}}, got {_shown(value)}'
+        )
+    for message in value:
+        if not isinstance(message["content"], str):
+            raise ValueError(
+                f'{where}, field "{name}": expected text as the content of a message (images and other parts are not '
+                f"supported), got {_shown(message['content'])}"
+            )
+    return value
 
 
 def _is_message(message: object) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
+def _require(row: dict[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise ValueError(f'{where}: the field "{name}" is missing, found {sorted(row)}')
+    return row[name]
+
+
+def _no_preference(row: dict[str, Any], names: dict[str, str], where: str) -> ValueError:
+    chosen, rejected = names["chosen"], names["rejected"]
+    return ValueError(f'{where}: the fields "{chosen}" and "{rejected}" are equal: {_shown(row[chosen])}')
+
+
 def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."

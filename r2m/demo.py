@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from r2m.config import KL, R2M, Generation, Lora, R2MConfig
+from r2m.config import KL, R2M, Checkpoints, Evaluation, Generation, Lora, R2MConfig
 from r2m.data import Prompt, load_prompts
 from r2m.fitting import fit_reward
 from r2m.models import smollm2
@@ -44,7 +45,8 @@ def demo_config(policy: str, reward_model: str, *, rounds: int, seed: int, feedb
         epochs=2,
         micro_batch_size=24,
         learning_rate=2e-3,  # two optimizer steps a round on an adapter: 1e-4 moves nothing in this many rounds
-        evaluate_every=8,
+        evaluation=Evaluation(every=8, samples_every=0),
+        checkpoints=Checkpoints(every=0),
         generation=Generation(max_prompt_tokens=16, max_new_tokens=NEW_TOKENS, temperature=0.7),
         kl=KL(beta=0.02),
         # The upper eight of thirty layers: the backward pass ends there.
@@ -116,6 +118,7 @@ def run_demo(
     for name in ARMS:
         config = arm_config(name)
         torch.manual_seed(seed)  # the same adapter for every arm
+        shutil.rmtree(config.output_dir, ignore_errors=True)  # of the demo before
         scorer.load_state_dict(initial_weights)
         trainer = R2MTrainer(
             load_policy(config, device),
@@ -153,8 +156,7 @@ def run_demo(
 
 def _evaluate(trainer: R2MTrainer, prompts: Sequence[Prompt], judge: Scorer) -> tuple[dict[str, float], list[str]]:
     """Measures on K samples to each evaluation prompt, the same noise for every arm; the first sample of each."""
-    torch.manual_seed(trainer.config.seed)
-    row, rollout = trainer.evaluate(list(prompts))
+    row, rollout, _ = trainer.evaluate(list(prompts), trainer.config.num_generations)
     texts = [f"{prompt}{completion}" for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True)]
     by_prompt = judge(texts).reshape(len(prompts), -1).mean(1)
     measures = {

@@ -1,24 +1,54 @@
-"""Fitting the reward model on human preferences before training: the linear head, then the cross-attention's warm
-start."""
+"""Fitting the reward model on human preferences before training: the linear head, with or without a low-rank adapter of
+the backbone, then the cross-attention's warm start. All by Bradley-Terry, stopped where the held-out loss is lowest.
+
+A set of pairs is kept as its RTEs, 60,000 pairs at width 4096 in 2 GB; hidden states are kept only while they fit.
+"""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from r2m.data import Preference
+from r2m.data import Preference, load_pairs
 from r2m.hidden_states import policy_backbone
-from r2m.reward_model import R2MRewardModel
-from r2m.rollout import Rollout, collate, encode_prompt
+from r2m.models import cache_dir
+from r2m.plots import plot_calibration
+from r2m.policy import load_tokenizer
+from r2m.reward_model import CONFIG_FILE, WEIGHTS_FILE, R2MRewardModel, saved_config
+from r2m.rollout import Rollout, collate
+from r2m.tokenization import encode_prompt, usable_pairs
 
 logger = logging.getLogger(__name__)
+
+REPORT_FILE = "fit.json"
+STATISTICS_PAIRS = 4096  # the hidden states of so many pairs, a million tokens or more, give their mean and deviation
+CACHED_TEXTS = 4096  # RTEs in one file of the cache: what an interruption loses at most
+
+# RTEs [2 N, D_rm], hidden states packed [total, D_p], cu_seqlens int32 [2 N + 1]; chosen rows first
+Feedback = tuple[Tensor, Tensor, Tensor]
+
+
+class Batches(Sized, Iterable[Any], Protocol):
+    """An epoch's minibatches: a list of what is in memory, or a DataLoader of what is made anew in every epoch."""
 
 
 def fit_reward(
@@ -28,29 +58,68 @@ def fit_reward(
     *,
     policy: nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    lora_rank: int = 0,
+    learning_rate: float = 1e-4,
+    batch_size: int = 16,
+    hidden_budget: int = 4 << 30,
+    cache: bool = False,
+    calibration_plot: str | Path | None = None,
 ) -> dict[str, float]:
     """Fit head and, given the policy and its tokenizer, warm-start the cross-attention; Bradley-Terry on `pairs`.
 
-    Both stages stop where the loss on `validation_pairs` is lowest. RTEs are computed once (the backbone is frozen),
-    the pairs' hidden states once (the policy does not move here). Returns steps taken and held-out accuracy, with
-    "vanilla" at w = 1 and "fused" at w = Omega.
+    Every stage stops where the loss on `validation_pairs` is lowest. RTEs are computed once, or once more after LoRA.
+
+    lora_rank: of an adapter on the backbone's linear layers, trained with the head at `learning_rate` and merged into
+        the backbone; 0 leaves the backbone as it is.
+    batch_size: pairs in one minibatch of LoRA and of a warm start beyond `hidden_budget`.
+    hidden_budget: bytes. Hidden states of the policy that take no more, for `pairs` and `validation_pairs` each, are
+        computed once and fitted as one batch; others anew for every minibatch.
+    cache: keep the frozen backbone's RTEs in `embeddings` in the cache directory (`R2M_CACHE`).
+    calibration_plot: where to draw the held-out pairs' reliability diagram (png).
+
+    Returns, on the held-out pairs, accuracy, Bradley-Terry loss and expected calibration error (see `reliability`),
+    "vanilla" at w = 1 and "fused" at w = Omega; the steps taken; and `scale`: rewards were divided by it, so the
+    head's own probability of a preference is sigmoid(scale * margin).
+    Raises ValueError for no pairs, for pairs from which nothing is learned, and for LoRA on a backbone that is
+    quantised or offloaded; FloatingPointError for a loss that is not finite.
     """
     if not pairs or not validation_pairs:
         raise ValueError(
             f"{len(pairs)} pairs and {len(validation_pairs)} validation_pairs; expected at least 1 of each"
         )
-    train_rte, held_out_rte = embed_pairs(reward_model, pairs), embed_pairs(reward_model, validation_pairs)
-    if policy is not None:
-        train_rollout = tokenize_pairs(policy, tokenizer, pairs)
-        if reward_model.needs_statistics:
-            reward_model.set_statistics(
-                train_rte, *feature_statistics(stream_hidden(policy, train_rollout), train_rollout)
-            )
+    if policy is not None and tokenizer is None:
+        raise ValueError("tokenizer is None; expected the policy's tokenizer beside the policy")
+    if lora_rank and (reward_model.is_quantized or reward_model.offload):
+        raise ValueError(f"lora_rank is {lora_rank}; expected 0 for a backbone that is quantised or offloaded")
+
+    def embed(cache: bool) -> list[Tensor]:
+        return [embed_pairs(reward_model, p, batch_size=2 * batch_size, cache=cache) for p in (pairs, validation_pairs)]
+
+    train_rte, held_out_rte = embed(cache)
+    if policy is not None and reward_model.needs_statistics:
+        some = pairs if len(pairs) <= STATISTICS_PAIRS else random.Random(0).sample(pairs, STATISTICS_PAIRS)
+        rollout = tokenize_pairs(policy, tokenizer, some)
+        reward_model.set_statistics(train_rte, *feature_statistics(stream_hidden(policy, rollout), rollout))
     report = fit_head(reward_model, train_rte, held_out_rte)
+    if lora_rank:
+        report |= fit_lora(
+            reward_model, pairs, validation_pairs, rank=lora_rank, learning_rate=learning_rate, batch_size=batch_size
+        )
+        train_rte, held_out_rte = embed(cache=False)  # of weights that no other run will have
+        if reward_model.config.standardize and not reward_model.needs_statistics:
+            reward_model.set_statistics(train_rte, reward_model.feedback_mean, reward_model.feedback_scale)
+        report |= {"scale": _normalize(reward_model, train_rte)}
+        report |= _measures("vanilla", _margins(reward_model.vanilla_score(held_out_rte)))
+    bins = {"w = 1": reliability(_margins(reward_model.vanilla_score(held_out_rte)))}
     if policy is not None:
-        training = train_rte, *pack_hidden(policy, train_rollout)
-        held_out = held_out_rte, *pack_hidden(policy, tokenize_pairs(policy, tokenizer, validation_pairs))
+        training, held_out = (
+            feedback_batches(policy, tokenizer, p, rte, batch_size=batch_size, hidden_budget=hidden_budget)
+            for p, rte in ((pairs, train_rte), (validation_pairs, held_out_rte))
+        )
         report |= warm_start(reward_model, training, held_out)
+        bins |= {f"w = {reward_model.config.floor:g}": reliability(fused_margins(reward_model, held_out))}
+    if calibration_plot is not None:
+        plot_calibration(bins, calibration_plot)
     return report
 
 
@@ -62,51 +131,209 @@ def fit_head(reward_model: R2MRewardModel, rte: Tensor, held_out_rte: Tensor) ->
     head = reward_model.head
     with torch.no_grad():
         head.weight.zero_()  # indifferent, whatever the checkpoint's head or a fresh one's noise said
-    score = reward_model.vanilla_score
+        training, held_out = reward_model.standardized(rte), reward_model.standardized(held_out_rte)
     steps = _minimize(
-        [head.weight], lambda: _bradley_terry(score(rte)), lambda: _bradley_terry(score(held_out_rte)), 3e-4
+        "head", [head.weight], lambda z: _loss(head(z)), [training], lambda: _loss(head(held_out)), learning_rate=3e-4
     )
     if steps == 0:
         raise ValueError("pairs: nothing learned from them lowers the loss on the held-out pairs; the head stays 0")
-    with torch.no_grad():
-        head.weight.div_(score(rte).std())
-        head.bias.sub_(score(rte).mean())
-        accuracy = pair_accuracy(score(held_out_rte))
-    return {"head_steps": steps, "accuracy_vanilla": accuracy}
+    scale = _normalize(reward_model, rte)
+    return {"head_steps": steps, "scale": scale} | _measures("vanilla", _margins(head(held_out)))
 
 
-def warm_start(
-    reward_model: R2MRewardModel, training: tuple[Tensor, Tensor, Tensor], held_out: tuple[Tensor, Tensor, Tensor]
+def fit_lora(
+    reward_model: R2MRewardModel,
+    pairs: list[Preference],
+    validation_pairs: list[Preference],
+    *,
+    rank: int,
+    learning_rate: float,
+    batch_size: int,
 ) -> dict[str, float]:
-    """Bradley-Terry for the cross-attention alone, at w = Omega; the head, and so the score at w = 1, stays as it is.
+    """Bradley-Terry for the head, from what it is, and an adapter of the backbone, which is then merged into it.
 
-    training, held_out: (rte [2 N, D_rm], packed hidden states [total, D_p], cu_seqlens int32 [2 N + 1]), chosen first.
+    Minibatches of `batch_size` pairs. RTEs move with every step, so none can be cached.
     """
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
+    adapted = get_peft_model(reward_model.backbone, adapter)
 
-    def rewards(data: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        rte, hidden, cu_seqlens = data
-        return reward_model.score(rte, hidden, cu_seqlens=cu_seqlens)
+    def loss(batch: list[Preference]) -> Tensor:
+        rows = [reward_model.encode(p.prompt, p.chosen) for p in batch]
+        rows += [reward_model.encode(p.prompt, p.rejected) for p in batch]
+        return _loss(reward_model.vanilla_score(reward_model.run_backbone(rows)))
 
     steps = _minimize(
-        list(reward_model.attention.parameters()),
-        lambda: _bradley_terry(rewards(training)),
-        lambda: _bradley_terry(rewards(held_out)),
-        1e-4,
+        "adapter",
+        [reward_model.head.weight, *(p for p in adapted.parameters() if p.requires_grad)],
+        loss,
+        DataLoader(pairs, batch_size=batch_size, shuffle=True, collate_fn=list),  # type: ignore[arg-type]
+        lambda: _loss(reward_model.vanilla_score(embed_pairs(reward_model, validation_pairs, 2 * batch_size))),
+        learning_rate,
     )
-    with torch.no_grad():
-        return {"warm_start_steps": steps, "accuracy_fused": pair_accuracy(rewards(held_out))}
+    adapted.merge_and_unload()
+    return {"lora_steps": steps}
+
+
+def warm_start(reward_model: R2MRewardModel, training: Batches, held_out: Batches) -> dict[str, float]:
+    """Bradley-Terry for the cross-attention alone, at w = Omega; the head, and so the score at w = 1, stays as it is.
+
+    training, held_out: the pairs as `Feedback`, in one batch or several, such as `feedback_batches` gives.
+    """
+
+    def loss(batch: Feedback) -> Tensor:
+        rte, hidden, cu_seqlens = batch
+        return _loss(reward_model.score(rte, hidden, cu_seqlens=cu_seqlens))
+
+    steps = _minimize(
+        "cross-attention",
+        list(reward_model.attention.parameters()),
+        loss,
+        training,
+        lambda: -F.logsigmoid(fused_margins(reward_model, held_out)).mean(),
+        learning_rate=1e-4,
+    )
+    return {"warm_start_steps": steps} | _measures("fused", fused_margins(reward_model, held_out))
+
+
+# ---- measures ----
 
 
 def pair_accuracy(rewards: Tensor) -> float:
     """Share of pairs in which the chosen text scores higher; rewards [2 N], chosen first."""
-    chosen, rejected = rewards.chunk(2)
-    return (chosen > rejected).float().mean().item()
+    return (_margins(rewards) > 0).float().mean().item()
 
 
-def embed_pairs(reward_model: R2MRewardModel, pairs: list[Preference]) -> Tensor:
-    """RTEs [2 N, D_rm], chosen first."""
-    prompts = [pair.prompt for pair in pairs]
-    return reward_model.embed(prompts * 2, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+@torch.no_grad()
+def fused_margins(reward_model: R2MRewardModel, batches: Batches) -> Tensor:
+    """Reward of the chosen less that of the rejected text, at w = Omega: [N], in the order of the batches."""
+    return torch.cat(
+        [_margins(reward_model.score(rte, hidden, cu_seqlens=cu_seqlens)) for rte, hidden, cu_seqlens in batches]
+    )
+
+
+def reliability(margins: Tensor) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, number of pairs) of every bin that has pairs, of ten between confidence 0.5 and 1.
+
+    margins [N], chosen less rejected. Confidence is the Bradley-Terry probability of what the margin's sign says,
+    sigmoid(|margin|). Where accuracy equals it, the probabilities can be believed; the mean distance, weighted by
+    number, is the expected calibration error.
+    """
+    confidence, right = torch.sigmoid(margins.detach().abs()), margins > 0
+    bins = ((confidence - 0.5) * 20).long().clamp_max(9)
+    return [
+        (confidence[bins == b].mean().item(), right[bins == b].float().mean().item(), int((bins == b).sum()))
+        for b in bins.unique()
+    ]
+
+
+def _measures(name: str, margins: Tensor) -> dict[str, float]:
+    errors = (count * abs(accuracy - confidence) for confidence, accuracy, count in reliability(margins))
+    return {
+        f"accuracy_{name}": (margins > 0).float().mean().item(),
+        f"loss_{name}": -F.logsigmoid(margins).mean().item(),
+        f"calibration_error_{name}": sum(errors) / len(margins),
+    }
+
+
+# ---- what is fitted ----
+
+
+def embed_pairs(
+    reward_model: R2MRewardModel, pairs: list[Preference], batch_size: int = 32, cache: bool = False
+) -> Tensor:
+    """RTEs [2 N, D_rm], chosen first. batch_size: texts in one forward pass; cache: see `fit_reward`."""
+    prompts = [pair.prompt for pair in pairs] * 2
+    completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    if not cache:
+        return reward_model.embed(prompts, completions, batch_size=batch_size)
+    parts = []
+    with reward_model.backbone_loaded():
+        for start in range(0, len(prompts), CACHED_TEXTS):
+            part = slice(start, start + CACHED_TEXTS)
+            rows = [reward_model.encode(p, text) for p, text in zip(prompts[part], completions[part], strict=True)]
+            parts.append(_cached_embeddings(reward_model, rows, batch_size))
+            logger.info("embedded %d of %d texts", min(part.stop, len(prompts)), len(prompts))
+    return torch.cat(parts)
+
+
+def _cached_embeddings(reward_model: R2MRewardModel, rows: list[list[int]], batch_size: int) -> Tensor:
+    """RTEs of tokenised texts, from a file in the cache, which is made if it is not there or cannot be read.
+
+    The file's name is a hash of the backbone and of the tokens: these hold what template, suffix and length made.
+    """
+    key = hashlib.sha256(json.dumps([_identity(reward_model), rows]).encode()).hexdigest()
+    file, device = cache_dir() / "embeddings" / f"{key}.safetensors", reward_model.head.weight.device
+    if file.is_file():
+        try:
+            rte = load_file(file, device=str(device))["rte"]
+            if rte.shape == (len(rows), reward_model.head.weight.shape[0]):
+                return rte
+            reason: object = f"it holds a tensor of shape {tuple(rte.shape)}"
+        except (SafetensorError, KeyError, OSError) as error:
+            reason = error
+        logger.warning("%s is damaged and made anew: %s", file, reason)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of one length: little padding
+    rte = torch.empty(len(rows), reward_model.head.weight.shape[0], device=device)
+    rte[order] = reward_model.embed_tokens([rows[i] for i in order], batch_size=batch_size)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            save_file({"rte": rte}, Path(scratch) / file.name)
+            os.replace(Path(scratch) / file.name, file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write embeddings to {file.parent} (R2M_CACHE moves it): {error}") from error
+    return rte
+
+
+def _identity(reward_model: R2MRewardModel) -> list[str]:
+    """What RTEs depend on beside the tokens. A local checkpoint is known by its config and the looks of its weights."""
+    config, backbone = reward_model.config, reward_model.backbone
+    folder = Path(config.backbone)
+    if folder.is_dir():
+        weights = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        version = [(folder / "config.json").read_text()]
+        version += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in weights]
+        name = str(folder.resolve())
+    else:
+        name, version = config.backbone, [str(config.backbone_revision), str(backbone.config._commit_hash)]
+    quantization = getattr(backbone.config, "quantization_config", None)
+    return [name, *version, str(backbone.dtype), str(quantization), config.rte_token]
+
+
+def feedback_batches(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pairs: list[Preference],
+    rte: Tensor,
+    *,
+    batch_size: int,
+    hidden_budget: int,
+) -> Batches:
+    """The pairs as `Feedback`: one batch, kept, if the hidden states take at most `hidden_budget` bytes, else shuffled
+    minibatches of `batch_size` pairs for which the policy runs again in every epoch. rte [2 N, D_rm], chosen first."""
+
+    def batch_of(indices: list[int]) -> Feedback:
+        rollout = tokenize_pairs(policy, tokenizer, [pairs[i] for i in indices])
+        return rte.unflatten(0, (2, -1))[:, indices].flatten(0, 1), *pack_hidden(policy, rollout)
+
+    indices: list[int] = list(range(len(pairs)))
+    model: Any = policy_backbone(policy)
+    token_bytes = model.config.get_text_config().hidden_size * model.dtype.itemsize
+    needed = token_bytes * sum(_count_tokens(tokenizer, pair) for pair in pairs)
+    if needed <= hidden_budget:
+        return [batch_of(indices)]
+    logger.info(
+        "hidden states of %d pairs take %.1f GiB, over %.1f: the policy runs for every minibatch",
+        len(pairs),
+        needed / 2**30,
+        hidden_budget / 2**30,
+    )
+    return DataLoader(indices, batch_size=batch_size, shuffle=True, collate_fn=batch_of)  # type: ignore[arg-type]
+
+
+def _count_tokens(tokenizer: Any, pair: Preference) -> int:
+    completions = tokenizer([pair.chosen, pair.rejected], add_special_tokens=False).input_ids
+    return 2 * len(encode_prompt(tokenizer, pair.prompt)) + sum(map(len, completions))
 
 
 def tokenize_pairs(policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pairs: list[Preference]) -> Rollout:
@@ -179,38 +406,207 @@ def score_pairs(
     )
 
 
-def _bradley_terry(rewards: Tensor) -> Tensor:
+# ---- Bradley-Terry ----
+
+
+def _margins(rewards: Tensor) -> Tensor:
     chosen, rejected = rewards.chunk(2)
-    return -F.logsigmoid(chosen - rejected).mean()
+    return chosen - rejected
+
+
+def _loss(rewards: Tensor) -> Tensor:
+    return -F.logsigmoid(_margins(rewards)).mean()
+
+
+@torch.no_grad()
+def _normalize(reward_model: R2MRewardModel, rte: Tensor) -> float:
+    """Mean 0 and deviation 1 for the scores at w = 1 of `rte`; returns the deviation they had."""
+    scale = reward_model.vanilla_score(rte).std().item()
+    reward_model.head.weight.div_(scale)
+    reward_model.head.bias.sub_(reward_model.vanilla_score(rte).mean())
+    return scale
 
 
 def _minimize(
+    what: str,
     parameters: list[nn.Parameter],
-    loss: Callable[[], Tensor],
+    loss: Callable[[Any], Tensor],
+    batches: Batches,
     held_out_loss: Callable[[], Tensor],
     learning_rate: float,
-    max_steps: int = 2000,
-    patience: int = 20,
 ) -> int:
-    """AdamW on the full batch until the held-out loss has not fallen for `patience` steps; keeps and counts the best
-    step."""
+    """AdamW, a batch a step, until the held-out loss has not fallen for 20 steps or an epoch, whichever is more; keeps
+    and counts the best step. The held-out loss is taken four times an epoch."""
+    epoch = len(batches)
+    every, patience, max_steps = max(1, epoch // 4), max(20, epoch), max(2000, 5 * epoch)
     optimizer: Any = torch.optim.AdamW(parameters, lr=learning_rate)
+    stream = chain.from_iterable(repeat(batches))
     best_loss, best_step, best = float("inf"), 0, []
     for step in range(max_steps + 1):
-        with torch.no_grad():
-            current = held_out_loss().item()
-        if current < best_loss:
-            best_loss, best_step, best = current, step, copy.deepcopy([p.data for p in parameters])
-        if step - best_step >= patience:
-            break
+        if step % every == 0:
+            with torch.no_grad():
+                current = held_out_loss().item()
+            if not math.isfinite(current):
+                raise FloatingPointError(
+                    f"Bradley-Terry fit of the {what}: the held-out loss is {current}, step {step}"
+                )
+            if epoch > 1:
+                logger.info("%s: held-out loss %.4f after %d steps, %d an epoch", what, current, step, epoch)
+            if current < best_loss:
+                best_loss, best_step, best = current, step, copy.deepcopy([p.data for p in parameters])
+            if step - best_step >= patience:
+                break
         optimizer.zero_grad(set_to_none=True)
-        loss().backward()
+        loss(next(stream)).backward()
         optimizer.step()
-    if best_step == max_steps:
-        logger.warning("Bradley-Terry fit: the held-out loss was still falling after %d steps", max_steps)
-    if not best:
-        raise FloatingPointError(f"Bradley-Terry fit: the held-out loss is {current} at step 0")
+    if max_steps - best_step < every:
+        logger.warning("Bradley-Terry fit of the %s: the held-out loss was still falling after %d steps", what, step)
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
     return best_step
+
+
+# ---- from files to a folder ----
+
+
+def fit_reward_from_files(
+    pairs: str | Path,
+    reward_model: str | Path,
+    output: str | Path,
+    *,
+    policy: str | Path | None = None,
+    held_out: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    reward_model_revision: str | None = None,
+    policy_revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    lora_rank: int = 0,
+    learning_rate: float = 1e-4,
+    batch_size: int = 16,
+    seed: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What `r2m fit-reward` does: a folder with the fitted reward model, `fit.json` and `calibration.png`.
+
+    pairs, held_out: sources of `r2m.data.load_pairs`; without `held_out`, a random tenth of the pairs, all pairs of a
+        prompt together, is held out. Pairs of more tokens than the reward model's `max_length` are dropped.
+    reward_model, policy: folders or hub ids; without `policy` there is no cross-attention and no R2M reward model.
+    dtype: of both models' frozen weights.
+    settings: those of a new reward model that differ from the defaults (`R2MRewardModel.from_pretrained`).
+
+    The folder is a sequence-classification checkpoint and, given the policy, an R2M reward model. Returns what it
+    writes to `fit.json`. Raises what `fit_reward` and the loaders raise; ValueError for fewer than ten pairs without
+    `held_out`, for settings that a saved R2M reward model contradicts, and for an output folder with other files;
+    OSError for one that cannot be written.
+    """
+    output = Path(output)
+    _check_output(output, reward_model)
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    training = load_pairs(pairs, columns=columns)
+    validation = None if held_out is None else load_pairs(held_out, columns=columns)
+    saved = saved_config(reward_model, reward_model_revision)
+    for name, value in settings.items():
+        if saved is not None and getattr(saved, name) != value:
+            raise ValueError(f"{name} is {value!r}; the R2M reward model {reward_model} has {getattr(saved, name)!r}")
+    needs_policy = sorted({"inner_width", "num_heads", "floor", "standardize"} & settings.keys())
+    if policy is None and needs_policy:
+        raise ValueError(f"{needs_policy[0]} is given without a policy; expected the model that is attended to")
+    model = R2MRewardModel.from_pretrained(
+        reward_model,
+        # A new one needs some policy; without one nothing of the cross-attention is trained or written.
+        policy=reward_model if saved is None and policy is None else policy,
+        revision=reward_model_revision,
+        policy_revision=policy_revision,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        device=device,
+        **settings,
+    )
+    loaded_policy: Any = None
+    tokenizer = None
+    if policy is not None:
+        where: dict[str, Any] = {"revision": policy_revision, "trust_remote_code": trust_remote_code}
+        loaded_policy = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype, **where)
+        loaded_policy.to(device)
+        tokenizer = load_tokenizer(str(policy), **where)
+
+    def usable(some: list[Preference]) -> list[Preference]:
+        for t in (model.tokenizer, tokenizer):
+            some = some if t is None else usable_pairs(t, some, model.config.max_length)
+        return some
+
+    loaded = len(training) + len(validation or [])
+    training = usable(training)
+    if validation is None:
+        training, validation = _split(training, seed, source=pairs)
+    else:
+        validation = usable(validation)
+    report = {
+        "pairs": str(pairs),
+        "held_out": None if held_out is None else str(held_out),
+        "reward_model": str(reward_model),
+        "policy": None if policy is None else str(policy),
+        "lora_rank": lora_rank,
+        "seed": seed,
+        "training_pairs": len(training),
+        "held_out_pairs": len(validation),
+        "dropped_pairs": loaded - len(training) - len(validation),
+    } | fit_reward(
+        model,
+        training,
+        validation,
+        policy=loaded_policy,
+        tokenizer=tokenizer,
+        lora_rank=lora_rank,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        cache=True,
+        calibration_plot=output / "calibration.png",
+    )
+    if policy is not None:
+        model.save_pretrained(output, include_backbone=True)
+    else:
+        model.save_classifier(output)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # of an earlier fit with a policy
+            (output / name).unlink(missing_ok=True)
+    (output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _check_output(output: Path, reward_model: str | Path) -> None:
+    """Before the work: that `output` can be written, and that nothing in it is lost but an earlier fit."""
+    if output.is_dir() and any(output.iterdir()) and not (output / REPORT_FILE).is_file():
+        raise ValueError(
+            f"output {output} holds other files; expected a new or empty folder, or that of an earlier fit"
+        )
+    if output.resolve() == Path(reward_model).resolve():
+        raise ValueError(f"output {output} is the reward model's own folder; expected another")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise OSError(f"output {output} cannot be written: {error}") from error
+
+
+def _split(pairs: list[Preference], seed: int, *, source: str | Path) -> tuple[list[Preference], list[Preference]]:
+    """All but a random tenth, and the tenth; the pairs of one prompt stay together where prompts are many."""
+    if len(pairs) < 10:
+        raise ValueError(
+            f"pairs: {source} has {len(pairs)} that can be used, of which a tenth is held out; "
+            "expected at least 10, or a file of held-out pairs"
+        )
+    by_prompt: dict[str, list[Preference]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(json.dumps(pair.prompt), []).append(pair)
+    groups = list(by_prompt.values())
+    if min(map(len, groups)) > len(pairs) // 10:  # few prompts for all pairs: they say nothing
+        groups = [[pair] for pair in pairs]
+    random.Random(seed).shuffle(groups)
+    training: list[Preference] = []
+    held_out: list[Preference] = []
+    for group in groups:
+        (held_out if len(held_out) + len(group) <= len(pairs) // 10 else training).extend(group)
+    return training, held_out

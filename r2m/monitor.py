@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import resource
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from r2m.config import R2MConfig
 from r2m.rollout import Annotations, Rollout
-from r2m_kernels import grebt_loss
+from r2m_kernels import grebt_loss, time_weight
 
 logger = logging.getLogger(__name__)
 
 
-def describe_samples(rollout: Rollout, batch: Annotations, config: R2MConfig) -> dict[str, float]:
+def describe_samples(
+    rollout: Rollout, batch: Annotations, config: R2MConfig, num_generations: int | None = None
+) -> dict[str, float]:
+    """Measures of a round's samples; those inside groups where there is more than one response to a prompt."""
     mask, tokens = rollout.completion_mask, rollout.completion_mask.sum()
-    _, groups = grebt_loss(batch.scores.view(-1, config.num_generations), eps=config.r2m.eps, return_stats=True)
+    size = config.num_generations if num_generations is None else num_generations
     metrics = {
         "reward/mean": batch.rewards.mean(),
-        "reward/std": batch.rewards.std(),
         "reward/initial": batch.initial.mean(),
-        "reward/group_std": groups["std"].mean(),
-        "reward/entropy": groups["entropy"].mean(),
-        "reward/degenerate_share": (groups["std"] < config.r2m.eps).float().mean(),
         "policy/kl": batch.kl.mean(),
         "policy/reference_log_prob": (batch.reference_log_probs * mask).sum() / tokens,
         "policy/entropy": (batch.entropy * mask).sum() / tokens,
         "length/mean": mask.sum(-1).float().mean(),
         "length/eos_share": rollout.finished.float().mean(),
     }
+    if size > 1:
+        _, groups = grebt_loss(batch.scores.view(-1, size), eps=config.r2m.eps, return_stats=True)
+        metrics |= {
+            "reward/std": batch.rewards.std(),
+            "reward/group_std": groups["std"].mean(),
+            "reward/entropy": groups["entropy"].mean(),
+            "reward/degenerate_share": (groups["std"] < config.r2m.eps).float().mean(),
+        }
     return {name: value.item() for name, value in metrics.items()}
+
+
+def sample_table(rollout: Rollout, batch: Annotations, count: int = 4, judged: Sequence[float] | None = None) -> str:
+    """A table in plain text: `count` samples, spread over the round, with the reward model's scores now and then."""
+    total = len(rollout.prompts)
+    picked = range(0, total, max(1, total // count))[:count]
+    titles = ["prompt", "response", "reward", "initial", *(["judge"] if judged is not None else [])]
+    rows = [titles]
+    for i in picked:
+        prompt = rollout.prompts[i]
+        text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+        numbers = [batch.rewards[i].item(), batch.initial[i].item(), *([judged[i]] if judged is not None else [])]
+        rows.append([_one_line(text, 40), _one_line(rollout.completions[i], 72), *(f"{n:.3f}" for n in numbers)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _one_line(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 @contextmanager
@@ -55,12 +88,29 @@ def phase(name: str, row: dict[str, float], device: torch.device) -> Iterator[No
 
 
 def warn_about_settings(config: R2MConfig) -> None:
+    if config.minibatches == 1 and config.micro_batch_size % config.num_generations:
+        logger.info(
+            "micro_batch_size = %d is no multiple of num_generations = %d: scoring takes a forward pass of its own, "
+            "which the first epoch could have saved",
+            config.micro_batch_size,
+            config.num_generations,
+        )
     if config.r2m.feedback == "none":
         return
     if config.epochs == 1 and config.minibatches == 1:
         logger.warning("epochs = 1 with one minibatch: the refreshed hidden states equal the sampled ones")
     if config.num_generations == 2:
         logger.warning("num_generations = 2: group reward entropy is constant, so GREBT is Bradley-Terry alone")
+    # Above this, nine tenths of a reward are the initial model's and the attention hardly shows.
+    visible = [t for t in range(1, config.rounds + 1) if time_weight(t, config.rounds, config.r2m.floor) < 0.9]
+    if not visible:
+        logger.warning(
+            "w(t) never falls below 0.9 in %d rounds with r2m.floor = %g: it hides the attention throughout",
+            config.rounds,
+            config.r2m.floor,
+        )
+    elif visible[0] > 1:
+        logger.info("w(t) hides most of the attention until it falls below 0.9, in round %d", visible[0])
 
 
 def report_start(row: dict[str, float], config: R2MConfig) -> None:
@@ -88,3 +138,43 @@ def warn_about_drift(first: dict[str, float], row: dict[str, float]) -> None:
             ratio,
             first["round"],
         )
+
+
+def warn_about_degenerate_groups(history: list[dict[str, float]]) -> None:
+    """Groups whose responses all get one reward teach neither policy nor reward model: said when most become so."""
+    before, now = ([0.0] + [row["reward/degenerate_share"] for row in history])[-2:]
+    if before <= 0.5 < now:
+        logger.warning(
+            "round %d: in %.0f %% of the groups all responses get the same reward; nothing can be learned from them",
+            history[-1]["round"],
+            100 * now,
+        )
+
+
+# ---- trackers ----
+
+
+def check_trackers(names: list[str]) -> None:
+    """accelerate leaves out a tracker that is not installed without a word: raises ImportError instead."""
+    available = {str(name) for name in get_available_trackers()}
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise ImportError(f"trackers names {', '.join(missing)}, not installed: pip install {' '.join(missing)}")
+
+
+def start_trackers(accelerator: Accelerator, config: R2MConfig, first_round: int) -> None:
+    """Open the trackers of a config. A resumed run goes on in the record it began, from `first_round` on."""
+    if not config.trackers:
+        return
+    folder = Path(config.output_dir)
+    record = folder / "run_id"
+    if not record.is_file():
+        record.write_text(f"{folder.name}-{uuid.uuid4().hex[:8]}\n")
+    run_id = record.read_text().strip()
+    options: dict[str, dict[str, object]] = {
+        "tensorboard": {"purge_step": first_round},
+        "wandb": {"id": run_id, "name": folder.name, "resume": "allow", "dir": str(folder)},
+        "trackio": {"name": run_id, "resume": "allow"},
+    }
+    settings = {key: str(value) for key, value in dataclasses.asdict(config).items()}
+    accelerator.init_trackers("r2m", settings, {name: options[name] for name in config.trackers})

@@ -1,4 +1,5 @@
-"""Figures of training runs, from their metrics.jsonl: what was logged, round by round, nothing smoothed."""
+"""Figures of training runs, from their metrics.jsonl: what was logged, round by round, nothing smoothed; and of a
+reward model's calibration."""
 
 from __future__ import annotations
 
@@ -124,6 +125,43 @@ def plot_comparison(runs: Mapping[str, str | Path], out_png: str | Path) -> None
         _dress(ax, title, x_label, y_label)
     ordered = [handles[name] for name in rows if name in handles]
     figure.legend(handles=ordered, loc="outside upper center", ncols=min(len(ordered), 4), frameon=False)
+    _save(figure, out_png)
+
+
+def plot_calibration(bins: Mapping[str, Sequence[tuple[float, float, int]]], out_png: str | Path) -> None:
+    """Draw reliability diagrams of preferences, {name: [(confidence, accuracy, number of pairs), ...]}, over one
+    another: accuracy with its standard error against confidence above, the pairs in each bin below.
+
+    On the dotted line the probabilities are right; under it the model is too sure of itself. The bins are those of
+    `r2m.fitting.reliability`: ten between 0.5 and 1.
+    """
+    figure = Figure(figsize=(4.6, 5.0), dpi=120, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    above.plot([0.5, 1], [0.5, 1], color="0.5", linestyle=":", linewidth=1.2, label="perfect calibration")
+    width = 0.05 / (len(bins) + 0.5)
+    for number, (name, rows) in enumerate(bins.items()):
+        count = sum(n for _, _, n in rows)
+        error = sum(n * abs(accuracy - confidence) for confidence, accuracy, n in rows) / count
+        right = sum(n * accuracy for _, accuracy, n in rows) / count
+        above.errorbar(
+            [confidence for confidence, _, _ in rows],
+            [accuracy for _, accuracy, _ in rows],
+            yerr=[math.sqrt(accuracy * (1 - accuracy) / n) for _, accuracy, n in rows],
+            label=f"{name}: {right:.1%} right, calibration error {error:.3f}",
+            capsize=2,
+            elinewidth=0.8,
+            **(_style(number) | {"markersize": 4}),
+        )
+        starts = [0.5 + 0.05 * min(9, int((confidence - 0.5) * 20)) for confidence, _, _ in rows]
+        shift = 0.025 + width * (number - (len(bins) - 1) / 2)
+        below.bar([x + shift for x in starts], [n for _, _, n in rows], width, color=COLORS[number % len(COLORS)])
+    _dress(above, "Held-out pairs", "", "share of pairs ranked right")
+    _dress(below, "", "probability of the preference, sigmoid(|margin|)", "pairs")
+    above.set(xlim=(0.49, 1.01), ylim=(min(0.45, above.get_ylim()[0]), 1.02))
+    above.legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    above.set_title("Held-out pairs", fontsize=9.5, pad=10 + 12 * (len(bins) + 1))
+    below.set_axisbelow(True)
+    below.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     _save(figure, out_png)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m.config import Lora, R2MConfig
 
@@ -28,14 +28,25 @@ def load_tokenizer(
 
 
 def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
-    """The policy of a config. Trainable weights are float32; below an adapter the frozen weights take `precision`."""
+    """The policy of a config. Trainable weights are float32; below an adapter the frozen weights take `precision`.
+
+    Raises ValueError where the model, or what is installed, cannot do `placement.attention`.
+    """
     below_adapter = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.policy,
-        revision=config.policy_revision,
-        trust_remote_code=config.trust_remote_code,
-        dtype=below_adapter if config.lora else torch.float32,
-    )
+    attention = config.placement.attention
+    where: Any = {"revision": config.policy_revision, "trust_remote_code": config.trust_remote_code}
+    AutoConfig.from_pretrained(config.policy, **where)  # a wrong name fails here, so what fails below is no wrong name
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            config.policy,
+            dtype=below_adapter if config.lora else torch.float32,
+            attn_implementation=attention,
+            **where,
+        )
+    except (ValueError, ImportError) as error:
+        if attention is None:
+            raise
+        raise ValueError(f"placement.attention is {attention!r}; {config.policy} cannot use it here: {error}") from None
     model.to(device)
     if config.lora is None:
         return model
@@ -64,16 +75,18 @@ def add_adapter(model: PreTrainedModel, lora: Lora) -> PeftModel:
     return get_peft_model(model, adapter)
 
 
-def freeze_reference(policy: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]]:
-    """A frozen copy of the policy as it is now; `with reference() as model:` runs it.
+def freeze_reference(policy: nn.Module, *, offload: bool = False) -> Callable[[], AbstractContextManager[nn.Module]]:
+    """The policy as it is now, frozen; `with reference() as model:` runs it, on the policy's device.
 
-    For an adapter only the adapter is copied. The copy keeps the policy's dtype: a narrower one would start with KL >
-    0.
+    Of an adapter only the adapter is copied, and one that is still the identity is switched off instead. Without an
+    adapter the whole model is copied; with `offload` the copy waits in host memory outside the `with` block. It keeps
+    the policy's dtype: a narrower one would start with KL > 0.
     """
     if not isinstance(policy, PeftModel):
         frozen = copy.deepcopy(policy).eval().requires_grad_(False)
-        return lambda: nullcontext(frozen)
+        return _offloaded(frozen) if offload else lambda: nullcontext(frozen)
     active = policy.active_adapter
+    weights = get_peft_model_state_dict(policy, adapter_name=active)
     trainable = {id(p) for p in policy.parameters() if p.requires_grad}
 
     def activate(adapter: str) -> None:
@@ -81,21 +94,59 @@ def freeze_reference(policy: nn.Module) -> Callable[[], AbstractContextManager[n
         for p in policy.parameters():
             p.requires_grad_(id(p) in trainable)
 
+    @contextmanager
+    def switched_off() -> Iterator[nn.Module]:
+        try:
+            with policy.disable_adapter():
+                yield policy
+        finally:
+            activate(active)
+
+    if _is_identity(weights):
+        return switched_off
     if REFERENCE not in policy.peft_config:
         policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[active]))
-    weights = get_peft_model_state_dict(policy, adapter_name=active)
     set_peft_model_state_dict(policy, weights, adapter_name=REFERENCE)
     activate(active)
 
     @contextmanager
-    def switched() -> Iterator[nn.Module]:
+    def switched_over() -> Iterator[nn.Module]:
         activate(REFERENCE)
         try:
             yield policy
         finally:
             activate(active)
 
-    return switched
+    return switched_over
+
+
+def _is_identity(adapter: dict[str, Tensor]) -> bool:
+    """Whether these are the weights of a plain low-rank adapter whose every product is zero."""
+    return all(".lora_A." in name or (".lora_B." in name and not weight.any()) for name, weight in adapter.items())
+
+
+def _offloaded(model: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]]:
+    """Move `model` to host memory; it is back on its device inside the `with` block. Its weights must not change."""
+    device = next(model.parameters()).device
+    tensors = [*model.parameters(), *model.buffers()]
+    in_host_memory = [tensor.data.cpu() for tensor in tensors]
+    if device.type == "cuda":
+        in_host_memory = [host.pin_memory() for host in in_host_memory]
+
+    def put(values: Iterable[Tensor]) -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.data = value
+
+    @contextmanager
+    def on_device() -> Iterator[nn.Module]:
+        put(host.to(device, non_blocking=True) for host in in_host_memory)
+        try:
+            yield model
+        finally:
+            put(in_host_memory)
+
+    put(in_host_memory)
+    return on_device
 
 
 def compact_head_input(policy: PreTrainedModel | PeftModel) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -64,7 +69,11 @@ class R2MRewardModel(nn.Module):
     """Reward `r = phi . ((1 - w) A + w H) + b` (equations 1-3) with a frozen backbone.
 
     Trainable, float32: `attention` (W_q, W_k, W_v, W_o) and `head` (phi, b). The backbone is in eval mode, runs without
-    gradient and is no submodule: neither `parameters()` nor `state_dict()` nor `train()` reaches it.
+    gradient and is no submodule: neither `parameters()` nor `state_dict()` nor `train()` reaches it. It may lie on a
+    device of its own, or wait in host memory between its uses; `.to()` moves it only where it follows the rest.
+
+    backbone_device: where the backbone runs; None: with the trainable part.
+    offload: the backbone, given in host memory, waits there; see `backbone_loaded`.
     """
 
     # Standardisation of RTEs [D_rm] and hidden states [D_p]; 0 and 1 where there is none.
@@ -73,7 +82,15 @@ class R2MRewardModel(nn.Module):
     feedback_mean: Tensor
     feedback_scale: Tensor
 
-    def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig):
+    def __init__(
+        self,
+        classifier: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RewardModelConfig,
+        *,
+        backbone_device: torch.device | str | None = None,
+        offload: bool = False,
+    ):
         super().__init__()
         score = getattr(classifier, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
@@ -84,7 +101,9 @@ class R2MRewardModel(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         classifier.eval().requires_grad_(False)
-        self._frozen = (getattr(classifier, classifier.base_model_prefix),)  # in a tuple: out of nn.Module's sight
+        self._frozen = (classifier,)  # in a tuple: out of nn.Module's sight
+        self._backbone_device = None if backbone_device is None else torch.device(backbone_device)
+        self.offload = offload
         self._rule_pad_id = classifier.config.get_text_config().pad_token_id
         width = score.in_features
         self.attention = SequenceToTokenAttention(
@@ -111,6 +130,10 @@ class R2MRewardModel(nn.Module):
         policy_revision: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        backbone_device: torch.device | str | None = None,
+        offload: bool = False,
+        quantization: Literal["8bit", "4bit"] | None = None,
+        attention: str | None = None,
         trust_remote_code: bool = False,
         inner_width: int = 2048,
         num_heads: int = 1,
@@ -127,6 +150,10 @@ class R2MRewardModel(nn.Module):
             arguments that describe a new one are ignored.
         policy: the model whose hidden states are the feedback, loaded or by name; needed for a new reward model.
         dtype: of the frozen backbone.
+        device: of the trainable part, the policy's; `backbone_device`: of the backbone, by default the same.
+        offload: the backbone waits in host memory and comes to its device for `embed` alone.
+        quantization: of the backbone's linear layers by bitsandbytes; a quantised backbone stays where it was loaded.
+        attention: implementation in the backbone ("eager", "sdpa", "flash_attention_2"); None: transformers' choice.
         rte_token: "checkpoint" reads the RTE where the checkpoint's own head does, the rightmost token that is not its
             padding token (where that is also the end-of-sequence token: the token before it); "last" reads the last
             token.
@@ -135,13 +162,16 @@ class R2MRewardModel(nn.Module):
         max_length: in tokens of the reward model's tokenizer; longer texts lose their beginning.
 
         A causal LM gets a fresh head, which has to be fitted (`r2m.fitting.fit_head`) before it says anything.
-        Raises ValueError for a head that is not linear with one output, and for a policy of another width.
+        Raises ValueError for a head that is not linear with one output, and for a policy of another width; ImportError
+        where quantization finds no bitsandbytes.
         """
         if rte_token not in ("checkpoint", "last"):
             raise ValueError(f"rte_token is {rte_token!r}; expected 'checkpoint' or 'last'")
-        saved = cached_file(str(name), CONFIG_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if offload and quantization is not None:
+            raise ValueError(f"offload is True with quantization {quantization!r}; a quantised backbone cannot move")
+        saved = saved_config(name, revision)
         if saved is not None:
-            config = RewardModelConfig(**json.loads(Path(saved).read_text()))
+            config = saved
         elif policy is None:
             raise ValueError(f"policy is None; expected the model whose hidden states {name} will attend to")
         else:
@@ -160,11 +190,17 @@ class R2MRewardModel(nn.Module):
                 max_length=max_length,
             )
         where = {"revision": config.backbone_revision, "trust_remote_code": trust_remote_code}
+        how: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+        runs_on = device if backbone_device is None else backbone_device
+        if quantization is not None:
+            how |= {"quantization_config": _quantized(quantization, dtype), "device_map": {"": runs_on}}
         classifier = AutoModelForSequenceClassification.from_pretrained(
-            config.backbone, dtype=dtype, **where, **_single_output(config.backbone, where)
+            config.backbone, dtype=dtype, **where, **how, **_single_output(config.backbone, where)
         )
+        if quantization is None and not offload:
+            classifier.to(runs_on)
         tokenizer = AutoTokenizer.from_pretrained(config.backbone, **where)
-        model = cls(classifier.to(device), tokenizer, config)
+        model = cls(classifier, tokenizer, config, backbone_device=backbone_device, offload=offload).to(device)
         if zero_output:
             nn.init.zeros_(model.attention.w_o)
         if saved is not None:
@@ -174,13 +210,84 @@ class R2MRewardModel(nn.Module):
                 model.check_policy_width(_width(policy, policy_revision, trust_remote_code))
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the trained part (safetensors), its config with the names of backbone and policy, and a model card."""
+    def save_pretrained(self, folder: str | Path, include_backbone: bool = False) -> None:
+        """Write the trained part (safetensors), its config with the names of backbone and policy, and a model card.
+
+        include_backbone: the folder also becomes the sequence-classification checkpoint of `save_classifier`, and this
+            model's backbone: it then needs no other file.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        config, note = self.config, ""
+        if include_backbone:
+            self.save_classifier(folder)
+            rte_token = "last" if self._rule_pad_id is None else config.rte_token  # what it was without padding token
+            config = replace(config, backbone=".", backbone_revision=None, rte_token=rte_token)
+            note = self._usage()
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        (folder / "README.md").write_text(_CARD.format(**asdict(self.config)))
+        (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")
+        (folder / "README.md").write_text(_CARD.format(**asdict(self.config)) + note)
+
+    @torch.no_grad()
+    def save_classifier(self, folder: str | Path) -> None:
+        """Write backbone and head as a sequence-classification checkpoint with tokenizer and model card.
+
+        `AutoModelForSequenceClassification.from_pretrained(folder)` then gives the score at w = 1 up to a constant:
+        standardisation is folded into the head's weight, and a head without bias, as transformers makes them, loses
+        the shift. The padding token is one that makes its rule read the token this model reads, where there is one.
+        Raises ValueError for a quantised backbone.
+        """
+        if self.is_quantized:
+            raise ValueError(f"the backbone {self.config.backbone} is quantised; only one in full precision is saved")
+        classifier, tokenizer, pad_id = self._classifier, copy.deepcopy(self.tokenizer), self._padding_id()
+        weight, shift = self._folded_head()
+        classifier.score.weight.copy_(weight[None])
+        if classifier.score.bias is not None:
+            classifier.score.bias.copy_(shift[None])
+        if pad_id is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+        text_config = classifier.config.get_text_config()
+        text_config.pad_token_id = pad_id
+        classifier.save_pretrained(folder)
+        text_config.pad_token_id = self._rule_pad_id
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "README.md").write_text(_CLASSIFIER_CARD.format(**asdict(self.config)) + self._usage())
+
+    def _folded_head(self) -> tuple[Tensor, Tensor]:
+        """Weight [D_rm] and bias (0-dim) of the score at w = 1 on RTEs as they are, without standardisation."""
+        weight = self.head.weight / self.rte_scale
+        return weight, self.head.bias - weight @ self.rte_mean
+
+    def _padding_id(self) -> int | None:
+        """A padding token with which the rightmost token that is no padding is the one read here."""
+        if self.config.rte_token == "checkpoint" and self._rule_pad_id is not None:
+            return self._rule_pad_id
+        tokenizer = self.tokenizer
+        ends = {self.encode("a", "b")[-1]}
+        if tokenizer.chat_template is not None:
+            ends.add(self.encode([{"role": "user", "content": "a"}], "b")[-1])
+        special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        known = [token for token in special if token is not None]
+        return next((token for token in known if token not in ends), known[0] if known else None)
+
+    def _usage(self) -> str:
+        """The model card's part on the sequence-classification checkpoint: what its plain loaders do not know."""
+        config, pad_id = self.config, self._padding_id()
+        pad = None if pad_id is None else self.tokenizer.convert_ids_to_tokens(pad_id)
+        shift = 0.0 if self._classifier.score.bias is not None else self._folded_head()[1].item()
+        if pad is None:
+            read = "the last token, one text at a time, since the tokenizer has no padding token"
+        else:
+            read = f"the rightmost token that is not its padding, `{pad}`"
+            if config.rte_token == "last" or self._rule_pad_id is None:
+                read += "; the R2M loader reads the last token, whatever it is"
+        return _USAGE.format(
+            shift=f" less {shift:.6g}, for its head has no bias" if shift else "",
+            suffix=f"{json.dumps(config.suffix)}, behind every text that is no chat" if config.suffix else "none",
+            read=read,
+            max_length=config.max_length,
+            dtype=str(self.backbone.dtype).removeprefix("torch."),
+        )
 
     def check_policy_width(self, width: int) -> None:
         if width != self.config.policy_width:
@@ -189,27 +296,69 @@ class R2MRewardModel(nn.Module):
                 f"(policy {self.config.policy}); the policy given has width {width}"
             )
 
+    # ---- where the backbone lies ----
+
     @property
     def backbone(self) -> PreTrainedModel:
+        return getattr(self._classifier, self._classifier.base_model_prefix)
+
+    @property
+    def _classifier(self) -> Any:
         return self._frozen[0]
 
+    @property
+    def is_quantized(self) -> bool:
+        return getattr(self._classifier, "is_quantized", False)
+
     def _apply(self, fn: Any, recurse: bool = True) -> R2MRewardModel:
-        self.backbone._apply(fn, recurse)  # .to(device) reaches the backbone too
+        if self._backbone_device is None and not self.offload and not self.is_quantized:
+            self._classifier._apply(fn, recurse)  # .to(device) reaches the backbone too
         return super()._apply(fn, recurse)
+
+    @contextmanager
+    def backbone_loaded(self) -> Iterator[None]:
+        """Keep an offloaded backbone on the device it runs on; without offloading, or when already there, a no-op.
+
+        `embed` enters it by itself; around several calls it saves the transfers between them. On leaving, the weights
+        in host memory take their place again: what was written to the others is lost.
+        """
+        device = self._backbone_device or self.head.weight.device
+        if not self.offload or device.type == "cpu" or self.backbone.device.type != "cpu":
+            yield
+            return
+        slots: list[tuple[dict[str, Any], str, Tensor]] = [
+            (tensors, name, tensor)
+            for module in self.backbone.modules()
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
+        copies: dict[Tensor, Tensor] = {}  # tied weights once
+        try:
+            for tensors, name, tensor in slots:
+                if tensor not in copies:
+                    moved = tensor.to(device)
+                    copies[tensor] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+                tensors[name] = copies[tensor]
+            yield
+        finally:
+            for tensors, name, tensor in slots:
+                tensors[name] = tensor
 
     # ---- the reward token embedding ----
 
-    @torch.no_grad()
     def embed(self, prompts: list[Prompt], completions: list[str], *, batch_size: int = 32) -> Tensor:
         """Reward token embeddings H: [B, D_rm] float32, from the reward model's own tokenizer and chat template.
 
         A prompt of chat messages goes through the template with the completion as the assistant's turn; a text prompt
-        is continued by the completion and the config's suffix as they are. Special tokens are added once.
+        is continued by the completion and the config's suffix as they are. Special tokens are added once. The backbone
+        runs on its own device, the result is on the head's.
         """
-        rows = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        return torch.cat([self._embed_rows(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
+        rows = [self.encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        return self.embed_tokens(rows, batch_size=batch_size)
 
-    def _encode(self, prompt: Prompt, completion: str) -> list[int]:
+    def encode(self, prompt: Prompt, completion: str) -> list[int]:
+        """The tokens of which `embed` makes an RTE: at most `max_length`, the last ones."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt + completion + self.config.suffix).input_ids
         else:
@@ -217,15 +366,22 @@ class R2MRewardModel(nn.Module):
             ids = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
         return ids[-self.config.max_length :]
 
-    def _embed_rows(self, rows: list[list[int]]) -> Tensor:
+    @torch.no_grad()
+    def embed_tokens(self, rows: list[list[int]], *, batch_size: int = 32) -> Tensor:
+        """RTEs [B, D_rm] float32 of texts that `encode` has tokenised."""
+        with self.backbone_loaded():
+            return torch.cat([self.run_backbone(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
+
+    def run_backbone(self, rows: list[list[int]]) -> Tensor:
+        """RTEs [B, D_rm] float32 of one batch, differentiable where the backbone is."""
         width = max(map(len, rows))
-        device = self.head.weight.device
+        device = self.backbone.device
         # Any id will do for padding behind an explicit mask, so a tokenizer without a padding token needs none.
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
         hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         o_token = torch.tensor([self._rte_position(row) for row in rows], device=device)
-        return hidden[torch.arange(len(rows), device=device), o_token].float()
+        return hidden[torch.arange(len(rows), device=device), o_token].float().to(self.head.weight.device)
 
     def _rte_position(self, row: list[int]) -> int:
         if self.config.rte_token == "last" or self._rule_pad_id is None:
@@ -302,6 +458,28 @@ class R2MRewardModel(nn.Module):
         self.feedback_scale.copy_(feedback_scale.clamp_min(1e-6))
 
 
+def saved_config(name: str | Path, revision: str | None = None) -> RewardModelConfig | None:
+    """The config of the R2M reward model in a folder or under a hub id; None where there is another model, or none."""
+    file = cached_file(str(name), CONFIG_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    config = RewardModelConfig(**json.loads(Path(file).read_text()))
+    return replace(config, backbone=str(name), backbone_revision=revision) if config.backbone == "." else config
+
+
+def _quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization not in ("8bit", "4bit"):
+        raise ValueError(f"quantization is {quantization!r}; expected '8bit', '4bit' or None")
+    if find_spec("bitsandbytes") is None:
+        raise ImportError(f"quantization {quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    head = ["score"]  # stays in full: its weights are read
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=head)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=head
+    )
+
+
 def _width(policy: str | Path | PreTrainedModel, revision: str | None, trust_remote_code: bool) -> int:
     if isinstance(policy, nn.Module):
         config = policy.config
@@ -335,4 +513,28 @@ after "Real-Time Aligned Reward Model beyond Semantics" (arXiv 2601.22664).
 | fusion weight outside training (Omega) | {floor} |
 
 It cannot score without that policy's hidden states: `r2m.R2MRewardModel.from_pretrained(folder)`.
+"""
+
+_CLASSIFIER_CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+base_model: {backbone}
+tags: [reward-model, rlhf]
+---
+# Reward model
+
+A scalar reward, fitted on preference pairs by r2m, on `{backbone}` (revision {backbone_revision}).
+"""
+
+_USAGE = """
+## As a sequence-classification checkpoint
+
+`AutoModelForSequenceClassification.from_pretrained(folder)`, and so TRL's `reward_funcs=folder`, gives the R2M loader's
+score at w = 1{shift}; in {dtype} unless told otherwise. That holds if it is given what the R2M loader makes of a text:
+
+- chat messages through this folder's chat template; prompt and response as they are, with the special tokens that the
+  tokenizer adds by default
+- suffix: {suffix}
+- token read: {read}
+- length: texts beyond {max_length} tokens lose their beginning in the R2M loader; a plain one does not cut them
 """

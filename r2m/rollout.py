@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from r2m.config import Generation
 from r2m.data import Prompt
+from r2m.tokenization import encode_prompt
 
 # (prompt ids of n prompts, K) -> ids of the n * K responses, prompt-major, the end-of-sequence token included
 RolloutFn = Callable[[list[list[int]], int], list[list[int]]]
+
+# Keys and values only: in transformers 5, layers with a recurrent state lose it in `batch_repeat_interleave`.
+_REPEATABLE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 @dataclass
@@ -51,14 +56,15 @@ class Annotations:
     initial: Tensor  # [B] of the reward model as it was at the start, without feedback
     scores: Tensor  # [B] rewards less the penalty for an unfinished response: they pick the pairs
     advantages: Tensor  # [B]
+    # Sums of the first epoch's loss and statistics, where scoring was its pass too; its gradients wait in the policy.
+    first_epoch: dict[str, Tensor] | None = None
 
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: chat messages through the chat template, text as it is; special tokens once."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return cast(list[int], ids)
+    @staticmethod
+    def blank(rollout: Rollout, initial: Tensor) -> Annotations:
+        """NaN throughout but for `initial`."""
+        log_probs, reference_log_probs, entropy = initial.new_full((3, *rollout.completion_mask.shape), torch.nan)
+        kl, rewards, scores, advantages = initial.new_full((4, len(initial)), torch.nan)
+        return Annotations(log_probs, reference_log_probs, entropy, kl, rewards, initial, scores, advantages)
 
 
 def sample(
@@ -68,11 +74,16 @@ def sample(
     num_generations: int,
     settings: Generation,
     *,
+    prompt_ids: list[list[int]] | None = None,
     positions: str = "all",
     rollout_fn: RolloutFn | None = None,
 ) -> Rollout:
-    """K responses to each of n prompts from the current policy, by `rollout_fn` or by transformers' generate."""
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    """K responses to each of n prompts from the current policy, by `rollout_fn` or by transformers' generate.
+
+    prompt_ids: the token ids of `prompts`, for a caller that has them already.
+    """
+    if prompt_ids is None:
+        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     eos_ids = end_of_sequence_ids(policy, tokenizer, settings)
     if rollout_fn is None:
         completion_ids = generate(policy, tokenizer, prompt_ids, num_generations, settings, eos_ids)
@@ -153,20 +164,14 @@ def generate(
     suppressed tokens, ...), so an empty one takes its place during the call: scoring must see the same distribution.
     """
     model: Any = _causal_lm(policy)
-    width = max(map(len, prompt_ids))
-    pad_id = tokenizer.pad_token_id
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in prompt_ids], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
     sampling = GenerationConfig(
         do_sample=True,
         temperature=settings.temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=settings.max_new_tokens,
-        num_return_sequences=num_generations,
         eos_token_id=eos_ids,
-        pad_token_id=pad_id,
+        pad_token_id=tokenizer.pad_token_id,
         stop_strings=settings.stop_strings or None,
         remove_invalid_values=True,  # NaN logits kill a sampler on a GPU; scoring sees them too, and says so
         use_cache=True,
@@ -174,17 +179,64 @@ def generate(
     own_defaults, was_training = model.generation_config, model.training
     model.generation_config = GenerationConfig()
     model.eval()
+    rows: list[list[int]] = []
     try:
-        sequences = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=sampling,
-            tokenizer=tokenizer if settings.stop_strings else None,
-        )
+        for chunk, repeats in _chunks(prompt_ids, num_generations, settings.batch_size):
+            ids, mask, cache = _prefill(model, chunk, repeats, tokenizer.pad_token_id)
+            sequences = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=sampling,
+                tokenizer=tokenizer if settings.stop_strings else None,
+            )
+            rows += sequences[:, ids.shape[1] :].tolist()
     finally:
         model.generation_config = own_defaults
         model.train(was_training)
-    return [_until_end(tokenizer, row, eos_ids, settings.stop_strings) for row in sequences[:, width:].tolist()]
+    return [_until_end(tokenizer, row, eos_ids, settings.stop_strings) for row in rows]
+
+
+def _chunks(
+    prompt_ids: list[list[int]], num_generations: int, batch_size: int | None
+) -> Iterator[tuple[list[list[int]], int]]:
+    """(prompts, responses to each), of at most `batch_size` sequences: whole groups where one fits."""
+    size = batch_size or len(prompt_ids) * num_generations
+    if size >= num_generations:
+        step = size // num_generations
+        for i in range(0, len(prompt_ids), step):
+            yield prompt_ids[i : i + step], num_generations
+    else:
+        for ids in prompt_ids:
+            for done in range(0, num_generations, size):
+                yield [ids], min(size, num_generations - done)
+
+
+def _prefill(
+    model: Any, prompt_ids: list[list[int]], repeats: int, pad_id: int
+) -> tuple[Tensor, Tensor, DynamicCache | None]:
+    """Left-padded ids and mask, every prompt `repeats` times, and the cache of all but their last column.
+
+    The model reads each prompt once, and its cache is repeated. The cache is None, and `generate` reads every sequence
+    from its start, where the model keeps another state than keys and values, which not every class can repeat.
+    """
+    width = max(map(len, prompt_ids))
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+    cache = None
+    if width > 1:
+        cache = model.base_model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, :-1],
+            use_cache=True,
+        ).get("past_key_values")
+        if type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= _REPEATABLE_LAYERS:
+            cache.batch_repeat_interleave(repeats)
+        else:
+            cache = None
+    return ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0), cache
 
 
 def end_of_sequence_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Generation) -> list[int]:

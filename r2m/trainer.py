@@ -9,35 +9,62 @@ align_reward_model  pairs, GREBT, one step on the reward model's small part (equ
 from __future__ import annotations
 
 import copy
-import json
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from r2m.advantages import ADVANTAGES
-from r2m.checkpoint import load_checkpoint, save_checkpoint
+from r2m.checkpoint import (
+    append_metrics,
+    best_round,
+    checkpoints,
+    claim,
+    cut_back,
+    load_checkpoint,
+    read_metrics,
+    save_checkpoint,
+)
 from r2m.config import R2MConfig, config_to_yaml
 from r2m.data import Preference, Prompt
+from r2m.evaluation import Judge, mean_score
 from r2m.fitting import embed_pairs, feature_statistics, pair_accuracy, score_pairs, stream_hidden, tokenize_pairs
 from r2m.hidden_states import HiddenStateTap
-from r2m.monitor import describe_samples, phase, report_start, warn_about_drift, warn_about_settings
+from r2m.monitor import (
+    check_trackers,
+    describe_samples,
+    phase,
+    report_start,
+    sample_table,
+    start_trackers,
+    warn_about_degenerate_groups,
+    warn_about_drift,
+    warn_about_settings,
+)
 from r2m.policy import compact_head_input, disable_dropout, freeze_reference
 from r2m.policy_loss import policy_loss, sequence_kl, token_entropy, token_log_probs
 from r2m.reward_model import R2MRewardModel
-from r2m.rollout import Annotations, Rollout, RolloutFn, encode_prompt, sample
+from r2m.rollout import Annotations, Rollout, RolloutFn, sample
+from r2m.sigterm import Sigterm, Terminated, on_sigterm
+from r2m.tokenization import usable_prompts
 from r2m.updater import R2MUpdater
 
 logger = logging.getLogger(__name__)
+
+# Names of transformers' schedules.
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+_SIGTERM_STATUS = 128 + signal.SIGTERM  # as a shell reports it
 
 # (prompts, completions) of a round -> extra columns of its metrics row
 SampleMetrics = Callable[[list[Prompt], list[str]], dict[str, float]]
@@ -51,14 +78,17 @@ class R2MTrainer:
 
     policy: a transformers causal LM or a PEFT model; its trainable weights are float32. A frozen copy of it (for an
         adapter: of the adapter) is the KL reference.
-    reward_model: on the device of the policy.
+    reward_model: its trainable part on the device of the policy.
     prompts: text or chat messages; those above `generation.max_prompt_tokens` are dropped and counted.
     rollout_fn: another generator in place of transformers' generate.
-    held_out_pairs: human preferences on which the reward model's accuracy is measured every `evaluate_every` rounds.
-    sample_metrics: extra metrics from the samples of a round, such as a judge's score.
+    eval_prompts: held-out prompts, sampled once each, every `evaluation.every` rounds.
+    judge: (prompts, responses) -> scores, asked on the held-out prompts; the checkpoint it likes best is kept.
+    held_out_pairs: human preferences on which the reward model's accuracy is measured as often.
+    sample_metrics: extra metrics from the samples of every round.
 
-    Raises ValueError for no prompts, a reward model of another width or on another device, or trainable weights that
-    are not float32; FloatingPointError, naming phase and round, as soon as a loss is not finite.
+    Raises ValueError for no prompts, a judge without eval_prompts, a reward model of another width or on another
+    device, or trainable weights that are not float32; ImportError for a tracker that is not installed;
+    FloatingPointError, naming phase and round, as soon as a loss is not finite.
     """
 
     def __init__(
@@ -70,110 +100,127 @@ class R2MTrainer:
         config: R2MConfig,
         *,
         rollout_fn: RolloutFn | None = None,
+        eval_prompts: list[Prompt] | None = None,
+        judge: Judge | None = None,
         held_out_pairs: list[Preference] | None = None,
         sample_metrics: SampleMetrics | None = None,
     ):
         self.config, self.tokenizer, self.reward_model = config, tokenizer, reward_model
-        self.rollout_fn, self.sample_metrics = rollout_fn, sample_metrics
+        self.rollout_fn, self.sample_metrics, self.judge = rollout_fn, sample_metrics, judge
+        check_trackers(config.trackers)
+        if judge is not None and not eval_prompts:
+            raise ValueError("judge is given without eval_prompts; expected the held-out prompts it is asked about")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.prompts = self._usable(prompts)
+        limit = config.generation.max_prompt_tokens
+        self.prompts, self.prompt_ids = usable_prompts(tokenizer, prompts, limit)
+        self.eval_prompts = usable_prompts(tokenizer, eval_prompts, limit)[0] if eval_prompts else []
         reward_model.check_policy_width(policy.config.get_text_config().hidden_size)
         compact_head_input(policy)
         if config.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
-        self.reference = freeze_reference(policy)
+        self.reference = freeze_reference(policy, offload=config.placement.offload_reference)
         disable_dropout(policy)  # the reference adapter's too
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("policy has no trainable weights; an adapter has to be loaded with is_trainable=True")
-        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.accelerator = Accelerator(device_placement=False)  # everything stays where the user put it
-        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
-        self.device = next(self.policy.parameters()).device
-        self._check_weights()
-
         self.updater = R2MUpdater(
             reward_model, config.r2m, total_steps=config.rounds, num_generations=config.num_generations
         )
-        self.initial_head = copy.deepcopy(reward_model.head)  # its score is comparable across rounds and runs
+        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        stepping = [optimizer, self.updater.optimizer] if config.r2m.feedback == "trained" else [optimizer]
+        self.schedules = [
+            get_scheduler(_SCHEDULES[config.lr_schedule], steps, config.warmup_rounds, config.rounds)
+            for steps in stepping
+        ]
         self.output_dir = Path(config.output_dir)
+        # Everything stays where the user put it.
+        self.accelerator = Accelerator(
+            device_placement=False, log_with=config.trackers or None, project_dir=self.output_dir
+        )
+        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self.device = next(self.policy.parameters()).device
+        self._check_weights()
+        self.initial_head = copy.deepcopy(reward_model.head)  # its score is comparable across rounds and runs
+        # With one optimizer step an epoch, all of the first epoch runs on the weights that sampled: its forward passes
+        # are the scoring pass, if the groups in each of them are whole, so that it knows their advantages.
+        self.scores_in_first_epoch = config.minibatches == 1 and config.micro_batch_size % config.num_generations == 0
         self.history: list[dict[str, float]] = []
         self.held_out: tuple[Tensor, Rollout] | None = None
         if held_out_pairs:
-            self.held_out = embed_pairs(reward_model, held_out_pairs), tokenize_pairs(policy, tokenizer, held_out_pairs)
+            self.held_out = self._embed_pairs(held_out_pairs), tokenize_pairs(policy, tokenizer, held_out_pairs)
         warn_about_settings(config)
 
     # ---- Algorithm 1 ----
 
     def train(self, resume_from: str | Path | None = None) -> list[dict[str, float]]:
-        """Run rounds 1..T, or those after a checkpoint; returns metrics.jsonl's rows, one a round."""
-        first_round = 1 + (load_checkpoint(self, resume_from) if resume_from is not None else 0)
-        self._open_output(first_round)
-        rounds = tqdm(
-            range(first_round, self.config.rounds + 1), unit="round", disable=not self.accelerator.is_main_process
-        )
-        for t in rounds:
-            row: dict[str, float] = {"round": t}
-            torch.manual_seed(self.config.seed * 1_000_003 + t)  # a round's noise depends on nothing before it
-            with phase("rollout", row, self.device):
-                rollout = self.sample(t)
-            with phase("annotate", row, self.device):
-                batch = self.annotate(rollout, t, row)
-            with phase("policy", row, self.device):
-                self.optimize_policy(rollout, batch, t, row)
-            with phase("reward_model", row, self.device):
-                self.align_reward_model(batch, t, row)
-            self._finish_round(rollout, row, rounds)
+        """Run rounds 1..T; returns metrics.jsonl's rows, one a round.
+
+        resume_from: a checkpoint folder, or "last": the newest one in output_dir, or the start where there is none. The
+        rounds after it are taken out of the folder and run again.
+
+        On SIGTERM the run saves a checkpoint and raises SystemExit, at once while it samples and scores, else at the
+        end of the round. Raises OSError if output_dir cannot be written, is another run's, or holds rounds already.
+        """
+        with claim(self.output_dir), on_sigterm() as sigterm:
+            first_round = self._open_output(resume_from)
+            rounds = tqdm(
+                range(first_round, self.config.rounds + 1), unit="round", disable=not self.accelerator.is_main_process
+            )
+            for t in rounds:
+                row: dict[str, float] = {"round": t}
+                set_seed((self.config.seed * 1_000_003 + t) % 2**32)  # a round's noise depends on nothing before it
+                with self._saved_if_stopped(t, sigterm):
+                    with sigterm.interrupts():  # nothing has moved yet
+                        with phase("rollout", row, self.device):
+                            rollout = self.sample(t)
+                        with phase("annotate", row, self.device):
+                            batch = self.annotate(rollout, t, row, first_epoch=self.scores_in_first_epoch)
+                    with phase("policy", row, self.device):
+                        self.optimize_policy(rollout, batch, t, row)
+                    with phase("reward_model", row, self.device):
+                        self.align_reward_model(batch, t, row)
+                    self._finish_round(rollout, batch, row, rounds)
+                    if self._is_last(t, row, sigterm):
+                        break
+            self.accelerator.end_training()
         return self.history
 
     def sample(self, t: int) -> Rollout:
         """Step 1: K responses to each of n prompts, by temperature alone."""
-        return self._sample(self.prompts_of_round(t))
+        picked = self._picked(t)
+        return self._sample(
+            [self.prompts[i] for i in picked], self.config.num_generations, [self.prompt_ids[i] for i in picked]
+        )
 
     @torch.no_grad()
-    def annotate(self, rollout: Rollout, t: int, row: dict[str, float]) -> Annotations:
-        """Steps 2 and 3: one forward pass of the policy gives old log-probabilities and, on the way, the feedback that
-        the rewards need; then advantages inside each group.
+    def annotate(self, rollout: Rollout, t: int, row: dict[str, float], *, first_epoch: bool = False) -> Annotations:
+        """Steps 2 and 3: rewards with policy feedback, and advantages inside each group.
+
+        One forward pass of the policy gives old log-probabilities and, on the way, the hidden states that the rewards
+        need. With `first_epoch` (see `scores_in_first_epoch`) it is that epoch's pass too: as soon as a micro-batch has
+        its advantages its loss goes backward, and `optimize_policy` goes on from there.
         """
-        config, mask = self.config, rollout.completion_mask
-        rte = self.reward_model.embed(rollout.prompts, rollout.completions)
-        if self.reward_model.needs_statistics:
-            self._take_statistics(rte, rollout)
-        initial = self.initial_head(self.reward_model.standardized(rte))
-        rewards, consume = initial.clone(), None
-        if config.r2m.feedback != "none":
-            self.updater.begin_round(rte, t)
-
-            def consume(rows: slice, hidden: Tensor, feedback_mask: Tensor) -> None:
-                rewards[rows] = self.updater.score(rows, hidden, feedback_mask)
-
-        temperature = config.generation.temperature
-        log_probs, reference_log_probs, entropy = rewards.new_empty(3, *mask.shape)
-        # In the micro-batches of the update: in bf16 the same rows give the same bits, so the first ratio is 1.
-        for rows in chain(*self._minibatches(len(rewards))):
-            logits = self._logits(self.policy, rollout, rows, consume)
-            log_probs[rows] = token_log_probs(logits, rollout.completion_ids[rows], temperature)
-            entropy[rows] = token_entropy(logits, temperature)
-        with self.reference() as reference:
-            for rows in chain(*self._minibatches(len(rewards))):
-                logits = self._logits(reference, rollout, rows)
-                reference_log_probs[rows] = token_log_probs(logits, rollout.completion_ids[rows], temperature)
-
-        for name, value in (("reward", rewards), ("log-probability", log_probs), ("reference", reference_log_probs)):
-            if not torch.isfinite(value).all():
-                raise FloatingPointError(f"phase annotate, round {t}: a {name} is not finite")
-        scores = rewards
-        if config.missing_eos_penalty is not None:
-            scores = rewards - config.missing_eos_penalty * (~rollout.finished)
-        kl = sequence_kl(log_probs, reference_log_probs, mask)
-        penalised = scores - config.kl.beta * kl if config.kl.placement == "reward" else scores
-        advantages = ADVANTAGES[config.algorithm](penalised.view(-1, config.num_generations)).flatten()
-
-        batch = Annotations(log_probs, reference_log_probs, entropy, kl, rewards, initial, scores, advantages)
+        config = self.config
+        micro_batches = list(chain(*self._minibatches(len(rollout.prompts))))
+        batch = self._blank_annotations(rollout, t, micro_batches)
+        refreshes = first_epoch and config.epochs == 1
+        self.policy.train(first_epoch)  # decides gradient checkpointing, and nothing else: dropout is off
+        totals: dict[str, Tensor] = {}
+        for rows in micro_batches:
+            with torch.set_grad_enabled(first_epoch):
+                log_probs = self._score(rollout, batch, rows, refreshes)
+                if first_epoch:
+                    self._credit(rollout, batch, rows)
+                    self._accumulate(log_probs, rollout, batch, rows, totals)
+        self._check_finite(batch, t)
+        if first_epoch:
+            batch.first_epoch = totals
+        else:
+            self._credit(rollout, batch, slice(None))
         row |= describe_samples(rollout, batch, config)
         if config.r2m.feedback != "none":
-            row |= {"weight": self.updater.weight, "reward/correlation": self.updater.alignment(initial).item()}
+            row |= {"weight": self.updater.weight, "reward/correlation": self.updater.alignment(batch.initial).item()}
         return batch
 
     def optimize_policy(self, rollout: Rollout, batch: Annotations, t: int, row: dict[str, float]) -> None:
@@ -182,26 +229,16 @@ class R2MTrainer:
         self.policy.train()
         count = len(rollout.prompts)
         minibatches = self._minibatches(count)
-        totals: dict[str, Tensor] = {}
-        for epoch in range(1, config.epochs + 1):
+        totals = batch.first_epoch or {}
+        if batch.first_epoch is not None:
+            row["policy/grad_norm"] = self._step_policy(t, 1)
+        for epoch in range(1 if batch.first_epoch is None else 2, config.epochs + 1):
             refresh = epoch == config.epochs and config.r2m.feedback != "none"
             for i in torch.randperm(len(minibatches)).tolist():
                 for rows in minibatches[i]:
                     logits = self._logits(self.policy, rollout, rows, self.updater.collect if refresh else None)
-                    loss, stats = policy_loss(
-                        token_log_probs(logits, rollout.completion_ids[rows], config.generation.temperature),
-                        batch.log_probs[rows],
-                        batch.reference_log_probs[rows],
-                        batch.advantages[rows],
-                        rollout.completion_mask[rows],
-                        algorithm=config.algorithm,
-                        clip_range=config.clip_range,
-                        beta=config.kl.beta if config.kl.placement == "loss" else 0.0,
-                        estimator=config.kl.estimator,
-                    )
-                    self.accelerator.backward(loss.sum() * config.minibatches / count)
-                    for name, value in {"loss": loss.detach(), **stats}.items():
-                        totals[name] = totals.get(name, 0.0) + value.sum()
+                    log_probs = token_log_probs(logits, rollout.completion_ids[rows], config.generation.temperature)
+                    self._accumulate(log_probs, rollout, batch, rows, totals)
                 row["policy/grad_norm"] = self._step_policy(t, epoch)
         self.policy.eval()
         row |= {f"policy/{name}": (v / (config.epochs * count)).item() for name, v in totals.items()}
@@ -217,18 +254,87 @@ class R2MTrainer:
 
     # ---- forward passes ----
 
-    def _sample(self, prompts: list[Prompt]) -> Rollout:
-        config = self.config
+    def _sample(
+        self, prompts: list[Prompt], num_generations: int, prompt_ids: list[list[int]] | None = None
+    ) -> Rollout:
         with self.autocast():
             return sample(
                 self.policy,
                 self.tokenizer,
                 prompts,
-                config.num_generations,
-                config.generation,
-                positions=config.r2m.positions,
+                num_generations,
+                self.config.generation,
+                prompt_ids=prompt_ids,
+                positions=self.config.r2m.positions,
                 rollout_fn=self.rollout_fn,
             )
+
+    def _blank_annotations(self, rollout: Rollout, t: int, micro_batches: list[slice]) -> Annotations:
+        """The initial reward model's scores and the reference's log-probabilities; the rest NaN, to be filled in. The
+        updater is ready for round t."""
+        rte = self._embed(rollout.prompts, rollout.completions)
+        if self.reward_model.needs_statistics:
+            self._take_statistics(rte, rollout)
+        if self.config.r2m.feedback != "none":
+            self.updater.begin_round(rte, t)
+        initial = self.initial_head(self.reward_model.standardized(rte))
+        batch = Annotations.blank(rollout, initial)
+        with self.reference() as reference:
+            for rows in micro_batches:
+                logits = self._logits(reference, rollout, rows)
+                batch.reference_log_probs[rows] = token_log_probs(
+                    logits, rollout.completion_ids[rows], self.config.generation.temperature
+                )
+        return batch
+
+    def _score(self, rollout: Rollout, batch: Annotations, rows: slice, refreshes: bool = False) -> Tensor:
+        """Fill in rewards, log-probabilities and entropy of `rows`; returns the log-probabilities with their graph."""
+        consume: Consume | None = None
+        if self.config.r2m.feedback == "none":
+            batch.rewards[rows] = batch.initial[rows]
+        else:
+
+            def consume(rows: slice, hidden: Tensor, feedback_mask: Tensor) -> None:
+                batch.rewards[rows] = self.updater.score(rows, hidden, feedback_mask)
+                if refreshes:
+                    self.updater.collect(rows, hidden, feedback_mask)
+
+        temperature = self.config.generation.temperature
+        logits = self._logits(self.policy, rollout, rows, consume)
+        log_probs = token_log_probs(logits, rollout.completion_ids[rows], temperature)
+        batch.log_probs[rows], batch.entropy[rows] = log_probs.detach(), token_entropy(logits, temperature)
+        return log_probs
+
+    def _credit(self, rollout: Rollout, batch: Annotations, rows: slice) -> None:
+        """Scores, KL and advantages of `rows`, whole groups, from their rewards and log-probabilities."""
+        config, mask = self.config, rollout.completion_mask[rows]
+        scores = batch.rewards[rows]
+        if config.missing_eos_penalty is not None:
+            scores = scores - config.missing_eos_penalty * (~rollout.finished[rows])
+        kl = sequence_kl(batch.log_probs[rows], batch.reference_log_probs[rows], mask)
+        penalised = scores - config.kl.beta * kl if config.kl.placement == "reward" else scores
+        advantages = ADVANTAGES[config.algorithm](penalised.view(-1, config.num_generations)).flatten()
+        batch.scores[rows], batch.kl[rows], batch.advantages[rows] = scores, kl, advantages
+
+    def _accumulate(
+        self, log_probs: Tensor, rollout: Rollout, batch: Annotations, rows: slice, totals: dict[str, Tensor]
+    ) -> None:
+        """Add the gradient of the loss of `rows` to the policy's, and loss and statistics to `totals`."""
+        config = self.config
+        loss, stats = policy_loss(
+            log_probs,
+            batch.log_probs[rows],
+            batch.reference_log_probs[rows],
+            batch.advantages[rows],
+            rollout.completion_mask[rows],
+            algorithm=config.algorithm,
+            clip_range=config.clip_range,
+            beta=config.kl.beta if config.kl.placement == "loss" else 0.0,
+            estimator=config.kl.estimator,
+        )
+        self.accelerator.backward(loss.sum() * config.minibatches / len(rollout.prompts))
+        for name, value in {"loss": loss.detach(), **stats}.items():
+            totals[name] = totals.get(name, 0.0) + value.sum()
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -248,12 +354,14 @@ class R2MTrainer:
             ).logits[:, :-1]
 
     def _minibatches(self, count: int) -> list[list[slice]]:
-        """The rows of each minibatch, a slice for each micro-batch."""
-        size, micro = count // self.config.minibatches, self.config.micro_batch_size
-        return [
-            [slice(i, min(i + micro, start + size)) for i in range(start, start + size, micro)]
-            for start in range(0, count, size)
-        ]
+        """The micro-batches of each minibatch. The passes without gradient run the same ones: in bf16 the same rows
+        give the same bits, so the first importance ratio is 1."""
+        size = count // self.config.minibatches
+        return [self._micro_batches(start, start + size) for start in range(0, count, size)]
+
+    def _micro_batches(self, start: int, stop: int) -> list[slice]:
+        micro = self.config.micro_batch_size
+        return [slice(i, min(i + micro, stop)) for i in range(start, stop, micro)]
 
     def _step_policy(self, t: int, epoch: int) -> float:
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
@@ -263,26 +371,41 @@ class R2MTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    # ---- evaluation and output ----
+    # ---- evaluation ----
 
-    def evaluate(self, prompts: list[Prompt]) -> tuple[dict[str, float], Rollout]:
-        """Sample K responses to each prompt and annotate them as round T would be (w = Omega); nothing is trained."""
+    @torch.no_grad()
+    def evaluate(
+        self, prompts: list[Prompt], num_generations: int = 1
+    ) -> tuple[dict[str, float], Rollout, Annotations]:
+        """Sample responses to each prompt and score them as round T would (w = Omega); nothing is trained.
+
+        Returns the measures that a round logs (those inside groups from 2 generations on), the samples and what is
+        known of them. The random numbers are the same in every call.
+        """
+        set_seed(self.config.seed % 2**32)
+        rollout = self._sample(prompts, num_generations)
+        micro_batches = self._micro_batches(0, len(rollout.prompts))
+        batch = self._blank_annotations(rollout, self.config.rounds, micro_batches)
+        for rows in micro_batches:
+            self._score(rollout, batch, rows)
+        self._check_finite(batch, self.config.rounds)
+        batch.scores.copy_(batch.rewards)
+        batch.kl.copy_(sequence_kl(batch.log_probs, batch.reference_log_probs, rollout.completion_mask))
+        return describe_samples(rollout, batch, self.config, num_generations), rollout, batch
+
+    def evaluate_held_out(self) -> dict[str, float]:
+        """The measures of a metrics row on what training never sees: `eval/*` on the prompts, `rm/pair_accuracy`."""
         row: dict[str, float] = {}
-        rollout = self._sample(prompts)
-        self.annotate(rollout, self.config.rounds, row)
-        return row, rollout
-
-    def prompts_of_round(self, t: int) -> list[Prompt]:
-        """n prompts: the t-th slice of an endless sequence of shuffled passes, a function of the seed and t alone."""
-        n, size = self.config.prompts_per_round, len(self.prompts)
-        order: dict[int, list[int]] = {}
-        picked = []
-        for i in range((t - 1) * n, t * n):
-            if i // size not in order:
-                generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + i // size)
-                order[i // size] = torch.randperm(size, generator=generator).tolist()
-            picked.append(self.prompts[order[i // size][i % size]])
-        return picked
+        if self.eval_prompts:
+            measures, rollout, _ = self.evaluate(self.eval_prompts)
+            names = {"reward/mean": "reward", "reward/initial": "initial_reward", "policy/kl": "kl"}
+            names |= {"length/mean": "length", "length/eos_share": "eos_share"}
+            row |= {f"eval/{name}": measures[key] for key, name in names.items()}
+            if self.judge is not None:
+                row["eval/judge"] = mean_score(self.judge, rollout.prompts, rollout.completions)
+        if self.held_out is not None:
+            row["rm/pair_accuracy"] = self.held_out_accuracy()
+        return row
 
     def held_out_accuracy(self, weight: float | None = None) -> float:
         """Accuracy of the reward model on the held-out pairs with the feedback of the policy as it is now.
@@ -298,6 +421,8 @@ class R2MTrainer:
             weight = self.config.r2m.floor if weight is None else weight
             return pair_accuracy(score_pairs(self.reward_model, self.policy, rte, rollout, weight))
 
+    # ---- the run's folder ----
+
     def save_pretrained(self, folder: str | Path) -> None:
         """The trained policy (or adapter), tokenizer, and reward model, in the forms that `from_pretrained` loads."""
         folder = Path(folder)
@@ -308,21 +433,100 @@ class R2MTrainer:
         self.tokenizer.save_pretrained(folder / "policy")
         self.reward_model.save_pretrained(folder / "reward_model")
 
-    def _finish_round(self, rollout: Rollout, row: dict[str, float], progress: Any) -> None:
+    def _open_output(self, resume_from: str | Path | None) -> int:
+        """Restore the checkpoint, if any, and cut the folder back to the rounds before; returns the first to run."""
+        if resume_from is None and (read_metrics(self.output_dir) or checkpoints(self.output_dir)):
+            raise FileExistsError(
+                f"output_dir {self.output_dir} holds a run already; resume it (--resume), or choose another folder"
+            )
+        if resume_from == "last":
+            resume_from = max(checkpoints(self.output_dir).items(), default=(0, None))[1]
+        first_round = 1 + (load_checkpoint(self, resume_from) if resume_from is not None else 0)
+        self.history = cut_back(self.output_dir, first_round)
+        (self.output_dir / "config.yaml").write_text(config_to_yaml(self.config))
+        start_trackers(self.accelerator, self.config, first_round)
+        if first_round > 1:
+            logger.info("resumed from %s: %d rounds to go", resume_from, self.config.rounds - first_round + 1)
+        return first_round
+
+    def _finish_round(self, rollout: Rollout, batch: Annotations, row: dict[str, float], progress: Any) -> None:
         config, t = self.config, int(row["round"])
+        for schedule in self.schedules:
+            schedule.step()
         row |= self.sample_metrics(rollout.prompts, rollout.completions) if self.sample_metrics else {}
-        if self.held_out is not None and (t % config.evaluate_every == 0 or t in (1, config.rounds)):
-            row["rm/pair_accuracy"] = self.held_out_accuracy()
+        if t % config.evaluation.every == 0 or t in (1, config.rounds):
+            row |= self.evaluate_held_out()
         self.history.append(row)
-        with (self.output_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_metrics(self.output_dir, row)
+        self.accelerator.log(row, step=t)
         shown = {"reward": "reward/mean", "kl": "policy/kl", "entropy": "policy/entropy"}
         progress.set_postfix({name: f"{row[key]:.3f}" for name, key in shown.items()})
         if t == 1:
             report_start(row, config)
+        if config.evaluation.samples_every and t % config.evaluation.samples_every == 0:
+            logger.info("samples of round %d:\n%s", t, sample_table(rollout, batch))
         warn_about_drift(self.history[0], row)
-        if config.save_every and t % config.save_every == 0:
+        warn_about_degenerate_groups(self.history)
+
+    def _is_last(self, t: int, row: dict[str, float], sigterm: Sigterm) -> bool:
+        """Save what is due after round t; whether training ends with it."""
+        config, limit = self.config, self.config.evaluation.stop_at_kl
+        stopped = limit is not None and row["policy/kl"] > limit
+        if stopped:
+            logger.warning(
+                "round %d: KL %.3f is above evaluation.stop_at_kl %g; training ends", t, row["policy/kl"], limit
+            )
+        every = config.checkpoints.every
+        is_best = best_round(self.history) == t
+        if sigterm.received or (every and (t % every == 0 or t == config.rounds or stopped or is_best)):
             save_checkpoint(self, t)
+        if sigterm.received:
+            raise SystemExit(_SIGTERM_STATUS)
+        return stopped
+
+    @contextmanager
+    def _saved_if_stopped(self, t: int, sigterm: Sigterm) -> Iterator[None]:
+        """Round t - 1 is what counts if round t is interrupted or fails."""
+        try:
+            yield
+        except Terminated:
+            if t - 1 not in {0, *checkpoints(self.output_dir)}:
+                save_checkpoint(self, t - 1)
+            raise SystemExit(_SIGTERM_STATUS) from None
+        except FloatingPointError as error:
+            last = max(checkpoints(self.output_dir).items(), default=(0, "none"))[1]
+            raise FloatingPointError(f"{error}; last good checkpoint: {last}") from error
+
+    # ---- the rest ----
+
+    def prompts_of_round(self, t: int) -> list[Prompt]:
+        """n prompts: the t-th slice of an endless sequence of shuffled passes, a function of the seed and t alone."""
+        return [self.prompts[i] for i in self._picked(t)]
+
+    def _picked(self, t: int) -> list[int]:
+        n, size = self.config.prompts_per_round, len(self.prompts)
+        order: dict[int, list[int]] = {}
+        picked = []
+        for i in range((t - 1) * n, t * n):
+            if i // size not in order:
+                generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + i // size)
+                order[i // size] = torch.randperm(size, generator=generator).tolist()
+            picked.append(order[i // size][i % size])
+        return picked
+
+    def _check_finite(self, batch: Annotations, t: int) -> None:
+        values = {"reward": batch.rewards, "log-probability": batch.log_probs, "reference": batch.reference_log_probs}
+        for name, value in values.items():
+            if not torch.isfinite(value).all():
+                raise FloatingPointError(f"phase annotate, round {t}: a {name} is not finite")
+
+    def _embed(self, prompts: list[Prompt], completions: list[str]) -> Tensor:
+        with self.reward_model.backbone_loaded():
+            return self.reward_model.embed(prompts, completions)
+
+    def _embed_pairs(self, pairs: list[Preference]) -> Tensor:
+        with self.reward_model.backbone_loaded():
+            return embed_pairs(self.reward_model, pairs)
 
     def _take_statistics(self, rte: Tensor, rollout: Rollout) -> None:
         """Standardise by the first round's samples; for a reward model whose statistics no fit has set."""
@@ -330,20 +534,6 @@ class R2MTrainer:
             mean, scale = feature_statistics(stream_hidden(self.policy, rollout, self.config.micro_batch_size), rollout)
         self.reward_model.set_statistics(rte, mean, scale)
         self.initial_head.load_state_dict(self.reward_model.head.state_dict())
-
-    def _usable(self, prompts: list[Prompt]) -> list[Prompt]:
-        limit = self.config.generation.max_prompt_tokens
-        kept = [prompt for prompt in prompts if 0 < len(encode_prompt(self.tokenizer, prompt)) <= limit]
-        if not kept:
-            raise ValueError(f"prompts: none of {len(prompts)} has between 1 and {limit} tokens; expected at least 1")
-        if len(kept) < len(prompts):
-            logger.warning(
-                "dropped %d of %d prompts: empty or longer than %d tokens",
-                len(prompts) - len(kept),
-                len(prompts),
-                limit,
-            )
-        return kept
 
     def _check_weights(self) -> None:
         own, other = self.device, self.reward_model.head.weight.device
@@ -355,12 +545,3 @@ class R2MTrainer:
                 f"policy has trainable weights of {', '.join(sorted(wrong))}; expected float32, "
                 "since at small learning rates narrower weights never move (precision is a key of the config)"
             )
-
-    def _open_output(self, first_round: int) -> None:
-        """Cut the metrics of an earlier run in this folder back to the rounds that are not run again."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / "config.yaml").write_text(config_to_yaml(self.config))
-        metrics = self.output_dir / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
-        self.history = [row for row in map(json.loads, lines) if row["round"] < first_round]
-        metrics.write_text("".join(json.dumps(row) + "\n" for row in self.history))

@@ -4,7 +4,7 @@ import math
 import matplotlib.image
 import pytest
 
-from r2m.plots import COMPARISON_PANELS, RUN_PANELS, plot_comparison, plot_run
+from r2m.plots import COMPARISON_PANELS, RUN_PANELS, plot_calibration, plot_comparison, plot_run
 
 
 def rows(count, leave_out=()):
@@ -53,6 +53,13 @@ def test_comparison_of_runs_that_differ_in_length_and_metrics(tmp_path):
     plot_comparison({"a": judge_free, "b": full}, tmp_path / "both.png")
     assert len(COMPARISON_PANELS) == 9
     assert size(tmp_path / "a.png")[0] < size(tmp_path / "both.png")[0]  # 6 panels in two rows, 9 in three
+
+
+@pytest.mark.parametrize("names", [["w = 1"], ["w = 1", "w = 0.6"]])
+def test_calibration_of_few_bins_and_many(tmp_path, names):
+    bins = [(0.5, 0.0, 1), (0.62, 0.7, 10), (1.0, 1.0, 1)]
+    plot_calibration({name: bins[number:] for number, name in enumerate(names)}, tmp_path / "plots" / "out.png")
+    assert size(tmp_path / "plots" / "out.png") == (600, 552)
 
 
 def test_empty_metrics(tmp_path):

@@ -22,6 +22,8 @@ from r2m.rollout import collate
 
 WORDS = ["film", "story", "plot", "cast", "music", "ending"]
 PAIRS = [Preference(f"the {word} is ", "good!", "so bad") for word in WORDS]
+VANILLA = {"head_steps", "scale", "accuracy_vanilla", "loss_vanilla", "calibration_error_vanilla"}
+FUSED = {"warm_start_steps", "accuracy_fused", "loss_fused", "calibration_error_fused"}
 HELD_OUT = [Preference(f"my {word} was ", "good!", "so bad") for word in WORDS[:3]]
 
 
@@ -96,7 +98,7 @@ def test_a_head_that_learned_nothing_is_an_error_and_not_nan(reward_model):
 
 
 def test_embeddings_that_are_not_finite_stop_the_fit(reward_model):
-    with pytest.raises(FloatingPointError, match="Bradley-Terry fit: the held-out loss is nan"):
+    with pytest.raises(FloatingPointError, match="Bradley-Terry fit of the head: the held-out loss is nan"):
         fit_head(reward_model, preferences(4, 0), preferences(4, 1) * math.nan)
 
 
@@ -124,7 +126,7 @@ def test_the_warm_start_learns_from_hidden_states_and_touches_the_attention_alon
     training, held_out = feedback(40, 0), feedback(20, 1)
     before, loss = copies(reward_model), bradley_terry(reward_model, held_out)
     scores = reward_model.vanilla_score(held_out[0])
-    report = warm_start(reward_model, training, held_out)
+    report = warm_start(reward_model, [training], [held_out])
     assert report["warm_start_steps"] > 0
     assert changed(reward_model, before) == {f"attention.w_{x}" for x in "qkvo"}
     assert torch.equal(reward_model.vanilla_score(held_out[0]), scores)
@@ -135,7 +137,7 @@ def test_the_warm_start_learns_from_hidden_states_and_touches_the_attention_alon
 
 def test_a_warm_start_that_does_not_help_changes_nothing(reward_model):
     before = copies(reward_model)
-    report = warm_start(reward_model, feedback(40, 0), feedback(20, 1, sign=-1.0))
+    report = warm_start(reward_model, [feedback(40, 0)], [feedback(20, 1, sign=-1.0)])
     assert report["warm_start_steps"] == 0
     assert changed(reward_model, before) == set()
 
@@ -148,7 +150,7 @@ def test_a_reward_model_fitted_on_texts_ranks_held_out_texts(reward_checkpoint, 
     reward_model = tiny.reward_model(reward_checkpoint, policy, standardize=standardize)
     policy_before, backbone_before = copies(policy), copies(reward_model.backbone)
     report = fit_reward(reward_model, PAIRS, HELD_OUT, policy=policy, tokenizer=tokenizer)
-    assert report.keys() == {"head_steps", "accuracy_vanilla", "warm_start_steps", "accuracy_fused"}
+    assert report.keys() == VANILLA | FUSED
     rte, rollout = embed_pairs(reward_model, HELD_OUT), tokenize_pairs(policy, tokenizer, HELD_OUT)
     vanilla = reward_model.vanilla_score(rte)
     assert report["accuracy_vanilla"] == pair_accuracy(vanilla) == 1
@@ -177,7 +179,7 @@ def test_the_policy_adds_the_warm_start_and_leaves_head_and_statistics_as_they_a
         models[-1].set_statistics(3 * torch.randn(9, 24), torch.randn(32), torch.rand(32) + 0.5)
     head_only, both = models
     report = fit_reward(head_only, PAIRS, HELD_OUT)
-    assert report.keys() == {"head_steps", "accuracy_vanilla"}
+    assert report.keys() == VANILLA
     other = fit_reward(both, PAIRS, HELD_OUT, policy=policy, tokenizer=tokenizer)
     assert report.items() <= other.items()
     assert changed(both, copies(head_only)) == {f"attention.w_{x}" for x in "qkvo"}

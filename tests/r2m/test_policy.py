@@ -1,11 +1,13 @@
 """Loading a policy, adapters, the frozen reference, and dropout."""
 
+import importlib.util
+
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from r2m.config import Lora, R2MConfig
+from r2m.config import Lora, Placement, R2MConfig
 from r2m.policy import add_adapter, disable_dropout, freeze_reference, load_policy, load_tokenizer
 
 IDS = torch.tensor([[5, 9, 40, 7], [200, 3, 8, 11]])
@@ -196,3 +198,97 @@ def test_a_reference_made_again_is_of_the_policy_as_it_is_then():
     move(policy)
     with reference() as model:
         torch.testing.assert_close(logits(model), now, rtol=0, atol=0)
+
+
+# ---- an adapter that has not left its start ----
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_reference_of_a_fresh_adapter_is_the_model_without_it(training):
+    policy = add_adapter(tiny.policy(), Lora(rank=2)).train(training)
+    start, flags, names = logits(policy), trainable(policy).keys(), dict(policy.named_parameters()).keys()
+    reference = freeze_reference(policy)
+    assert dict(policy.named_parameters()).keys() == names
+    move(policy)
+    moved = logits(policy)
+    assert not torch.allclose(moved, start)
+    for _ in range(2):
+        with reference() as model:
+            assert trainable(model) == {}
+            assert model.training == training
+            torch.testing.assert_close(logits(model), start, rtol=0, atol=0)
+        torch.testing.assert_close(logits(policy), moved, rtol=0, atol=0)
+        assert trainable(policy).keys() == flags
+        assert policy.training == training
+
+
+def test_an_error_under_the_reference_of_a_fresh_adapter_gives_the_policy_back():
+    policy = add_adapter(tiny.policy(), Lora(rank=2))
+    for name, p in policy.named_parameters():
+        p.requires_grad_("lora_B" in name)  # half of it frozen by hand
+    flags = trainable(policy).keys()
+    reference = freeze_reference(policy)
+    move(policy)
+    moved = logits(policy)
+    with pytest.raises(KeyError), reference():
+        raise KeyError
+    torch.testing.assert_close(logits(policy), moved, rtol=0, atol=0)
+    assert trainable(policy).keys() == flags
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}],
+    ids=["DoRA", "another module trained in full", "embeddings"],
+)
+def test_an_adapter_of_more_than_linear_products_is_copied(settings):
+    torch.manual_seed(5)
+    lora = LoraConfig(**({"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | settings))
+    policy = get_peft_model(tiny.policy(), lora).eval()
+    start = logits(policy)
+    reference = freeze_reference(policy)
+    assert "reference" in policy.peft_config
+    move(policy)
+    with reference() as model:
+        torch.testing.assert_close(logits(model), start, rtol=0, atol=0)
+    assert not torch.allclose(logits(policy), start)
+
+
+# ---- placement ----
+
+
+def test_an_offloaded_reference_is_the_same_model_in_every_use():
+    policy = tiny.policy(tie_word_embeddings=True)
+    start = logits(policy)
+    reference = freeze_reference(policy, offload=True)
+    move(policy)
+    for _ in range(2):
+        with reference() as model:
+            assert trainable(model) == {}
+            assert not model.training
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            torch.testing.assert_close(logits(model), start, rtol=0, atol=0)
+    with pytest.raises(KeyError), reference():
+        raise KeyError
+    with reference() as model:
+        torch.testing.assert_close(logits(model), start, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_policy_runs_with_the_attention_asked_for(checkpoint, attention):
+    policy = load_policy(R2MConfig(policy=str(checkpoint), placement=Placement(attention=attention)))
+    assert policy.config._attn_implementation == attention
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_an_attention_that_is_not_installed_is_an_error_that_names_the_key(checkpoint):
+    config = R2MConfig(policy=str(checkpoint), placement=Placement(attention="flash_attention_2"))
+    with pytest.raises(ValueError, match=r"placement\.attention is 'flash_attention_2'; .* cannot use it here"):
+        load_policy(config)
+
+
+def test_a_wrong_policy_is_not_blamed_on_the_attention(tmp_path):
+    config = R2MConfig(policy=str(tmp_path / "none"), placement=Placement(attention="eager"))
+    with pytest.raises((OSError, ValueError)) as error:
+        load_policy(config)
+    assert "placement" not in str(error.value)

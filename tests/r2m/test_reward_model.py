@@ -1,4 +1,5 @@
 import json
+from importlib.util import find_spec
 
 import pytest
 import tiny
@@ -141,6 +142,125 @@ def test_zero_output_starts_at_the_vanilla_reward(reward_checkpoint, policy):
     rte = model.embed(PROMPTS, COMPLETIONS)
     expected = 0.6 * (model.vanilla_score(rte) - model.head.bias) + model.head.bias
     torch.testing.assert_close(model.score(rte, torch.randn(3, 4, 32)), expected)
+
+
+def test_a_folder_with_its_backbone_scores_the_same_wherever_it_lies(reward_model, reward_checkpoint, tmp_path):
+    reward_model.set_statistics(3 * torch.randn(9, 24) + 1, torch.randn(32), torch.rand(32) + 0.5)
+    reward_model.save_pretrained(tmp_path / "one", include_backbone=True)
+    folder = (tmp_path / "one").rename(tmp_path / "other")
+    assert json.loads((folder / "r2m_config.json").read_text())["backbone"] == "."
+    loaded = R2MRewardModel.from_pretrained(folder, dtype=torch.float32)
+    rte, hidden = loaded.embed(PROMPTS, COMPLETIONS), torch.randn(3, 5, 32)
+    assert torch.equal(rte, reward_model.embed(PROMPTS, COMPLETIONS))
+    assert torch.equal(loaded.score(rte, hidden), reward_model.score(rte, hidden))
+
+    loaded.save_pretrained(tmp_path / "without")  # names the backbone where it was found
+    assert json.loads((tmp_path / "without" / "r2m_config.json").read_text())["backbone"] == str(folder)
+
+
+def test_the_card_states_the_shift_that_a_head_without_bias_loses(reward_model, tmp_path):
+    with torch.no_grad():
+        reward_model.head.bias.fill_(0.75)
+    reward_model.save_pretrained(tmp_path, include_backbone=True)
+    texts = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    expected = reward_model.vanilla_score(reward_model.embed(PROMPTS, COMPLETIONS)) - 0.75
+    torch.testing.assert_close(checkpoint_scores(tmp_path, reward_model, texts), expected, rtol=1e-5, atol=1e-5)
+    assert "less 0.75" in (tmp_path / "README.md").read_text()
+
+
+# ---- placement ----
+
+
+def devices(model):
+    return {parameter.device.type for parameter in model.parameters()}
+
+
+def test_the_backbone_follows_unless_it_has_a_device_of_its_own(reward_checkpoint, policy):
+    follows = tiny.reward_model(reward_checkpoint, policy).to("meta")
+    assert devices(follows) == devices(follows.backbone) == {"meta"}
+    for settings in ({"backbone_device": "cpu"}, {"offload": True}):
+        stays = tiny.reward_model(reward_checkpoint, policy, **settings).to("meta")
+        assert (devices(stays), devices(stays.backbone)) == ({"meta"}, {"cpu"})
+
+
+def test_embeddings_are_where_the_head_is(reward_checkpoint, policy):
+    rte = tiny.reward_model(reward_checkpoint, policy).embed(PROMPTS, COMPLETIONS)
+    placed = tiny.reward_model(reward_checkpoint, policy, backbone_device="cpu")
+    assert torch.equal(placed.embed(PROMPTS, COMPLETIONS), rte)
+    placed.to("meta")
+    assert placed.embed(PROMPTS, COMPLETIONS).device.type == "meta"
+
+
+def test_an_offloaded_backbone_comes_and_goes_and_its_weights_stay_what_they_are(reward_checkpoint, policy):
+    model = tiny.reward_model(reward_checkpoint, policy, offload=True)
+    expected = model.embed(PROMPTS, COMPLETIONS)
+    model.to("meta")
+    weights = [parameter.data_ptr() for parameter in model.backbone.parameters()]
+    with model.backbone_loaded():
+        assert devices(model.backbone) == {"meta"}
+        with model.backbone_loaded():
+            pass
+        assert devices(model.backbone) == {"meta"}
+    assert [parameter.data_ptr() for parameter in model.backbone.parameters()] == weights
+    with pytest.raises(RuntimeError, match="full"), model.backbone_loaded():
+        raise RuntimeError("full")
+    assert devices(model.backbone) == {"cpu"}
+    model.head.to_empty(device="cpu")
+    torch.testing.assert_close(model.embed(PROMPTS, COMPLETIONS), expected)
+
+
+def test_without_offloading_loading_is_nothing(reward_model):
+    weights = [parameter.data_ptr() for parameter in reward_model.backbone.parameters()]
+    with reward_model.backbone_loaded():
+        assert [parameter.data_ptr() for parameter in reward_model.backbone.parameters()] == weights
+
+
+def test_the_attention_that_was_asked_for_is_used(reward_checkpoint, policy):
+    embeddings = []
+    for attention in ("eager", "sdpa"):
+        model = tiny.reward_model(reward_checkpoint, policy, attention=attention)
+        assert model.backbone.config._attn_implementation == attention
+        embeddings.append(model.embed(PROMPTS, COMPLETIONS))
+    torch.testing.assert_close(*embeddings, rtol=1e-4, atol=1e-4)
+
+
+BITSANDBYTES = find_spec("bitsandbytes") is not None
+
+
+@pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantised_backbone_embeds_and_neither_moves_nor_changes_type(tmp_path, policy, quantization):
+    checkpoint = tiny.save_reward_checkpoint(tmp_path / "checkpoint", width=64)  # 4 bits come in blocks of 32 and more
+    model = tiny.reward_model(checkpoint, policy, dtype=torch.bfloat16, quantization=quantization)
+    weight = model.backbone.layers[0].self_attn.q_proj.weight
+    assert weight.dtype in (torch.int8, torch.uint8)
+    rte = model.embed(PROMPTS, COMPLETIONS)
+    exact = tiny.reward_model(checkpoint, policy).embed(PROMPTS, COMPLETIONS)
+    similarity = torch.cosine_similarity(rte, exact, dim=-1)
+    assert rte.dtype == torch.float32
+    assert similarity.min() > (0.95 if quantization == "8bit" else 0.5)
+    model.double()
+    assert model.head.weight.dtype == torch.float64
+    assert torch.equal(model.embed(PROMPTS, COMPLETIONS), rte)
+    model.float().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the backbone .* is quantised; only one in full precision is saved"):
+        model.save_pretrained(tmp_path, include_backbone=True)
+
+
+@pytest.mark.skipif(BITSANDBYTES, reason="bitsandbytes is installed")
+def test_quantisation_without_bitsandbytes_says_what_to_install(reward_checkpoint, policy):
+    with pytest.raises(ImportError, match="quantization '8bit' needs bitsandbytes: pip install bitsandbytes"):
+        tiny.reward_model(reward_checkpoint, policy, quantization="8bit")
+
+
+def test_placements_that_exclude_each_other_or_do_not_exist_are_errors(reward_checkpoint, policy):
+    with pytest.raises(ValueError, match="offload is True with quantization '4bit'"):
+        tiny.reward_model(reward_checkpoint, policy, offload=True, quantization="4bit")
+    with pytest.raises(ValueError, match="quantization is '2bit'; expected '8bit', '4bit' or None"):
+        tiny.reward_model(reward_checkpoint, policy, quantization="2bit")
+
+
+# ---- bad input ----
 
 
 def test_a_policy_of_another_width_is_an_error(reward_model, tmp_path):

@@ -1,10 +1,13 @@
 import pytest
 import tiny
 import torch
+from transformers import Lfm2Config, Lfm2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from r2m.config import Generation
+from r2m import rollout
+from r2m.config import Generation, Lora
+from r2m.policy import add_adapter
 from r2m.policy_loss import token_log_probs
-from r2m.rollout import collate, encode_prompt, sample
+from r2m.rollout import collate, sample
 
 
 def forward(policy, rollout):
@@ -98,11 +101,6 @@ def test_a_stop_string_ends_a_response_and_padding_after_it_is_no_part_of_it(pol
             assert text[-1] in stops or text.endswith("</s>")
 
 
-def test_chat_messages_go_through_the_template_once(tokenizer):
-    ids = encode_prompt(tokenizer, [{"role": "user", "content": "hi"}])
-    assert tokenizer.decode(ids) == "<s>user:hi</s><s>assistant:"
-
-
 def test_generation_runs_in_eval_mode_and_restores_the_mode(tokenizer):
     policy = tiny.policy().train()
     modes = []
@@ -121,3 +119,92 @@ def test_another_generator_can_take_over(policy, tokenizer):
 def test_a_generator_that_returns_too_few_is_an_error(policy, tokenizer):
     with pytest.raises(ValueError, match="rollout_fn returned 3 responses; expected 2 prompts x 2"):
         sample(policy, tokenizer, ["a", "b"], 2, Generation(), rollout_fn=lambda ids, k: [[7]] * 3)
+
+
+# ---- prompts are read once ----
+
+PROMPTS = ["hello there, this is a longer one", "x", "two words"]  # the second is a single token
+
+
+def build(architecture):
+    shared = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    shared |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    if architecture == "adapter":
+        return add_adapter(tiny.policy(), Lora(rank=2))
+    if architecture == "sliding window":
+        return MistralForCausalLM(MistralConfig(**shared, sliding_window=6)).eval()
+    if architecture == "convolutions":
+        return Lfm2ForCausalLM(Lfm2Config(**shared, layer_types=["conv", "full_attention"])).eval()
+    return tiny.policy_with_dropout(architecture).eval()
+
+
+def reads(policy, run):
+    """What `run` returns, and (sequences, columns) of every forward pass of the policy."""
+    shapes = []
+    hook = policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    result = run()
+    hook.remove()
+    return result, shapes
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", [*tiny.DROPOUT_ARCHITECTURES, "sliding window", "adapter"])
+def test_reading_each_prompt_once_samples_the_same_tokens(tokenizer, monkeypatch, architecture, attention):
+    policy = build(architecture)
+    policy.set_attn_implementation(attention)
+
+    def run():
+        torch.manual_seed(0)
+        return sample(policy, tokenizer, PROMPTS, 4, Generation(max_new_tokens=8))
+
+    once, shapes = reads(policy, run)
+    assert shapes[0] == (3, len(PROMPTS[0]) - 1)
+    assert set(shapes[1:]) == {(12, 1)}
+    monkeypatch.setattr(rollout, "_REPEATABLE_LAYERS", set())
+    plain, shapes = reads(policy, run)
+    assert shapes[1] == (12, len(PROMPTS[0]))
+    assert torch.equal(once.input_ids, plain.input_ids)
+    assert len({tuple(row) for row in once.completion_ids.tolist()}) > 6
+
+
+def test_a_model_that_keeps_more_than_keys_and_values_reads_every_sequence(tokenizer):
+    policy = build("convolutions")
+    torch.manual_seed(0)
+    r, shapes = reads(policy, lambda: sample(policy, tokenizer, PROMPTS[:1], 3, Generation(max_new_tokens=4)))
+    assert shapes[1] == (3, len(PROMPTS[0]))
+    assert len({tuple(row) for row in r.completion_ids.tolist()}) == 3
+
+
+def test_prompts_of_one_token_have_nothing_to_read_ahead(policy, tokenizer):
+    r, shapes = reads(policy, lambda: sample(policy, tokenizer, ["x", "y"], 3, Generation(max_new_tokens=4)))
+    assert set(shapes) == {(6, 1)}
+    assert r.prompts == ["x"] * 3 + ["y"] * 3
+
+
+@pytest.mark.parametrize(
+    ("size", "chunks"),
+    [(None, [12]), (100, [12]), (12, [12]), (11, [8, 4]), (4, [4, 4, 4]), (3, [3, 1, 3, 1, 3, 1]), (1, [1] * 12)],
+)
+def test_no_more_sequences_than_asked_for_are_generated_at_once(policy, tokenizer, monkeypatch, size, chunks):
+    seen, generate = [], policy.generate
+    monkeypatch.setattr(
+        policy, "generate", lambda **kwargs: seen.append(len(kwargs["input_ids"])) or generate(**kwargs)
+    )
+    torch.manual_seed(0)
+    r = sample(policy, tokenizer, PROMPTS, 4, Generation(max_new_tokens=5, batch_size=size))
+    assert seen == chunks
+    assert r.prompts == [prompt for prompt in PROMPTS for _ in range(4)]
+    prompt_ids = [
+        row[mask][: len(p)].tolist() for row, mask, p in zip(r.input_ids, r.attention_mask, r.prompts, strict=True)
+    ]
+    assert prompt_ids == [tokenizer(prompt).input_ids for prompt in r.prompts]
+    assert len({tuple(row) for row in r.completion_ids.tolist()}) > 6
+
+
+def test_prompts_are_not_tokenized_again_where_their_ids_are_given(policy, tokenizer):
+    r = sample(policy, tokenizer, ["a", "b"], 2, Generation(max_new_tokens=2), prompt_ids=[[70, 71], [72]])
+    assert r.prompts == ["a", "a", "b", "b"]
+    assert [row[mask][:-2].tolist() for row, mask in zip(r.input_ids, r.attention_mask, strict=True)] == [
+        [70, 71], [70, 71], [72], [72],
+    ]  # fmt: skip

@@ -1,0 +1,142 @@
+"""What this machine has and, for a config, whether its run fits into memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from r2m.config import R2MConfig
+from r2m.memory import MemoryEstimate, estimate_memory, policy_device
+from r2m_kernels import build, dispatch
+
+_PACKAGES = ("r2m", "torch", "triton", "transformers", "accelerate", "peft")
+_OPTIONAL = ("flash_attn", "bitsandbytes", "datasets", "tensorboard", "wandb", "trackio")
+_GIB = 2**30
+
+
+def report(config: R2MConfig | None = None) -> str:
+    """Versions, devices, implementations of the operators and compilers; with a config, its memory on this machine.
+
+    Raises ValueError or OSError as `estimate_memory` does.
+    """
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
+    sections = [
+        ("versions", _versions()),
+        ("devices", [_device(name) for name in devices]),
+        ("operators", [line for name in devices for line in _implementations(name)]),
+        ("compilers for the extension", _compilers()),
+    ]
+    if config is not None:
+        sections.append(("memory", _memory(config)))
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
+
+
+def _versions() -> list[str]:
+    built_for = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    lines = [f"python {platform.python_version()}"]
+    for name in (*_PACKAGES, *_OPTIONAL):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = "not installed" + (" (optional)" if name in _OPTIONAL else "")
+        if name == "torch":
+            version += f", built for {built_for if torch.version.hip or torch.version.cuda else 'CPU alone'}"
+        lines.append(f"{name} {version}")
+    return lines
+
+
+def _device(name: str) -> str:
+    if name == "cpu":
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        cores = len(os.sched_getaffinity(0))
+        return f"cpu: {cores} cores, {total / _GIB:.1f} GiB memory, {_free('cpu') / _GIB:.1f} GiB free"
+    properties = torch.cuda.get_device_properties(name)
+    return (
+        f"{name}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.total_memory / _GIB:.1f} GiB memory, {_free(name) / _GIB:.1f} GiB free"
+    )
+
+
+def _free(device: torch.device | str) -> float:
+    """Bytes; inf where the device is not of this machine."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return build._available_memory() * _GIB
+    here = torch.cuda.is_available() and device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    return torch.cuda.mem_get_info(device)[0] if here else float("inf")
+
+
+def _implementations(device: str) -> list[str]:
+    tensor = torch.empty(0, device=device)
+    lines = [f'{device}: impl="auto" takes {dispatch.choose("auto", tensor)}']
+    for name in dispatch.IMPLEMENTATIONS:
+        try:
+            dispatch.choose(name, tensor)
+            lines.append(f"  {name}: can run")
+        except RuntimeError as error:
+            lines.append(f"  {name}: {str(error).partition('cannot run: ')[2]}")
+    return lines
+
+
+def _compilers() -> list[str]:
+    lines = []
+    for name, find in (("C++", build.find_cxx), ("CUDA", build.find_nvcc), ("ninja", build.find_ninja)):
+        try:
+            lines.append(f"{name}: {find()}")
+        except build.BuildError as error:
+            lines.append(f"{name}: {error}")
+    return lines
+
+
+def _memory(config: R2MConfig) -> list[str]:
+    device = policy_device(config)
+    try:
+        estimate = estimate_memory(config)
+    except RuntimeError as error:
+        return [f"cannot be estimated, since these models do not run on tensors without data: {error}"]
+    lines = [f"parts on {device}, the policy's device, in GiB"]
+    lines += [f"  {size / _GIB:8.2f}  {part}" for part, size in estimate.parts.items()]
+    lines += ["peak of each phase in GiB, every response at its greatest length"]
+    lines += [f"  {size / _GIB:8.2f}  {phase}" for phase, size in estimate.phases.items()]
+    free = _free(device)
+    over = [phase for phase, size in estimate.phases.items() if size > free]
+    lines.append(_verdict(f"{device}", max(estimate.phases.values()), free))
+    if over:
+        lines += ["keys that lower it:", *(f"  {hint}" for hint in _hints(config, estimate, over))]
+    if estimate.reward_model_device is not None:
+        where = str(config.placement.reward_model)
+        lines.append(_verdict(f"{where}, the reward model's", estimate.reward_model_device, _free(where)))
+    return lines
+
+
+def _verdict(device: str, peak: float, free: float) -> str:
+    if free == float("inf"):
+        return f"{device}: {peak / _GIB:.2f} GiB at the peak; this machine has no such device to compare with"
+    fits = "fits" if peak <= free else "does not fit"
+    return f"{device}: {fits}, {peak / _GIB:.2f} GiB at the peak of {free / _GIB:.2f} GiB free"
+
+
+def _hints(config: R2MConfig, estimate: MemoryEstimate, phases: list[str]) -> list[str]:
+    """Keys that lower the peaks of `phases`, each with the GiB that it is about."""
+    parts = {name: f"{size / _GIB:.2f} GiB" for name, size in estimate.parts.items()}
+    trains, on_gpu = {"annotate", "policy"} & set(phases), policy_device(config).type != "cpu"
+    size = config.generation.batch_size or config.prompts_per_round * config.num_generations
+    trained = sum(estimate.parts[name] for name in ("gradients", "optimizer state", "reference"))
+    hints = {
+        f"generation.batch_size, now {size}: {parts['generation cache']} of cache": "rollout" in phases,
+        f"gradient_checkpointing=true: {parts['activations and temporaries']}": trains
+        and not config.gradient_checkpointing,
+        f"micro_batch_size, now {config.micro_batch_size}: {parts['activations and temporaries']}": trains
+        and config.micro_batch_size > 1,
+        f"lora, an adapter: {trained / _GIB:.2f} GiB of gradients, optimizer state and reference": config.lora is None,
+        f"placement.offload_reference=true: {parts['reference']}": on_gpu
+        and config.lora is None
+        and estimate.parts["reference"] > 0,
+        f"placement.offload_reward_model, .quantize_reward_model or .reward_model: {parts['reward model backbone']}": (
+            on_gpu and estimate.parts["reward model backbone"] > 0
+        ),
+    }
+    return [hint for hint, applies in hints.items() if applies]

@@ -1,0 +1,247 @@
+"""Hand-over of a trained policy: a folder, or a repository of the Hugging Face hub, that loads without r2m."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import HfApi
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedModel
+
+from r2m.checkpoint import find_checkpoint, read_metrics
+from r2m.config import Placement, R2MConfig, load_config
+from r2m.policy import load_policy, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def export_run(run: str | Path, output: str | Path, *, checkpoint: str | None = None, merge: bool = False) -> Path:
+    """Write policy, tokenizer, generation config, model card and, in `reward_model`, the reward model to `output`.
+
+    run: the output_dir of a run that has ended, or with `checkpoint` ("last", "best" or a round) of any run.
+    merge: put an adapter into the model below it, in float32 (4 bytes of host memory a weight).
+
+    An adapter is saved in float32, a whole model in the dtype of the checkpoint it started from; after full tuning
+    `run/policy` has it in float32. Raises FileNotFoundError for what `run` does not hold and ValueError for an `output`
+    that is not empty, or weights that are not those of the config's policy.
+    """
+    run, output = Path(run), Path(output)
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run} holds no config.yaml; expected the output_dir of a run")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"output {output} is not empty; expected a new folder")
+    config, history = load_config(run / "config.yaml"), read_metrics(run)
+    if not config.policy:
+        raise ValueError(f"{run / 'config.yaml'} names no policy: the run was given a model, and which is not known")
+    where: Any = {"revision": config.policy_revision, "trust_remote_code": config.trust_remote_code}
+    dtype = AutoConfig.from_pretrained(config.policy, **where).dtype or torch.float32
+    # On the CPU, whatever the run had; below an adapter that is not merged the precision does not matter.
+    here = dataclasses.replace(config, placement=Placement(), precision="float32" if merge else config.precision)
+    policy: Any
+    if checkpoint is None:
+        source = run
+        if not (run / "policy").is_dir():
+            raise FileNotFoundError(f"{run} holds no policy, its run has not ended; expected a checkpoint to be chosen")
+        policy, tokenizer = _load_saved(run / "policy", here), load_tokenizer(str(run / "policy"))
+    else:
+        source = find_checkpoint(run, checkpoint)
+        history = [row for row in history if row["round"] <= int(source.name.rpartition("-")[2])]
+        policy = _load_checkpoint(source / "policy.safetensors", here)
+        tokenizer = load_tokenizer(config.policy, **where)
+    if isinstance(policy, PeftModel) and merge:
+        policy = policy.merge_and_unload()
+    if isinstance(policy, PeftModel):
+        policy.active_peft_config.revision = config.policy_revision  # of the model that it is loaded onto
+        below: Any = policy.get_base_model()
+        below.generation_config.save_pretrained(output)
+    else:
+        policy.to(dtype)
+    policy.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    shutil.copytree(source / "reward_model", output / "reward_model")
+    write_policy_card(output, config, history)
+    return output
+
+
+def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> str:
+    """Upload an exported folder to `repo` ("owner/name"), made if it is not there; returns its address.
+
+    Raises ValueError if `private` is asked of a repository that exists and is public, before anything is uploaded.
+    """
+    _warn_about_local_names(Path(folder))
+    api = HfApi()
+    url = api.create_repo(repo, private=private or None, exist_ok=True)
+    if private and not api.repo_info(url.repo_id).private:
+        raise ValueError(f"{url.repo_id} exists and is public; expected a private repository, or a new name")
+    api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Policy and reward model, by r2m export")
+    return str(url)
+
+
+def write_policy_card(folder: str | Path, config: R2MConfig, history: list[dict[str, Any]]) -> None:
+    """Write README.md, the hub's model card, beside a saved policy (or adapter).
+
+    history: the rows of metrics.jsonl up to this policy. Of names of local files only the last part is shown.
+    """
+    folder = Path(folder)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    front: dict[str, Any] = {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["rlhf", "r2m", config.algorithm, *(["lora"] if is_adapter else [])],
+    }
+    if not _is_local(config.policy):  # the hub takes ids only
+        front = {"base_model": config.policy, "base_model_relation": "adapter" if is_adapter else "finetune"} | front
+    rounds = int(history[-1]["round"]) if history else 0
+    settings, measured = _flat(dataclasses.asdict(config)), config.evaluation
+    data = {"prompts": config.prompts, "held-out prompts": measured.prompts, "held-out pairs": measured.pairs}
+    text = _CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        kind="An adapter of" if is_adapter else "Fine-tuned from",
+        policy=_shown(config.policy),
+        algorithm=config.algorithm.upper(),
+        method=_METHOD[config.r2m.feedback],
+        reward_model=_shown(config.reward_model),
+        reward_model_folder=_REWARD_MODEL if (folder / "reward_model").is_dir() else "",
+        loader="peft" if is_adapter else "transformers",
+        auto_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
+        temperature=config.generation.temperature,
+        data=_table([[name, f"`{_shown(value)}`"] for name, value in data.items() if value]),
+        rounds=rounds,
+        all_rounds=config.rounds,
+        n=config.prompts_per_round,
+        k=config.num_generations,
+        trajectories=rounds * config.prompts_per_round * config.num_generations,
+        metrics=_table(_measured(history), ["measure", "first (round)", "last (round)"]),
+        settings=_table([[f"`{name}`", f"`{_shown(value)}`" if value != "" else ""] for name, value in settings]),
+        versions=", ".join(f"{name} {version(name)}" for name in ("r2m", "torch", "transformers", "peft")),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+# ---- loading ----
+
+
+def _load_saved(folder: Path, config: R2MConfig) -> PreTrainedModel | PeftModel:
+    if config.lora is not None:
+        lora = dataclasses.replace(config.lora, adapter=str(folder))
+        return load_policy(dataclasses.replace(config, lora=lora))
+    return load_policy(dataclasses.replace(config, policy=str(folder), policy_revision=None))
+
+
+def _load_checkpoint(file: Path, config: R2MConfig) -> PreTrainedModel | PeftModel:
+    policy, saved = load_policy(config), load_file(file)
+    own = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    if {name: p.shape for name, p in saved.items()} != {name: p.shape for name, p in own.items()}:
+        raise ValueError(f"the weights in {file} are not those of the policy {config.policy} of the run's config")
+    with torch.no_grad():
+        for name, value in saved.items():
+            own[name].copy_(value)
+    return policy
+
+
+# ---- the card ----
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).is_absolute() or Path(name).exists()
+
+
+def _shown(value: object) -> object:
+    """Folders of this machine are nobody else's business."""
+    return Path(value).name if isinstance(value, str) and value and _is_local(value) else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        is_block = isinstance(value, dict) and name != "columns"
+        pairs += _flat(value, f"{prefix}{name}.") if is_block else [(f"{prefix}{name}", value)]
+    return pairs
+
+
+def _measured(history: list[dict[str, Any]]) -> list[list[str]]:
+    """First and last value of what tells how the run went."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for row in history:
+        for name, value in row.items():
+            if name.startswith(("eval/", "reward/", "rm/")) or name == "policy/kl":
+                found.setdefault(name, []).append((value, int(row["round"])))
+    return [
+        [f"`{name}`", *(f"{value:.4g} ({t})" for value, t in (values[0], values[-1]))]
+        for name, values in sorted(found.items())
+    ]
+
+
+def _table(rows: list[list[str]], head: list[str] | None = None) -> str:
+    columns = head or ["", ""]
+    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _warn_about_local_names(folder: Path) -> None:
+    files = {"adapter_config.json": ["base_model_name_or_path"], "reward_model/r2m_config.json": ["backbone", "policy"]}
+    for file, keys in files.items():
+        names = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+        for key in keys:
+            if key in names and _is_local(names[key]):
+                logger.warning(
+                    "%s: %s is %s, a folder of this machine; nobody else can load it from there", file, key, names[key]
+                )
+
+
+_METHOD = {
+    "none": "The reward model is fixed.",
+    "frozen": "The reward model reads the policy's own hidden states (R2M); its small trainable part is not trained.",
+    "trained": (
+        "The reward model reads the policy's own hidden states, and its small trainable part is trained in step with "
+        "the policy (R2M)."
+    ),
+}
+
+_REWARD_MODEL = (
+    " The reward model is in `reward_model` (`r2m.R2MRewardModel.from_pretrained`), and needs this policy's hidden "
+    "states to score."
+)
+
+_CARD = """---
+{front}---
+# Policy trained with R2M
+
+{kind} `{policy}`, by {algorithm} against a reward model on `{reward_model}`. {method}{reward_model_folder}
+
+Method: "Real-Time Aligned Reward Model beyond Semantics" ([arXiv:2601.22664](https://arxiv.org/abs/2601.22664)).
+
+```python
+from {loader} import {auto_class}
+from transformers import AutoTokenizer
+
+policy, tokenizer = {auto_class}.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+```
+
+It was trained on samples of temperature {temperature}, without top-k or top-p.
+
+## Data
+
+{data}
+
+{rounds} of {all_rounds} rounds of {n} prompts x {k} responses: {trajectories} trajectories.
+
+## Measured in training
+
+{metrics}
+
+## Settings
+
+{settings}
+
+{versions}
+"""

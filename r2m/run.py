@@ -1,0 +1,150 @@
+"""Runs from files to files: what the command line does with a config or with the folder of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+
+from r2m.checkpoint import best_round, claim, find_checkpoint, load_checkpoint
+from r2m.config import R2MConfig, config_to_yaml, load_config
+from r2m.data import load_pairs, load_prompts
+from r2m.evaluation import load_judge
+from r2m.monitor import check_trackers, sample_table
+from r2m.plots import plot_run
+from r2m.policy import load_policy, load_tokenizer
+from r2m.reward_model import R2MRewardModel
+from r2m.tokenization import usable_pairs
+from r2m.trainer import R2MTrainer
+
+
+def build_trainer(config: R2MConfig) -> R2MTrainer:
+    """The trainer that a config describes. What costs nothing to check comes before what loads a model.
+
+    Raises ValueError, OSError or ImportError, naming the key of the config, for what cannot be found, read or run.
+    """
+    for key in ("policy", "reward_model", "prompts"):
+        if not getattr(config, key):
+            raise ValueError(f"{key} is not set; expected it in the config file or as {key}=...")
+    check_trackers(list(config.trackers))
+    measured, place = config.evaluation, config.placement
+    if measured.judge and not measured.prompts:
+        raise ValueError("evaluation.judge is set without evaluation.prompts; expected the held-out prompts for it")
+    prompts = load_prompts(config.prompts, columns=config.columns)
+    eval_prompts = load_prompts(measured.prompts, columns=config.columns) if measured.prompts else None
+    pairs = load_pairs(measured.pairs, columns=config.columns) if measured.pairs else None
+    judge = load_judge(measured.judge) if measured.judge else None
+
+    torch.manual_seed(config.seed)  # of an adapter's and a cross-attention's fresh weights
+    device = place.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(
+        config.policy, revision=config.policy_revision, trust_remote_code=config.trust_remote_code
+    )
+    reward_model = R2MRewardModel.from_pretrained(
+        config.reward_model,
+        policy=config.policy,
+        revision=config.reward_model_revision,
+        policy_revision=config.policy_revision,
+        device=device,
+        backbone_device=place.reward_model,
+        offload=place.offload_reward_model,
+        quantization=place.quantize_reward_model,
+        attention=place.attention,
+        trust_remote_code=config.trust_remote_code,
+        inner_width=config.r2m.inner_width,
+        num_heads=config.r2m.num_heads,
+        floor=config.r2m.floor,
+        standardize=config.r2m.standardize,
+        zero_output=config.r2m.zero_output,
+    )
+    policy = load_policy(config, device)
+    if pairs is not None:
+        pairs = usable_pairs(tokenizer, pairs, reward_model.config.max_length)
+    return R2MTrainer(
+        policy,
+        reward_model,
+        tokenizer,
+        prompts,
+        config,
+        eval_prompts=eval_prompts,
+        judge=judge,
+        held_out_pairs=pairs,
+    )
+
+
+def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
+    """Train, save policy and reward model in output_dir, and draw the curves; returns a sentence for the user."""
+    with claim(config.output_dir) as folder:
+        trainer = build_trainer(config)
+        history = trainer.train(resume_from)
+        trainer.save_pretrained(folder)
+        plot_run(folder / "metrics.jsonl", folder / "metrics.png")
+    best = best_round(history)
+    liked = f"; the judge likes round {best} best (r2m export {folder} --checkpoint best)" if best else ""
+    return f"policy, reward model, metrics.jsonl and metrics.png are in {folder}{liked}"
+
+
+def dry_run(config: R2MConfig) -> str:
+    """Build everything and run one tiny round, with evaluation and a checkpoint, in a folder that is thrown away.
+
+    Two prompts and at most 16 new tokens; the rest as configured. Returns the resolved config and what was measured.
+    """
+    generation = dataclasses.replace(
+        config.generation, max_new_tokens=min(16, config.generation.max_new_tokens), batch_size=None
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = dataclasses.replace(
+            config,
+            rounds=1,
+            prompts_per_round=2,
+            minibatches=1,
+            generation=generation,
+            trackers=[],
+            output_dir=folder,
+            checkpoints=dataclasses.replace(config.checkpoints, every=1),
+        )
+        trainer = build_trainer(tiny)
+        trainer.eval_prompts = trainer.eval_prompts[:2]
+        (row,) = trainer.train()
+    measured = "\n".join(f"  {name}: {value:.4g}" for name, value in row.items() if name != "round")
+    return f"{config_to_yaml(config)}\none round of 2 prompts x {config.num_generations} responses:\n{measured}"
+
+
+def evaluate_run(
+    folder: str | Path, which: str = "last", *, prompts: str = "", pairs: str = "", judge: str = ""
+) -> str:
+    """Measure a checkpoint of a run on held-out prompts and pairs, by default those of its config; returns a report."""
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.yaml; expected the output_dir of a run")
+    config = load_config(folder / "config.yaml")
+    given = {name: value for name, value in (("prompts", prompts), ("pairs", pairs), ("judge", judge)) if value}
+    config.evaluation = dataclasses.replace(config.evaluation, **given)
+    config.trackers = []
+    if not config.evaluation.prompts:
+        raise ValueError("evaluation.prompts is not set in the run's config; expected --prompts FILE")
+    checkpoint = find_checkpoint(folder, which)
+    trainer = build_trainer(config)
+    round_ = load_checkpoint(trainer, checkpoint)
+    measures, rollout, batch = trainer.evaluate(trainer.eval_prompts)
+    judged = None if trainer.judge is None else [float(s) for s in trainer.judge(rollout.prompts, rollout.completions)]
+    names = {
+        "reward/mean": "reward (w = Omega)",
+        "reward/initial": "initial reward model's score",
+        "policy/kl": "KL to the reference (nats / response)",
+        "policy/reference_log_prob": "reference log-likelihood (nats / token)",
+        "policy/entropy": "entropy (nats / token)",
+        "length/mean": "length (tokens)",
+        "length/eos_share": "share of responses that end",
+    }
+    report = {label: measures[key] for key, label in names.items()}
+    if judged is not None:
+        report["judge"] = sum(judged) / len(judged)
+    if trainer.held_out is not None:
+        report["reward model's pair accuracy, w = 1"] = trainer.held_out_accuracy(1.0)
+        report["reward model's pair accuracy, w = Omega"] = trainer.held_out_accuracy()
+    text = "\n".join(f"  {label}: {value:.4g}" for label, value in report.items())
+    title = f"{checkpoint.name} (round {round_} of {config.rounds}) on {len(rollout.prompts)} held-out prompts"
+    return f"{title}\n{text}\n\n{sample_table(rollout, batch, 8, judged)}"

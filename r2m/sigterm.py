@@ -1,0 +1,50 @@
+"""SIGTERM, with which schedulers announce the end: the run saves what it has and leaves."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Terminated(Exception):
+    """SIGTERM came at a moment at which the run can stop at once."""
+
+
+class Sigterm:
+    """Whether SIGTERM has come, and whether it may interrupt what is going on."""
+
+    received = False
+    _interrupts = False
+
+    @contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """Within this block SIGTERM raises `Terminated` wherever the program is; outside, it waits to be asked for."""
+        self._interrupts = True
+        try:
+            if self.received:
+                raise Terminated
+            yield
+        finally:
+            self._interrupts = False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.received = True
+        if self._interrupts:
+            raise Terminated
+
+
+@contextmanager
+def on_sigterm() -> Iterator[Sigterm]:
+    """Take SIGTERM over for the block. In a thread other than the main one signals stay as they are."""
+    sigterm = Sigterm()
+    if threading.current_thread() is not threading.main_thread():
+        yield sigterm
+        return
+    before = signal.signal(signal.SIGTERM, sigterm._handle)
+    try:
+        yield sigterm
+    finally:
+        signal.signal(signal.SIGTERM, before)

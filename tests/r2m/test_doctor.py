@@ -1,0 +1,96 @@
+"""What the doctor says of this machine, and of a config on it."""
+
+import re
+from importlib import metadata
+
+import pytest
+import tiny
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from r2m import doctor
+from r2m.cli import app
+from r2m.config import config_from_dict
+from r2m_kernels import available_implementations
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Config files alone: no weights, no tokenizer, no prompts."""
+    tiny.llama_config(32, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
+    generation = {"max_prompt_tokens": 8, "max_new_tokens": 8}
+    small = {"prompts_per_round": 2, "num_generations": 2, "micro_batch_size": 2, "generation": generation}
+    return {"policy": str(tmp_path / "model"), "reward_model": str(tmp_path / "model"), **small}
+
+
+def ask(*arguments):
+    return CliRunner().invoke(app, ["doctor", *arguments])
+
+
+def test_versions_devices_operators_and_compilers_are_listed():
+    text = doctor.report()
+    assert f"torch {torch.__version__}" in text and f"transformers {metadata.version('transformers')}" in text
+    assert re.search(r"cpu: \d+ cores, \d+\.\d GiB memory, \d+\.\d GiB free", text)
+    why_not = available_implementations()
+    for name, reason in why_not.items():
+        assert f"{name}: {reason or 'can run'}" in text
+    assert f'impl="auto" takes {"torch" if why_not["extension"] else "extension"}' in text
+    assert "C++: " in text and "ninja: " in text
+    assert "memory\n" not in text
+
+
+def test_an_optional_package_that_is_missing_says_so(monkeypatch):
+    monkeypatch.setattr(doctor, "_OPTIONAL", ("a_package_nobody_has",))
+    assert "a_package_nobody_has not installed (optional)" in doctor.report()
+
+
+def test_a_run_that_fits_gets_parts_phases_and_the_verdict(settings):
+    text = doctor.report(config_from_dict(settings))
+    for name in ("policy weights", "generation cache", "logits", "rollout", "annotate", "policy", "reward_model"):
+        assert re.search(rf"^ +\d+\.\d\d  {name}$", text, re.MULTILINE), name
+    assert "cpu: fits, " in text and "keys that lower it" not in text
+
+
+def test_a_run_that_does_not_fit_gets_the_keys_that_help_and_no_others(settings, monkeypatch):
+    monkeypatch.setattr(doctor, "_free", lambda device: 1e3)
+    text = doctor.report(config_from_dict(settings | {"gradient_checkpointing": True}))
+    assert "cpu: does not fit, " in text
+    hints = text.partition("keys that lower it:")[2]
+    assert "generation.batch_size, now 4" in hints and "micro_batch_size, now 2" in hints and "lora, " in hints
+    assert "gradient_checkpointing" not in hints  # it is on
+    assert "placement" not in hints  # all is in host memory
+    text = doctor.report(config_from_dict(settings | {"placement": {"device": "cuda"}, "micro_batch_size": 1}))
+    hints = text.partition("keys that lower it:")[2]
+    assert "gradient_checkpointing=true" in hints and "micro_batch_size" not in hints
+    assert "placement.offload_reference=true" in hints and "placement.offload_reward_model" in hints
+
+
+def test_a_device_of_another_machine_gets_no_verdict(settings):
+    placement = {"device": "cuda", "reward_model": "cpu"}
+    text = doctor.report(config_from_dict(settings | {"placement": placement}))
+    assert re.search(r"cuda: \d+\.\d\d GiB at the peak; this machine has no such device", text)
+    assert "cpu, the reward model's: fits" in text
+
+
+def test_a_model_that_cannot_be_simulated_says_so_below_the_rest(settings, monkeypatch):
+    def fail(config):
+        raise RuntimeError("no meta kernel")
+
+    monkeypatch.setattr(doctor, "estimate_memory", fail)
+    text = doctor.report(config_from_dict(settings))
+    assert "versions" in text and text.endswith("do not run on tensors without data: no meta kernel")
+
+
+def test_the_command_takes_a_file_and_overrides(settings, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    result = ask("--config", str(tmp_path / "run.yaml"), "generation.batch_size=2", "placement.device=cuda")
+    assert result.exit_code == 0, result.output
+    assert "parts on cuda" in result.stdout
+    assert "operators" in ask().stdout and "parts on" not in ask().stdout
+
+
+def test_a_mistake_in_the_config_ends_in_one_line(settings, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings | {"reward_model": ""}))
+    result = ask("--config", str(tmp_path / "run.yaml"))
+    assert result.exit_code == 1 and "error: reward_model is not set" in result.stderr
