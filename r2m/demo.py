@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -13,13 +14,14 @@ import numpy as np
 import torch
 import transformers
 
-from r2m.config import KL, R2M, Checkpoints, Evaluation, Generation, Lora, R2MConfig
+from r2m.config import R2MConfig, load_config
 from r2m.data import Prompt, load_prompts
 from r2m.fitting import fit_reward
 from r2m.models import smollm2
 from r2m.movie_reviews import Scorer, distinct_2, fit_judge, load_splits, pair_accuracy, vader
 from r2m.plots import plot_comparison, plot_run
 from r2m.policy import load_policy, load_tokenizer
+from r2m.presets import preset_path
 from r2m.reward_model import R2MRewardModel
 from r2m.trainer import R2MTrainer
 
@@ -28,30 +30,20 @@ from r2m.trainer import R2MTrainer
 ARMS = {"RLOO, fixed RM": "none", "RLOO, frozen feedback": "frozen", "RLOO + R2M": "trained"}
 NUM_PAIRS = 64  # human preferences the reward model is fitted on: few, so that there is something to exploit
 EVAL_PROMPTS = 24
-NEW_TOKENS = 24
 SUFFIX = " Overall, this movie was"  # what a plain language model is about to say here depends on the review
 
 
 def demo_config(policy: str, reward_model: str, *, rounds: int, seed: int, feedback: str, output: Path) -> R2MConfig:
-    """The settings of one arm, sized for two CPU cores."""
-    return R2MConfig(
+    """The preset `smollm2-demo`, sized for two CPU cores, for one arm."""
+    preset = load_config(preset_path("smollm2-demo"))
+    return dataclasses.replace(
+        preset,
         policy=policy,
         reward_model=reward_model,
         output_dir=str(output),
         seed=seed,
         rounds=rounds,
-        prompts_per_round=3,
-        num_generations=8,
-        epochs=2,
-        micro_batch_size=24,
-        learning_rate=2e-3,  # two optimizer steps a round on an adapter: 1e-4 moves nothing in this many rounds
-        evaluation=Evaluation(every=8, samples_every=0),
-        checkpoints=Checkpoints(every=0),
-        generation=Generation(max_prompt_tokens=16, max_new_tokens=NEW_TOKENS, temperature=0.7),
-        kl=KL(beta=0.02),
-        # The upper eight of thirty layers: the backward pass ends there.
-        lora=Lora(rank=8, alpha=16, top_layers=8),
-        r2m=R2M(feedback=feedback, learning_rate=1e-4, inner_width=256, standardize=True),  # type: ignore[arg-type]
+        r2m=dataclasses.replace(preset.r2m, feedback=feedback),  # type: ignore[arg-type]
     )
 
 
@@ -78,7 +70,8 @@ def run_demo(
     reward_model = reward_model or policy
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(policy)
-    splits = load_splits(tokenizer, seed=seed, num_pairs=NUM_PAIRS, new_tokens=NEW_TOKENS)
+    new_tokens = load_config(preset_path("smollm2-demo")).generation.max_new_tokens
+    splits = load_splits(tokenizer, seed=seed, num_pairs=NUM_PAIRS, new_tokens=new_tokens)
     train_prompts: list[Prompt] = load_prompts(prompts) if prompts else list(splits.prompts)
     eval_prompts: list[Prompt] = train_prompts[:EVAL_PROMPTS] if prompts else list(splits.eval_prompts[:EVAL_PROMPTS])
 

@@ -160,8 +160,6 @@ def _trainer(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int]) -
         ("optimizer state", trainer.optimizer.optimizer, True),  # that below accelerate's
         ("R2M part", trainer.updater.optimizer, config.r2m.feedback == "trained"),
     ):
-        # PyTorch's default on a GPU, all weights in one operation, has temporaries of all weights.
-        optimizer.param_groups[0]["foreach"] = policy_device(config).type == "cuda"
         if steps:
             made(part, partial(_first_step, optimizer))
     return trainer

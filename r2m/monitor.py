@@ -154,7 +154,7 @@ def warn_about_degenerate_groups(history: list[dict[str, float]]) -> None:
 # ---- trackers ----
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """accelerate leaves out a tracker that is not installed without a word: raises ImportError instead."""
     available = {str(name) for name in get_available_trackers()}
     missing = [name for name in names if name not in available]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,23 +21,42 @@ from r2m.tokenization import usable_pairs
 from r2m.trainer import R2MTrainer
 
 
-def build_trainer(config: R2MConfig) -> R2MTrainer:
-    """The trainer that a config describes. What costs nothing to check comes before what loads a model.
+def load_data(config: R2MConfig) -> dict[str, Any]:
+    """What `R2MTrainer` takes beside the models: prompts, held-out prompts and pairs, judge. Checks all of a config
+    that can be checked without a model.
 
     Raises ValueError, OSError or ImportError, naming the key of the config, for what cannot be found, read or run.
     """
     for key in ("policy", "reward_model", "prompts"):
         if not getattr(config, key):
             raise ValueError(f"{key} is not set; expected it in the config file or as {key}=...")
-    check_trackers(list(config.trackers))
-    measured, place = config.evaluation, config.placement
+    check_trackers(config.trackers)
+    for key in ("device", "reward_model"):
+        _check_device(f"placement.{key}", getattr(config.placement, key))
+    measured = config.evaluation
     if measured.judge and not measured.prompts:
         raise ValueError("evaluation.judge is set without evaluation.prompts; expected the held-out prompts for it")
-    prompts = load_prompts(config.prompts, columns=config.columns)
-    eval_prompts = load_prompts(measured.prompts, columns=config.columns) if measured.prompts else None
-    pairs = load_pairs(measured.pairs, columns=config.columns) if measured.pairs else None
-    judge = load_judge(measured.judge) if measured.judge else None
+    data: dict[str, Any] = {"eval_prompts": None, "held_out_pairs": None, "judge": None}
+    if measured.judge:
+        with _naming("evaluation.judge"):
+            data["judge"] = load_judge(measured.judge)
+    with _naming("prompts"):
+        data["prompts"] = load_prompts(config.prompts, columns=config.columns)
+    if measured.prompts:
+        with _naming("evaluation.prompts"):
+            data["eval_prompts"] = load_prompts(measured.prompts, columns=config.columns)
+    if measured.pairs:
+        with _naming("evaluation.pairs"):
+            data["held_out_pairs"] = load_pairs(measured.pairs, columns=config.columns)
+    return data
 
+
+def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MTrainer:
+    """The trainer that a config describes. data: what `load_data` returned, if it was called before.
+
+    Raises the errors of `load_data`, and the same for models.
+    """
+    place, data = config.placement, load_data(config) if data is None else data
     torch.manual_seed(config.seed)  # of an adapter's and a cross-attention's fresh weights
     device = place.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(
@@ -120,7 +140,9 @@ def evaluate_run(
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} holds no config.yaml; expected the output_dir of a run")
     config = load_config(folder / "config.yaml")
-    given = {name: value for name, value in (("prompts", prompts), ("pairs", pairs), ("judge", judge)) if value}
+    given: dict[str, Any] = {
+        name: value for name, value in (("prompts", prompts), ("pairs", pairs), ("judge", judge)) if value
+    }
     config.evaluation = dataclasses.replace(config.evaluation, **given)
     config.trackers = []
     if not config.evaluation.prompts:

@@ -39,6 +39,7 @@ from r2m.checkpoint import (
 from r2m.config import R2MConfig, config_to_yaml
 from r2m.data import Preference, Prompt
 from r2m.evaluation import Judge, mean_score
+from r2m.export import write_policy_card
 from r2m.fitting import embed_pairs, feature_statistics, pair_accuracy, score_pairs, stream_hidden, tokenize_pairs
 from r2m.hidden_states import HiddenStateTap
 from r2m.monitor import (
@@ -127,7 +128,12 @@ class R2MTrainer:
         self.updater = R2MUpdater(
             reward_model, config.r2m, total_steps=config.rounds, num_generations=config.num_generations
         )
-        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=self.parameters[0].is_cuda or None,  # the default there makes temporaries of the size of all weights
+        )
         stepping = [optimizer, self.updater.optimizer] if config.r2m.feedback == "trained" else [optimizer]
         self.schedules = [
             get_scheduler(_SCHEDULES[config.lr_schedule], steps, config.warmup_rounds, config.rounds)
@@ -424,13 +430,14 @@ class R2MTrainer:
     # ---- the run's folder ----
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The trained policy (or adapter), tokenizer, and reward model, in the forms that `from_pretrained` loads."""
+        """The trained policy (or adapter), tokenizer, and reward model, as `from_pretrained` loads them, with cards."""
         folder = Path(folder)
         policy = self.accelerator.unwrap_model(self.policy)
         # The reference adapter stays out.
         chosen = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
         policy.save_pretrained(folder / "policy", **chosen)
         self.tokenizer.save_pretrained(folder / "policy")
+        write_policy_card(folder / "policy", self.config, self.history)
         self.reward_model.save_pretrained(folder / "reward_model")
 
     def _open_output(self, resume_from: str | Path | None) -> int:

@@ -36,7 +36,12 @@ class R2MUpdater:
         self.num_generations = num_generations
         # GREBT does not see a shift of all rewards: the bias would follow rounding noise, which Adam scales up.
         trained = [p for p in reward_model.parameters() if p is not reward_model.head.bias]
-        self.optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            trained,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=trained[0].is_cuda or None,  # as the policy's
+        )
 
     @torch.enable_grad()  # scoring runs without gradient; `step` needs the graph that is made here
     def begin_round(self, rte: Tensor, step: int) -> None:

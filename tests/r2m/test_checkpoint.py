@@ -187,7 +187,7 @@ def test_a_run_killed_at_20_random_moments_equals_one_that_never_stopped(run_fil
 
 
 def killed_at(step):
-    """From now on, this process is killed at the `step`-th time that something on the disk is made, moved or removed."""
+    """This process dies as it makes, moves or removes something on the disk for the `step`-th time from now."""
     calls = 0
 
     def counted(original):
