@@ -164,7 +164,7 @@ def save_checkpoint(trainer: R2MTrainer, t: int) -> Path:
         (scratch / "config.yaml").write_text(config_to_yaml(trainer.config))
         files = [path for path in scratch.rglob("*") if path.is_file()]
         sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
-        manifest = {"round": t, "files": sizes, **identity(trainer)}
+        manifest = {"round": t, "files": sizes, **trainer.origin}
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in (*files, scratch / MANIFEST, scratch / "reward_model", scratch):
             _flush(path)
@@ -185,8 +185,8 @@ def trainable_weights(trainer: R2MTrainer) -> dict[str, Tensor]:
     return {name: p.data for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def identity(trainer: R2MTrainer) -> dict[str, Any]:
-    """What a run is made of beside its config: frozen weights, their revisions, and prompts."""
+def origin_of(trainer: R2MTrainer) -> dict[str, Any]:
+    """What a run starts from beside its config: frozen weights, their revisions, and prompts. None of it changes."""
     config = trainer.config
     trained = {id(p) for p in trainer.parameters}
     with trainer.reference() as reference:
@@ -226,7 +226,7 @@ def load_checkpoint(trainer: R2MTrainer, folder: str | Path) -> int:
     folder = Path(folder)
     manifest = _read_manifest(folder)
     _check_config(load_config(folder / "config.yaml"), trainer.config)
-    _check_identity(folder, manifest, identity(trainer))
+    _check_origin(folder, manifest, trainer.origin)
     saved, own = load_file(folder / "policy.safetensors", device=str(trainer.device)), trainable_weights(trainer)
     if {name: p.shape for name, p in saved.items()} != {name: p.shape for name, p in own.items()}:
         raise ValueError(f"resume_from: the trainable weights in {folder} are not those of this policy")
@@ -270,7 +270,7 @@ def _check_config(saved: R2MConfig, given: R2MConfig) -> None:
             )
 
 
-def _check_identity(folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+def _check_origin(folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
     for key, model in saved["models"].items():
         if model["fingerprint"] != own["models"][key]["fingerprint"]:
             revision = f" at {model['commit']}" if model["commit"] else ""

@@ -76,8 +76,10 @@ def _load(
     for where, row in _rows(source):
         if not isinstance(row, dict):
             raise ValueError(f'{where}: expected an object with the field "{first}", got {_shown(row)}')
-        for column in columns.values():
-            _require(row, column, where)
+        # One config names the columns of prompts and pairs: a file of prompts need not have those of pairs.
+        if kind == "pairs" or names["prompt"] not in row:
+            for column in columns.values():
+                _require(row, column, where)
         if suffix == ".csv":
             row |= {name: _csv_value(row[name], name, where) for name in names.values() if name in row}
         items.append(parse(row, names, where))

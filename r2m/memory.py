@@ -278,8 +278,11 @@ def _policy(config: R2MConfig) -> PreTrainedModel | PeftModel:
 
 
 def _reward_config(config: R2MConfig, policy_width: int) -> RewardModelConfig:
-    """The saved one, or that of the new one which R2MRewardModel.from_pretrained makes."""
-    return saved_config(config.reward_model, config.reward_model_revision) or RewardModelConfig(
+    """The saved one, or that of the new one which R2MRewardModel.from_pretrained makes; either has its statistics."""
+    saved = saved_config(config.reward_model, config.reward_model_revision)
+    if saved is not None:
+        return dataclasses.replace(saved, standardize=False)
+    return RewardModelConfig(
         backbone=config.reward_model,
         backbone_revision=config.reward_model_revision,
         policy=config.policy,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from r2m.checkpoint import best_round, claim, find_checkpoint, load_checkpoint
 from r2m.config import R2MConfig, config_to_yaml, load_config
 from r2m.data import load_pairs, load_prompts
-from r2m.evaluation import load_judge
+from r2m.evaluation import judge_scores, load_judge
 from r2m.monitor import check_trackers, sample_table
 from r2m.plots import plot_run
 from r2m.policy import load_policy, load_tokenizer
@@ -22,8 +23,8 @@ from r2m.trainer import R2MTrainer
 
 
 def load_data(config: R2MConfig) -> dict[str, Any]:
-    """What `R2MTrainer` takes beside the models: prompts, held-out prompts and pairs, judge. Checks all of a config
-    that can be checked without a model.
+    """What `R2MTrainer` takes beside models: prompts, held-out prompts and pairs, judge; once all that can be checked
+    without a model has been.
 
     Raises ValueError, OSError or ImportError, naming the key of the config, for what cannot be found, read or run.
     """
@@ -31,38 +32,38 @@ def load_data(config: R2MConfig) -> dict[str, Any]:
         if not getattr(config, key):
             raise ValueError(f"{key} is not set; expected it in the config file or as {key}=...")
     check_trackers(config.trackers)
-    for key in ("device", "reward_model"):
-        _check_device(f"placement.{key}", getattr(config.placement, key))
+    _check_device("placement.device", config.placement.device)
+    _check_device("placement.reward_model", config.placement.reward_model)
     measured = config.evaluation
     if measured.judge and not measured.prompts:
         raise ValueError("evaluation.judge is set without evaluation.prompts; expected the held-out prompts for it")
-    data: dict[str, Any] = {"eval_prompts": None, "held_out_pairs": None, "judge": None}
-    if measured.judge:
-        with _naming("evaluation.judge"):
-            data["judge"] = load_judge(measured.judge)
-    with _naming("prompts"):
-        data["prompts"] = load_prompts(config.prompts, columns=config.columns)
-    if measured.prompts:
-        with _naming("evaluation.prompts"):
-            data["eval_prompts"] = load_prompts(measured.prompts, columns=config.columns)
-    if measured.pairs:
-        with _naming("evaluation.pairs"):
-            data["held_out_pairs"] = load_pairs(measured.pairs, columns=config.columns)
-    return data
+    columns = config.columns
+    return {
+        "judge": _load("evaluation.judge", load_judge, measured.judge),
+        "prompts": _load("prompts", load_prompts, config.prompts, columns=columns),
+        "eval_prompts": _load("evaluation.prompts", load_prompts, measured.prompts, columns=columns),
+        "held_out_pairs": _load("evaluation.pairs", load_pairs, measured.pairs, columns=columns),
+    }
 
 
 def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MTrainer:
-    """The trainer that a config describes. data: what `load_data` returned, if it was called before.
+    """The trainer that a config describes. data: what `load_data` returns, where it was called before.
 
     Raises the errors of `load_data`, and the same for models.
     """
     place, data = config.placement, load_data(config) if data is None else data
     torch.manual_seed(config.seed)  # of an adapter's and a cross-attention's fresh weights
     device = place.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(
-        config.policy, revision=config.policy_revision, trust_remote_code=config.trust_remote_code
+    tokenizer = _load(
+        "policy",
+        load_tokenizer,
+        config.policy,
+        revision=config.policy_revision,
+        trust_remote_code=config.trust_remote_code,
     )
-    reward_model = R2MRewardModel.from_pretrained(
+    reward_model = _load(
+        "reward_model",
+        R2MRewardModel.from_pretrained,
         config.reward_model,
         policy=config.policy,
         revision=config.reward_model_revision,
@@ -80,24 +81,17 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
         zero_output=config.r2m.zero_output,
     )
     policy = load_policy(config, device)
+    pairs = data["held_out_pairs"]
     if pairs is not None:
-        pairs = usable_pairs(tokenizer, pairs, reward_model.config.max_length)
-    return R2MTrainer(
-        policy,
-        reward_model,
-        tokenizer,
-        prompts,
-        config,
-        eval_prompts=eval_prompts,
-        judge=judge,
-        held_out_pairs=pairs,
-    )
+        data = data | {"held_out_pairs": usable_pairs(tokenizer, pairs, reward_model.config.max_length)}
+    return R2MTrainer(policy, reward_model, tokenizer, config=config, **data)
 
 
 def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
     """Train, save policy and reward model in output_dir, and draw the curves; returns a sentence for the user."""
+    data = load_data(config)  # a mistake in the config leaves no folder behind
     with claim(config.output_dir) as folder:
-        trainer = build_trainer(config)
+        trainer = build_trainer(config, data)
         history = trainer.train(resume_from)
         trainer.save_pretrained(folder)
         plot_run(folder / "metrics.jsonl", folder / "metrics.png")
@@ -111,6 +105,7 @@ def dry_run(config: R2MConfig) -> str:
 
     Two prompts and at most 16 new tokens; the rest as configured. Returns the resolved config and what was measured.
     """
+    check_trackers(config.trackers)  # the round below runs without them
     generation = dataclasses.replace(
         config.generation, max_new_tokens=min(16, config.generation.max_new_tokens), batch_size=None
     )
@@ -151,7 +146,7 @@ def evaluate_run(
     trainer = build_trainer(config)
     round_ = load_checkpoint(trainer, checkpoint)
     measures, rollout, batch = trainer.evaluate(trainer.eval_prompts)
-    judged = None if trainer.judge is None else [float(s) for s in trainer.judge(rollout.prompts, rollout.completions)]
+    judged = None if trainer.judge is None else judge_scores(trainer.judge, rollout.prompts, rollout.completions)
     names = {
         "reward/mean": "reward (w = Omega)",
         "reward/initial": "initial reward model's score",
@@ -170,3 +165,23 @@ def evaluate_run(
     text = "\n".join(f"  {label}: {value:.4g}" for label, value in report.items())
     title = f"{checkpoint.name} (round {round_} of {config.rounds}) on {len(rollout.prompts)} held-out prompts"
     return f"{title}\n{text}\n\n{sample_table(rollout, batch, 8, judged)}"
+
+
+def _load(key: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
+    """What a key of the config names, None for "". Errors name the key."""
+    if not name:
+        return None
+    try:
+        return load(name, **options)
+    except (ValueError, OSError, ImportError) as error:
+        if str(error).startswith(key):
+            raise
+        kind = next(kind for kind in (ValueError, OSError, ImportError) if isinstance(error, kind))
+        raise kind(f"{key}: {error}") from error
+
+
+def _check_device(key: str, name: str | None) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{key} is {name!r}, which cannot be used: {str(error).splitlines()[0]}") from None

@@ -13,6 +13,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from r2m.checkpoint import (
     claim,
     cut_back,
     load_checkpoint,
+    origin_of,
     read_metrics,
     save_checkpoint,
 )
@@ -176,7 +178,7 @@ class R2MTrainer:
             for t in rounds:
                 row: dict[str, float] = {"round": t}
                 set_seed((self.config.seed * 1_000_003 + t) % 2**32)  # a round's noise depends on nothing before it
-                with self._saved_if_stopped(t, sigterm):
+                with self._saved_if_stopped(t):
                     with sigterm.interrupts():  # nothing has moved yet
                         with phase("rollout", row, self.device):
                             rollout = self.sample(t)
@@ -429,6 +431,10 @@ class R2MTrainer:
 
     # ---- the run's folder ----
 
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        return origin_of(self)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """The trained policy (or adapter), tokenizer, and reward model, as `from_pretrained` loads them, with cards."""
         folder = Path(folder)
@@ -492,7 +498,7 @@ class R2MTrainer:
         return stopped
 
     @contextmanager
-    def _saved_if_stopped(self, t: int, sigterm: Sigterm) -> Iterator[None]:
+    def _saved_if_stopped(self, t: int) -> Iterator[None]:
         """Round t - 1 is what counts if round t is interrupted or fails."""
         try:
             yield

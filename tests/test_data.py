@@ -217,6 +217,15 @@ def test_errors_name_the_column_that_a_field_is_read_from(tmp_path):
         load_prompts(path, columns={"prompt": "question"})
 
 
+def test_prompts_need_no_columns_of_pairs(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"question": "Sky?"}\n')
+    columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    assert load_prompts(path, columns=columns) == ["Sky?"]
+    with pytest.raises(ValueError, match='line 1: the field "better" is missing'):
+        load_pairs(path, columns=columns)
+
+
 def test_columns_that_do_not_exist_are_an_error(tmp_path):
     path = write_jsonl(tmp_path / "prompts.jsonl", {"prompt": "a", "id": 1})
     with pytest.raises(ValueError, match="columns: unknown field 'promt'; expected 'prompt', 'chosen', 'rejected'"):

@@ -137,7 +137,8 @@ def test_a_config_alone_is_enough(large):
 
 def test_placement_takes_models_off_the_policy_s_device(large):
     def estimate(**placement):
-        return estimate_memory(config_from_dict(large | {"placement": {"device": "cuda"} | placement}))
+        few = {"prompts_per_round": 4, "num_generations": 4}
+        return estimate_memory(config_from_dict(large | few | {"placement": {"device": "cuda"} | placement}))
 
     whole, off, apart = (
         estimate(),

@@ -1,0 +1,285 @@
+"""What the command line does with a config or with the folder of a run."""
+
+import json
+import logging
+import shutil
+import tempfile
+
+import accelerate.tracking
+import pytest
+import tiny
+import torch
+import yaml
+
+from r2m import load_config
+from r2m.checkpoint import best_round, checkpoints, load_checkpoint, read_metrics
+from r2m.run import build_trainer, dry_run, evaluate_run, run
+
+PROMPTS = ["hello ", "what is it? ", "a b", [{"role": "user", "content": "hi"}]]
+HELD_OUT = ["who ", "why? ", "x"]
+PAIRS = [("hello ", "there", "no"), ("a", "bc", "yes, why?"), ("q ", "x", "y"), ("z ", "long " * 500, "y")]
+K = 3
+
+
+def judge(prompts, responses):
+    return [len(response) % 7 for response in responses]
+
+
+def other_judge(prompts, responses):
+    return [42.0] * len(responses)
+
+
+def write_jsonl(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def write_config(folder, reward_checkpoint):
+    """A run of 3 rounds with held-out prompts, pairs and a judge; all checkpoints are kept."""
+    tiny.policy(num_hidden_layers=1).save_pretrained(folder / "policy")
+    tiny.tokenizer().save_pretrained(folder / "policy")
+    pairs = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in PAIRS]
+    values = {
+        "policy": str(folder / "policy"),
+        "reward_model": str(reward_checkpoint),
+        "prompts": write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS]),
+        "output_dir": str(folder / "out"),
+        "rounds": 3, "prompts_per_round": 2, "num_generations": K, "micro_batch_size": K, "precision": "float32",
+        "learning_rate": 1e-2,
+        "generation": {"max_new_tokens": 5, "eos_token_ids": list(range(1, 50))},
+        "r2m": {"learning_rate": 1e-3, "inner_width": 16},
+        "evaluation": {
+            "every": 1,
+            "prompts": write_jsonl(folder / "held-out.jsonl", [{"prompt": prompt} for prompt in HELD_OUT]),
+            "pairs": write_jsonl(folder / "pairs.jsonl", pairs),
+            "judge": f"{__file__}:judge",
+        },
+        "checkpoints": {"every": 1, "keep": 9},
+        "placement": {"device": "cpu"},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"
+
+
+@pytest.fixture
+def run_file(tmp_path, reward_checkpoint):
+    return write_config(tmp_path, reward_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, reward_checkpoint):
+    """The folder of a run, to be read only."""
+    config = load_config(write_config(tmp_path_factory.mktemp("finished"), reward_checkpoint))
+    run(config)
+    return tmp_path_factory.getbasetemp() / config.output_dir
+
+
+def without_costs(rows):
+    return [{key: x for key, x in row.items() if not key.startswith(("seconds/", "memory/"))} for row in rows]
+
+
+# ---- mistakes in a config ----
+
+CHEAP = [
+    (['prompts=""'], ValueError, "prompts is not set; expected it in the config file or as prompts=..."),
+    (["prompts=none.txt"], OSError, "prompts: .*none.txt"),
+    (["columns.prompt=question"], ValueError, r'prompts: .*prompts.jsonl, line 1: the field "question" is missing'),
+    (["evaluation.prompts=none.jsonl"], OSError, "evaluation.prompts: .*none.jsonl"),
+    (["evaluation.pairs=none.csv"], OSError, "evaluation.pairs: .*none.csv"),
+    (["evaluation.pairs=pairs.txt"], ValueError, r"evaluation.pairs: pairs.txt: a .txt file holds prompts only"),
+    (
+        ['evaluation.prompts=""'],
+        ValueError,
+        "evaluation.judge is set without evaluation.prompts; expected the held-out",
+    ),
+    (["evaluation.judge=judge"], ValueError, "evaluation.judge: judge is 'judge'; expected 'module:function' or"),
+    (["evaluation.judge=no_such:judge"], ImportError, "evaluation.judge: judge is 'no_such:judge'; no_such cannot be"),
+    (["placement.device=gpu"], ValueError, "placement.device is 'gpu', which cannot be used: "),
+    (["placement.reward_model=gpu"], ValueError, "placement.reward_model is 'gpu', which cannot be used: "),
+    (["trackers=[wandb]"], ImportError, "trackers names wandb, not installed: pip install wandb"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "error", "message"), CHEAP, ids=[case[0][0] for case in CHEAP])
+def test_a_mistake_names_its_key_before_a_model_is_looked_for_or_a_folder_made(
+    run_file, tmp_path, monkeypatch, overrides, error, message
+):
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    config = load_config(run_file, ["policy=nowhere", "reward_model=nowhere", *overrides])
+    with pytest.raises(error, match=message):
+        run(config)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["policy", "reward_model"])
+def test_a_model_that_is_not_there_names_its_key(run_file, tmp_path, key):
+    with pytest.raises(OSError, match=f"{key}: .*{tmp_path / 'none'}"):
+        build_trainer(load_config(run_file, [f"{key}={tmp_path / 'none'}"]))
+
+
+# ---- what a config describes ----
+
+
+def test_a_trainer_has_what_the_config_names_and_weights_by_its_seed(run_file):
+    def weights(*overrides):
+        trainer = build_trainer(load_config(run_file, ["lora.rank=2", *overrides]))
+        named = [*trainer.policy.named_parameters(), *trainer.reward_model.named_parameters()]
+        return trainer, {name: p.detach() for name, p in named}
+
+    (trainer, first), (_, again), (_, other) = weights(), weights(), weights("seed=1")
+    assert (trainer.prompts, trainer.eval_prompts) == (PROMPTS, HELD_OUT)
+    assert trainer.judge(["a"], ["abc"]) == [3]
+    assert len(trainer.held_out[1].prompts) == 2 * (len(PAIRS) - 1)  # one pair is longer than the reward model reads
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    differing = {name for name in first if not torch.equal(first[name], other[name])}
+    assert any("lora_A" in name for name in differing)
+    assert any(name.startswith("attention.") for name in differing)
+
+
+PLACES = [
+    ["placement.offload_reference=true"],
+    ["placement.offload_reward_model=true"],
+    ["placement.reward_model=cpu", "placement.offload_reference=true", "placement.offload_reward_model=true"],
+    ["lora.rank=2", "placement.offload_reference=true"],
+]
+
+
+@pytest.mark.parametrize("overrides", PLACES, ids=" ".join)
+def test_where_models_wait_changes_no_bit(run_file, finished, tmp_path, overrides):
+    adapter = [item for item in overrides if item.startswith("lora")]
+    if adapter:
+        expected = build_trainer(load_config(run_file, [*adapter, f"output_dir={tmp_path / 'plain'}"])).train()
+    else:
+        expected = read_metrics(finished)
+    trainer = build_trainer(load_config(run_file, overrides))
+    assert without_costs(trainer.train()) == without_costs(expected)
+
+
+def test_attention_by_hand_gives_the_metrics_of_fused_attention(run_file, tmp_path):
+    rows = []
+    for name in ("eager", "sdpa"):
+        overrides = [f"placement.attention={name}", f"output_dir={tmp_path / name}", "rounds=1", "learning_rate=0"]
+        trainer = build_trainer(load_config(run_file, overrides))
+        assert trainer.policy.config._attn_implementation == name
+        assert trainer.reward_model.backbone.config._attn_implementation == name
+        (row,) = without_costs(trainer.train())
+        rows.append({key: x for key, x in row.items() if key.startswith(("reward/", "policy/", "length/", "eval/"))})
+    # The reward model's backbone is in bfloat16, and the loss follows its rewards.
+    assert rows[0] == pytest.approx(rows[1], rel=2e-2, abs=2e-2)
+    for key in ("policy/entropy", "policy/reference_log_prob", "policy/kl", "length/mean", "eval/length"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-4)
+
+
+# ---- a dry run ----
+
+
+def test_a_dry_run_measures_one_small_round_writes_nothing_and_prints_the_config(
+    run_file, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    sizes = ["rounds=100", "prompts_per_round=64", "minibatches=4", "warmup_rounds=5", "generation.batch_size=8"]
+    config = load_config(run_file, [*sizes, "checkpoints.every=0", "lr_schedule=cosine", "trackers=[tensorboard]"])
+    printed, _, measured = dry_run(config).partition("\n\n")
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert load_config(tmp_path / "printed.yaml") == config
+    title, *lines = measured.splitlines()
+    assert title == f"one round of 2 prompts x {K} responses:"
+    row = {name.strip(): float(value) for name, value in (line.split(": ") for line in lines)}
+    assert {"eval/reward", "eval/judge", "rm/pair_accuracy", "reward/mean", "seconds/rollout"} <= row.keys()
+    assert 0 < row["length/mean"] <= 5
+    assert any(record.getMessage().startswith("checkpoint-1: ") for record in caplog.records)
+
+
+def test_a_dry_run_misses_a_tracker_as_the_run_would(run_file, monkeypatch):
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    with pytest.raises(ImportError, match="trackers names tensorboard, not installed: pip install tensorboard"):
+        dry_run(load_config(run_file, ["trackers=[tensorboard]"]))
+
+
+# ---- measuring a finished run ----
+
+
+def reported(text):
+    """A report's numbers by their labels."""
+    lines = text.partition("\n\n")[0].splitlines()[1:]
+    return dict(line.strip().rsplit(": ", 1) for line in lines)
+
+
+@pytest.mark.parametrize("which", ["last", "best", "1", "2"])
+def test_a_checkpoint_is_measured_as_it_was_in_training(finished, which):
+    text = evaluate_run(finished, which)
+    rows = read_metrics(finished)
+    t = {"last": 3, "best": best_round(rows)}.get(which) or int(which)
+    title, row, report = text.splitlines()[0], rows[t - 1], reported(text)
+    assert title == f"checkpoint-{t} (round {t} of 3) on 3 held-out prompts"
+    names = {
+        "reward (w = Omega)": "eval/reward",
+        "initial reward model's score": "eval/initial_reward",
+        "KL to the reference (nats / response)": "eval/kl",
+        "length (tokens)": "eval/length",
+        "share of responses that end": "eval/eos_share",
+        "judge": "eval/judge",
+        "reward model's pair accuracy, w = Omega": "rm/pair_accuracy",
+    }
+    assert {label: report[label] for label in names} == {label: f"{row[key]:.4g}" for label, key in names.items()}
+
+
+def test_a_report_holds_what_the_restored_trainer_measures_and_its_samples(finished):
+    trainer = build_trainer(load_config(finished / "config.yaml"))
+    load_checkpoint(trainer, finished / "checkpoint-2")
+    measures, rollout, batch = trainer.evaluate(HELD_OUT)
+    text = evaluate_run(finished, "2")
+    report = reported(text)
+    assert report["entropy (nats / token)"] == f"{measures['policy/entropy']:.4g}"
+    assert report["reference log-likelihood (nats / token)"] == f"{measures['policy/reference_log_prob']:.4g}"
+    assert report["reward model's pair accuracy, w = 1"] == f"{trainer.held_out_accuracy(1.0):.4g}"
+    titles, *samples = text.partition("\n\n")[2].splitlines()
+    assert titles.split() == ["prompt", "response", "reward", "initial", "judge"]
+    for i, line in enumerate(samples):
+        scores = judge(None, rollout.completions)
+        assert line.startswith(HELD_OUT[i].strip())
+        assert line.split()[-3:] == [f"{x:.3f}" for x in (batch.rewards[i], batch.initial[i], scores[i])]
+    assert len(samples) == len(HELD_OUT)
+
+
+def test_other_prompts_pairs_and_judge_take_the_place_of_the_runs(finished, tmp_path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "something else"}])
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p ", "chosen": "a", "rejected": "b"}])
+    text = evaluate_run(finished, prompts=prompts, pairs=pairs, judge=f"{__file__}:other_judge")
+    assert text.splitlines()[0].endswith("on 1 held-out prompts")
+    assert reported(text)["judge"] == "42"
+    assert reported(text)["reward model's pair accuracy, w = 1"] in ("0", "1")
+    with pytest.raises(ValueError, match="evaluation.judge: judge is 'nonsense'"):
+        evaluate_run(finished, judge="nonsense")
+
+
+def test_a_judge_that_returns_too_few_scores_is_an_error(finished, tmp_path):
+    (tmp_path / "judge.py").write_text("def judge(prompts, responses):\n    return [1.0]\n")
+    with pytest.raises(ValueError, match="judge returned 1 scores for 3 responses"):
+        evaluate_run(finished, judge=f"{tmp_path / 'judge.py'}:judge")
+
+
+def test_what_cannot_be_measured_is_said(finished, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config.yaml; expected the output_dir of a run"):
+        evaluate_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint '7' is not in .*; there are 1, 2, 3, last, best"):
+        evaluate_run(finished, "7")
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(finished / name, tmp_path)
+    with pytest.raises(FileNotFoundError, match="checkpoint 'last' is not in .*; there is none"):
+        evaluate_run(tmp_path)
+    values = yaml.safe_load((finished / "config.yaml").read_text())
+    values["evaluation"] |= {"prompts": "", "judge": ""}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="evaluation.prompts is not set in the run's config; expected --prompts FILE"):
+        evaluate_run(tmp_path)
+
+
+def test_measuring_leaves_a_run_as_it_was(finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    evaluate_run(finished)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert list(checkpoints(finished)) == [1, 2, 3]
