@@ -27,7 +27,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from r2m import R2MConfig, R2MRewardModel, R2MTrainer, load_policy
+from r2m import R2MRewardModel, R2MTrainer, load_policy
 from r2m.config import config_from_dict
 
 # The demo's model, batch and lengths; and Qwen2.5-0.5B's shape, all weights trained.
@@ -110,12 +110,17 @@ def build(shape: str, rounds: int, feedback: str, folder: Path) -> R2MTrainer:
         architecture.num_labels = 1
         kind.from_config(architecture, dtype=torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    config: R2MConfig = config_from_dict(
+    config = config_from_dict(
         settings
-        | {"r2m": settings.get("r2m", {}) | {"feedback": feedback}, "generation": settings["generation"] | {"eos_token_ids": []}}
-        | {"policy": str(folder / "policy"), "output_dir": str(folder / "run"), "rounds": rounds}
-        | {"checkpoints": {"every": 0}}
-    )  # fmt: skip
+        | {
+            "policy": str(folder / "policy"),
+            "output_dir": str(folder / "run"),
+            "rounds": rounds,
+            "generation": settings["generation"] | {"eos_token_ids": []},
+            "r2m": settings.get("r2m", {}) | {"feedback": feedback},
+            "checkpoints": {"every": 0},
+        }
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(config, device)
     reward_model = R2MRewardModel.from_pretrained(
@@ -132,7 +137,8 @@ def describe(trainer: R2MTrainer) -> str:
     return (
         f"{total / 1e6:.0f}M weights, {trained / 1e6:.1f}M trained; {config.prompts_per_round} prompts of "
         f"{config.generation.max_prompt_tokens} tokens x {config.num_generations} responses of "
-        f"{config.generation.max_new_tokens}; {config.epochs} epochs; {trainer.device}, {torch.get_num_threads()} threads"
+        f"{config.generation.max_new_tokens}; {config.epochs} epochs; {trainer.device}, "
+        f"{torch.get_num_threads()} threads"
     )
 
 

@@ -75,6 +75,14 @@ def claim(folder: str | Path) -> Iterator[Path]:
         lock.release()
 
 
+def check_unused(folder: str | Path) -> None:
+    """Raises FileExistsError if `folder` holds rounds or checkpoints of a run."""
+    if read_metrics(folder) or checkpoints(folder):
+        raise FileExistsError(
+            f"output_dir {folder} holds a run already; resume it (--resume), or choose another folder"
+        )
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a run, one a round. A last line that the disk or a kill cut short is left out."""
     file = Path(folder) / METRICS

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from r2m.checkpoint import best_round, claim, find_checkpoint, load_checkpoint
+from r2m.checkpoint import best_round, check_unused, claim, find_checkpoint, load_checkpoint
 from r2m.config import R2MConfig, config_to_yaml, load_config
 from r2m.data import load_pairs, load_prompts
 from r2m.evaluation import judge_scores, load_judge
@@ -89,6 +89,8 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
 
 def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
     """Train, save policy and reward model in output_dir, and draw the curves; returns a sentence for the user."""
+    if resume_from is None:
+        check_unused(config.output_dir)
     data = load_data(config)  # a mistake in the config leaves no folder behind
     with claim(config.output_dir) as folder:
         trainer = build_trainer(config, data)
@@ -103,13 +105,19 @@ def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
 def dry_run(config: R2MConfig) -> str:
     """Build everything and run one tiny round, with evaluation and a checkpoint, in a folder that is thrown away.
 
-    Two prompts and at most 16 new tokens; the rest as configured. Returns the resolved config and what was measured.
+    Two prompts, at most 16 new tokens, and 16 held-out prompts and pairs; the rest as configured. Returns the resolved
+    config and what was measured.
     """
-    check_trackers(config.trackers)  # the round below runs without them
     generation = dataclasses.replace(
         config.generation, max_new_tokens=min(16, config.generation.max_new_tokens), batch_size=None
     )
-    with tempfile.TemporaryDirectory() as folder:
+    data = load_data(config)
+    for name in ("eval_prompts", "held_out_pairs"):
+        data[name] = data[name] and data[name][:16]
+    place = Path(config.output_dir).absolute()
+    while not place.is_dir():  # the checkpoint goes to the disk that those of the run will go to
+        place = place.parent
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         tiny = dataclasses.replace(
             config,
             rounds=1,
@@ -120,8 +128,7 @@ def dry_run(config: R2MConfig) -> str:
             output_dir=folder,
             checkpoints=dataclasses.replace(config.checkpoints, every=1),
         )
-        trainer = build_trainer(tiny)
-        trainer.eval_prompts = trainer.eval_prompts[:2]
+        trainer = build_trainer(tiny, data)
         (row,) = trainer.train()
     measured = "\n".join(f"  {name}: {value:.4g}" for name, value in row.items() if name != "round")
     return f"{config_to_yaml(config)}\none round of 2 prompts x {config.num_generations} responses:\n{measured}"

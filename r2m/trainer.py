@@ -9,11 +9,13 @@ align_reward_model  pairs, GREBT, one step on the reward model's small part (equ
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m.advantages import ADVANTAGES
 from r2m.checkpoint import (
     append_metrics,
     best_round,
+    check_unused,
     checkpoints,
     claim,
     cut_back,
     load_checkpoint,
     origin_of,
-    read_metrics,
     save_checkpoint,
 )
 from r2m.config import R2MConfig, config_to_yaml
@@ -65,8 +69,6 @@ from r2m.updater import R2MUpdater
 
 logger = logging.getLogger(__name__)
 
-# Names of transformers' schedules.
-_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _SIGTERM_STATUS = 128 + signal.SIGTERM  # as a shell reports it
 
 # (prompts, completions) of a round -> extra columns of its metrics row
@@ -138,7 +140,7 @@ class R2MTrainer:
         )
         stepping = [optimizer, self.updater.optimizer] if config.r2m.feedback == "trained" else [optimizer]
         self.schedules = [
-            get_scheduler(_SCHEDULES[config.lr_schedule], steps, config.warmup_rounds, config.rounds)
+            LambdaLR(steps, partial(lr_factor, config.lr_schedule, config.warmup_rounds, config.rounds))
             for steps in stepping
         ]
         self.output_dir = Path(config.output_dir)
@@ -170,7 +172,7 @@ class R2MTrainer:
         On SIGTERM the run saves a checkpoint and raises SystemExit, at once while it samples and scores, else at the
         end of the round. Raises OSError if output_dir cannot be written, is another run's, or holds rounds already.
         """
-        with claim(self.output_dir), on_sigterm() as sigterm:
+        with claim(self.output_dir), on_sigterm() as sigterm, logging_redirect_tqdm():
             first_round = self._open_output(resume_from)
             rounds = tqdm(
                 range(first_round, self.config.rounds + 1), unit="round", disable=not self.accelerator.is_main_process
@@ -265,13 +267,17 @@ class R2MTrainer:
     def _sample(
         self, prompts: list[Prompt], num_generations: int, prompt_ids: list[list[int]] | None = None
     ) -> Rollout:
+        settings = self.config.generation
+        if settings.batch_size is None:  # held-out prompts may be more than a round's, whose cache fits
+            at_once = self.config.prompts_per_round * self.config.num_generations
+            settings = dataclasses.replace(settings, batch_size=at_once)
         with self.autocast():
             return sample(
                 self.policy,
                 self.tokenizer,
                 prompts,
                 num_generations,
-                self.config.generation,
+                settings,
                 prompt_ids=prompt_ids,
                 positions=self.config.r2m.positions,
                 rollout_fn=self.rollout_fn,
@@ -448,10 +454,8 @@ class R2MTrainer:
 
     def _open_output(self, resume_from: str | Path | None) -> int:
         """Restore the checkpoint, if any, and cut the folder back to the rounds before; returns the first to run."""
-        if resume_from is None and (read_metrics(self.output_dir) or checkpoints(self.output_dir)):
-            raise FileExistsError(
-                f"output_dir {self.output_dir} holds a run already; resume it (--resume), or choose another folder"
-            )
+        if resume_from is None:
+            check_unused(self.output_dir)
         if resume_from == "last":
             resume_from = max(checkpoints(self.output_dir).items(), default=(0, None))[1]
         first_round = 1 + (load_checkpoint(self, resume_from) if resume_from is not None else 0)
@@ -558,3 +562,12 @@ class R2MTrainer:
                 f"policy has trainable weights of {', '.join(sorted(wrong))}; expected float32, "
                 "since at small learning rates narrower weights never move (precision is a key of the config)"
             )
+
+
+def lr_factor(schedule: str, warmup: int, rounds: int, done: int) -> float:
+    """Share of the learning rate after `done` of `rounds` rounds. No round is without: transformers' schedules give the
+    first of a warm-up none, and with R2M a round is hundreds of samples."""
+    if done < warmup:
+        return (done + 1) / (warmup + 1)
+    share = (done - warmup) / max(1, rounds - warmup)
+    return {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[schedule]

@@ -1,6 +1,7 @@
 """The command line: a run from files to files, and mistakes that end in one clear line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,12 +9,13 @@ import pytest
 import tiny
 import torch
 import yaml
-from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from r2m import R2MRewardModel, load_config
 from r2m.cli import app
+from r2m.presets import preset_path
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -63,23 +65,106 @@ def test_a_run_writes_policy_reward_model_metrics_plot_and_config(run_file, tmp_
     assert (reward_model.config.floor, reward_model.config.inner_width) == (0.7, 16)
 
 
-def test_an_adapter_run_can_be_resumed(run_file, tmp_path):
-    settings = ["rounds=2", "lora.rank=2", "save_every=1"]
-    assert train(run_file, *settings, f"output_dir={tmp_path / 'straight'}").exit_code == 0
-    checkpoint = tmp_path / "straight" / "checkpoint-1"
-    result = train(run_file, *settings, f"output_dir={tmp_path / 'resumed'}", "--resume-from", str(checkpoint))
-    assert result.exit_code == 0, result.output
-    straight, resumed = (
-        dict(
-            PeftModel.from_pretrained(
-                tiny.policy(num_hidden_layers=1), tmp_path / name / "policy"
-            ).named_parameters()
+def rounds_in(folder):
+    return [json.loads(line)["round"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", ["--resume", "--resume-from"])
+def test_an_adapter_run_can_be_resumed(run_file, tmp_path, how):
+    settings = ["rounds=2", "lora.rank=2", "checkpoints.every=1"]
+    out = tmp_path / "out"
+    assert train(run_file, *settings).exit_code == 0
+    trained = load_file(out / "policy" / "adapter_model.safetensors")
+    shutil.rmtree(out / "checkpoint-2")
+    if how == "--resume":
+        result = train(run_file, *settings, "--resume")
+    else:
+        result = train(
+            run_file, *settings, f"output_dir={tmp_path / 'other'}", "--resume-from", str(out / "checkpoint-1")
         )
-        for name in ("straight", "resumed")
-    )  # fmt: skip
-    assert all(torch.equal(p, straight[name]) for name, p in resumed.items())
-    (row,) = map(json.loads, (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines())
-    assert row["round"] == 2
+        out = tmp_path / "other"
+    assert result.exit_code == 0, result.output
+    again = load_file(out / "policy" / "adapter_model.safetensors")
+    assert trained.keys() == again.keys()
+    assert all(torch.equal(weight, trained[name]) for name, weight in again.items())
+    assert rounds_in(out) == ([1, 2] if how == "--resume" else [2])
+
+
+def test_resuming_starts_where_there_is_nothing_yet_and_starting_does_not_overwrite(run_file, tmp_path):
+    assert train(run_file, "rounds=1", "--resume").exit_code == 0
+    assert rounds_in(tmp_path / "out") == [1]
+    result = train(run_file, "rounds=1")
+    assert result.exit_code == 1
+    assert "holds a run already; resume it (--resume), or choose another folder" in result.stderr
+
+
+def test_resuming_from_two_places_is_an_error(run_file, tmp_path):
+    result = train(run_file, "--resume", "--resume-from", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr == "error: --resume and --resume-from are both given; expected one of them\n"
+
+
+def test_a_preset_is_a_config_whose_keys_can_be_overridden(run_file, tmp_path):
+    with open(run_file) as file:
+        small = yaml.safe_load(file)
+    keys = ["policy", "reward_model", "prompts", "output_dir", "prompts_per_round", "num_generations"]
+    overrides = [f"{key}={small[key]}" for key in keys] + ["generation.max_new_tokens=2", "r2m.inner_width=8"]
+    result = train("smollm2-demo", *overrides, "rounds=1", 'evaluation.pairs=""', 'evaluation.prompts=""')
+    assert result.exit_code == 0, result.output
+    written = load_config(tmp_path / "out" / "config.yaml")
+    assert written.generation.temperature == load_config(preset_path("smollm2-demo")).generation.temperature
+    assert (written.policy, written.rounds) == (small["policy"], 1)
+
+
+def test_a_name_that_is_no_file_and_no_preset_lists_the_presets():
+    result = train("smolm2-demo")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: config: smolm2-demo is no file and no preset; presets: paper-dialogue")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_dry_run_prints_the_config_and_leaves_nothing(run_file, tmp_path):
+    result = train(run_file, "rounds=50", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "rounds: 50\n" in result.stdout
+    assert "one round of 2 prompts x 3 responses:\n" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_can_be_measured_and_drawn_anew(run_file, tmp_path):
+    assert train(run_file, "rounds=2").exit_code == 0
+    out = tmp_path / "out"
+    picture = (out / "metrics.png").read_bytes()
+    (out / "metrics.png").unlink()
+    result = CliRunner().invoke(app, ["plot", str(out)])
+    assert (result.exit_code, result.stdout) == (0, f"{out / 'metrics.png'}\n")
+    assert (out / "metrics.png").read_bytes() == picture
+
+    def evaluate(*arguments):
+        return CliRunner().invoke(app, ["evaluate", str(out), *arguments])
+
+    result = evaluate("--prompts", str(tmp_path / "prompts.jsonl"))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("checkpoint-2 (round 2 of 2) on 2 held-out prompts\n")
+    assert "judge" not in result.stdout
+    for arguments, message in (
+        ([], "error: evaluation.prompts is not set in the run's config; expected --prompts FILE"),
+        (["--prompts", str(tmp_path / "prompts.jsonl"), "--checkpoint", "1"], "error: checkpoint '1' is not in "),
+    ):
+        result = evaluate(*arguments)
+        assert result.exit_code == 1
+        (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+        assert line.startswith(message)
+
+
+@pytest.mark.parametrize("command", ["plot", "evaluate"])
+def test_a_folder_that_holds_no_run_is_an_error(tmp_path, command):
+    result = CliRunner().invoke(app, [command, str(tmp_path)])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("error: ")
+    assert str(tmp_path) in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def mistakes(tmp_path):
@@ -87,6 +172,7 @@ def mistakes(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     return {
         "unknown key": (["r2m.flor=0.5"], "unknown key 'r2m.flor'; did you mean 'r2m.floor'?"),
+        "a key that moved": (["save_every=1"], "unknown key 'save_every'; "),
         "a value out of range": (["num_generations=1"], "num_generations is 1"),
         "a value of another type": (["rounds=many"], "rounds: "),
         "missing prompt file": ([f"prompts={tmp_path / 'none.txt'}"], "none.txt"),
@@ -95,6 +181,11 @@ def mistakes(tmp_path):
             [f"prompts={tmp_path / 'broken.jsonl'}"],
             'broken.jsonl, line 2: the field "prompt" is missing',
         ),
+        "a judge that is not there": (
+            [f"evaluation.prompts={tmp_path / 'prompts.jsonl'}", "evaluation.judge=no_such:judge"],
+            "evaluation.judge: judge is 'no_such:judge'; no_such cannot be imported",
+        ),
+        "no device": (["placement.device=gpu"], "placement.device is 'gpu', which cannot be used: "),
         "no prompt file": (["prompts="], "prompts"),
         "no policy": (["policy="], "policy"),
         "no reward model": (["reward_model="], "reward_model"),
@@ -102,8 +193,9 @@ def mistakes(tmp_path):
 
 
 NAMES = [
-    "unknown key", "a value out of range", "a value of another type", "missing prompt file", "empty prompt file",
-    "a prompt file without prompts", "no prompt file", "no policy", "no reward model",
+    "unknown key", "a key that moved", "a value out of range", "a value of another type", "missing prompt file",
+    "empty prompt file", "a prompt file without prompts", "a judge that is not there", "no device", "no prompt file",
+    "no policy", "no reward model",
 ]  # fmt: skip
 
 

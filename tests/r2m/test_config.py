@@ -16,7 +16,7 @@ def test_a_file_and_overrides_make_a_config(tmp_path):
 
 
 def test_what_a_run_writes_reads_back_equal(tmp_path):
-    config = load_config(None, ["lora.top_layers=2", "kl.beta=0.01"])
+    config = load_config(None, ["lora.top_layers=2", "kl.beta=0.01", "trackers=[wandb]", "evaluation.stop_at_kl=3"])
     (tmp_path / "config.yaml").write_text(config_to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
 
@@ -27,6 +27,13 @@ def test_what_a_run_writes_reads_back_equal(tmp_path):
         ("flor=1", r"unknown key 'flor'; did you mean 'r2m.floor'\?"),
         ("r2m.flor=1", r"unknown key 'r2m.flor'; did you mean 'r2m.floor'\?"),
         ("generation.temprature=1", r"did you mean 'generation.temperature'"),
+        ("stop_at_kl=1", r"unknown key 'stop_at_kl'; did you mean 'evaluation.stop_at_kl'\?"),
+        ("keep=1", r"unknown key 'keep'; did you mean 'checkpoints.keep'\?"),
+        ("evaluation.evry=1", r"unknown key 'evaluation.evry'; did you mean 'evaluation.every'\?"),
+        ("checkpoints.every_round=1", r"unknown key .*; did you mean 'checkpoints.every'\?"),
+        ("evaluate_every=1", "unknown key 'evaluate_every'; did you mean 'evaluation.every'"),
+        ("placement.offload=true", "unknown key 'placement.offload'; did you mean 'placement.offload_re"),
+        ("offload_reference=true", r"did you mean 'placement.offload_reference'\?"),
         ("zzzz=1", "unknown key 'zzzz'; known keys: policy"),
         ("rounds=many", r"rounds: .*integer.*given 'many'"),
         ("r2m.feedback=on", "r2m.feedback: .*'none', 'frozen' or 'trained'"),
@@ -34,6 +41,17 @@ def test_what_a_run_writes_reads_back_equal(tmp_path):
         ("r2m.floor=1.5", "r2m.floor is 1.5; expected a value between 0 and 1"),
         ("generation.temperature=0", "temperature is 0.*more than 0"),
         ("minibatches=7", "minibatches is 7; expected a divisor .* 512"),
+        ("evaluation.every=0", "evaluation.every is 0; expected at least 1"),
+        ("checkpoints.every=-1", "checkpoints.every is -1; expected at least 0"),
+        ("checkpoints.keep=0", "checkpoints.keep is 0; expected at least 1"),
+        ("generation.batch_size=0", "generation.batch_size is 0; expected at least 1"),
+        ("evaluation.stop_at_kl=high", "evaluation.stop_at_kl: .*number.*given 'high'"),
+        ("evaluation.samples_every=none", "evaluation.samples_every: .*integer.*given 'none'"),
+        ("placement.attention=flash", "placement.attention: .*'eager', 'sdpa' or 'flash_attention_2'.*given 'flash'"),
+        ("placement.quantize_reward_model=2bit", "placement.quantize_reward_model: .*'8bit' or '4bit'"),
+        ("trackers=[mlflow]", "trackers.0: .*'tensorboard', 'wandb' or 'trackio'; given 'mlflow'"),
+        ("lr_schedule=step", "lr_schedule: .*'constant', 'linear' or 'cosine'"),
+        ("evaluation=5", "evaluation: .*given 5"),
         ("rounds", "override 'rounds'; expected key=value"),
         ("rounds.x=1", "unknown key|rounds"),
     ],
@@ -47,6 +65,14 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path):
     (tmp_path / "list.yaml").write_text(yaml.safe_dump(["rounds", 3]))
     with pytest.raises(ValueError, match=r"list\.yaml holds a list; expected a mapping"):
         load_config(tmp_path / "list.yaml")
+
+
+def test_the_blocks_can_be_left_out_and_switched_off(tmp_path):
+    (tmp_path / "run.yaml").write_text("checkpoints: {every: 0}\nevaluation: {samples_every: 0}\n")
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.checkpoints.every, config.checkpoints.keep) == (0, 2)
+    assert (config.evaluation.samples_every, config.evaluation.every) == (0, 5)
+    assert config.placement == R2MConfig().placement
 
 
 def test_the_defaults_are_the_papers_dialogue_setup():

@@ -43,7 +43,7 @@ def test_a_judge_is_a_function_of_a_module(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["judge", "math.dist", ":judge", "math:", "some/file.py"])
 def test_a_name_of_another_form_is_an_error(name):
-    with pytest.raises(ValueError, match="judge is .*; (expected 'module:function' or 'file.py:function'|there is no)"):
+    with pytest.raises(ValueError, match=r"judge is .*; expected 'module:function' or 'file.py:function'"):
         load_judge(name)
 
 
@@ -57,7 +57,7 @@ def test_a_name_of_another_form_is_an_error(name):
         (
             "no_such_module:judge",
             ImportError,
-            "judge is 'no_such_module:judge'; no_such_module cannot be imported: No ",
+            "judge is 'no_such_module:judge'; no_such_module cannot be imported: ",
         ),
     ],
 )

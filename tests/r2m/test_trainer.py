@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r2m import Preference, R2MRewardModel, R2MTrainer, load_config
 from r2m.advantages import grpo_advantages, rloo_advantages
+from r2m.checkpoint import checkpoints
 from r2m.config import Lora, config_from_dict
 from r2m.fitting import embed_pairs, pair_accuracy, score_pairs, tokenize_pairs
-from r2m.monitor import warn_about_drift
+from r2m.monitor import sample_table, warn_about_drift
 from r2m.policy import add_adapter
 from r2m.policy_loss import sequence_kl
 
@@ -67,6 +68,8 @@ def make(reward_checkpoint, tmp_path):
         tokenizer=None,
         folder=None,
         rollout_fn=None,
+        eval_prompts=None,
+        judge=None,
         held_out_pairs=None,
         sample_metrics=None,
         model=None,
@@ -81,6 +84,8 @@ def make(reward_checkpoint, tmp_path):
             prompts,
             make_config(tmp_path / folder, **settings),
             rollout_fn=rollout_fn,
+            eval_prompts=eval_prompts,
+            judge=judge,
             held_out_pairs=held_out_pairs,
             sample_metrics=sample_metrics,
         )
@@ -623,6 +628,91 @@ def test_evaluation_trains_nothing(make):
     assert trainer.updater.weight == 0.6
     assert all(math.isfinite(value) for value in row.values())
     assert changed(trainer.policy, before) == changed(trainer.reward_model, before_small) == set()
+
+
+HELD_OUT = ["who ", "why? ", [{"role": "user", "content": "hi"}]]
+EVAL_METRICS = {f"eval/{name}" for name in ("reward", "initial_reward", "kl", "length", "eos_share", "judge")}
+
+
+def test_held_out_prompts_get_one_response_each_in_the_rounds_asked_for(make):
+    def judge(prompts, responses):
+        asked.append((prompts, responses))
+        return [len(response) for response in responses]
+
+    asked = []
+    rows = make(rounds=5, evaluation={"every": 3}, eval_prompts=[*HELD_OUT, "x" * 41], judge=judge).train()
+    measured = [row for row in rows if EVAL_METRICS & row.keys()]
+    assert [row["round"] for row in measured] == [1, 3, 5]
+    for row, (prompts, responses) in zip(measured, asked, strict=True):
+        assert row.keys() >= EVAL_METRICS
+        assert prompts == HELD_OUT  # less the one that is too long
+        assert row["eval/judge"] == sum(map(len, responses)) / len(HELD_OUT)
+    assert measured[0]["eval/kl"] != measured[-1]["eval/kl"]
+
+
+def test_a_policy_that_stays_is_measured_alike_every_time(make):
+    still = {"learning_rate": 0.0, "r2m": {"learning_rate": 0.0}}
+    trainer = make(
+        rounds=3, evaluation={"every": 1}, eval_prompts=HELD_OUT, judge=lambda _, texts: map(len, texts), **still
+    )
+    first, *others = [{key: row[key] for key in EVAL_METRICS} for row in trainer.train()]
+    assert others == [first] * 2
+    assert first["eval/kl"] == 0.0
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_that_is_measured_is_the_run_that_is_not(make, adapter, standardize):
+    def trained(**options):
+        policy = with_adapter() if adapter else small_policy()
+        trainer = make(policy=policy, rounds=3, model={"standardize": standardize}, **options)
+        return trainer, without_costs(trainer.train())
+
+    plain, expected = trained()
+    measured, rows = trained(
+        evaluation={"every": 1}, eval_prompts=HELD_OUT, judge=lambda _, texts: map(len, texts), held_out_pairs=PAIRS
+    )
+    extra = EVAL_METRICS | {"rm/pair_accuracy"}
+    assert [{key: x for key, x in row.items() if key not in extra} for row in rows] == expected
+    assert changed(measured.policy, copies(plain.policy)) == set()
+    assert changed(measured.reward_model, copies(plain.reward_model)) == set()
+
+
+def test_a_judge_needs_held_out_prompts(make):
+    with pytest.raises(ValueError, match="judge is given without eval_prompts; expected the held-out prompts it is"):
+        make(judge=lambda *_: [1.0])
+
+
+def test_training_ends_with_the_round_whose_kl_is_above_the_limit_and_is_saved_there(make, caplog):
+    settings = {"rounds": 6, "learning_rate": 1e-2, "kl": {"beta": 0.0}, "checkpoints": {"every": 6}}
+    kl = [row["policy/kl"] for row in make(**settings).train()]
+    assert kl[0] == 0.0
+    limit = max(kl[:4]) * 0.999
+    last = next(t for t, value in enumerate(kl, 1) if value > limit)
+    assert last < 6
+    trainer = make(**settings, evaluation={"stop_at_kl": limit})
+    rows = trainer.train()
+    assert [row["policy/kl"] for row in rows] == [row["policy/kl"] for row in written_rows(trainer)] == kl[:last]
+    assert list(checkpoints(trainer.output_dir)) == [last]
+    assert f"round {last}: KL {kl[last - 1]:.3f} is above evaluation.stop_at_kl {limit:g}; training ends" in caplog.text
+
+
+@pytest.mark.parametrize(("every", "shown"), [(2, [2, 4]), (0, []), (5, [])])
+def test_samples_with_their_scores_are_in_the_log_every_so_many_rounds(make, caplog, every, shown):
+    caplog.set_level(logging.INFO)
+    trainer = make(rounds=4, evaluation={"samples_every": every})
+    annotate, tables = trainer.annotate, []
+
+    def annotated(rollout, *args, **options):
+        tables.append(sample_table(rollout, batch := annotate(rollout, *args, **options)))
+        return batch
+
+    trainer.annotate = annotated
+    trainer.train()
+    assert [line for line in warnings(caplog) if line.startswith("samples")] == [
+        f"samples of round {t}:\n{tables[t - 1]}" for t in shown
+    ]
+    assert all(table.splitlines()[0].split() == ["prompt", "response", "reward", "initial"] for table in tables)
 
 
 # ---- warnings ----
