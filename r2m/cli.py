@@ -96,7 +96,7 @@ def fit_reward(
     with _clear_errors():
         import transformers
 
-        from r2m.fitting import fit_reward_from_files
+        from r2m.run import fit_reward_from_files
 
         for item in columns or []:
             if "=" not in item:

@@ -14,7 +14,7 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,20 +26,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from r2m.data import Preference, load_pairs
+from r2m.data import Preference
 from r2m.hidden_states import policy_backbone
 from r2m.models import cache_dir
 from r2m.plots import plot_calibration
-from r2m.policy import load_tokenizer
-from r2m.reward_model import CONFIG_FILE, WEIGHTS_FILE, R2MRewardModel, saved_config
+from r2m.reward_model import R2MRewardModel
 from r2m.rollout import Rollout, collate
-from r2m.tokenization import encode_prompt, usable_pairs
+from r2m.tokenization import encode_prompt
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "fit.json"
 STATISTICS_PAIRS = 4096  # the hidden states of so many pairs, a million tokens or more, give their mean and deviation
 CACHED_TEXTS = 4096  # RTEs in one file of the cache: what an interruption loses at most
 
@@ -465,148 +463,3 @@ def _minimize(
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
     return best_step
-
-
-# ---- from files to a folder ----
-
-
-def fit_reward_from_files(
-    pairs: str | Path,
-    reward_model: str | Path,
-    output: str | Path,
-    *,
-    policy: str | Path | None = None,
-    held_out: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    reward_model_revision: str | None = None,
-    policy_revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    lora_rank: int = 0,
-    learning_rate: float = 1e-4,
-    batch_size: int = 16,
-    seed: int = 0,
-    **settings: Any,
-) -> dict[str, Any]:
-    """What `r2m fit-reward` does: a folder with the fitted reward model, `fit.json` and `calibration.png`.
-
-    pairs, held_out: sources of `r2m.data.load_pairs`; without `held_out`, a random tenth of the pairs, all pairs of a
-        prompt together, is held out. Pairs of more tokens than the reward model's `max_length` are dropped.
-    reward_model, policy: folders or hub ids; without `policy` there is no cross-attention and no R2M reward model.
-    dtype: of both models' frozen weights.
-    settings: those of a new reward model that differ from the defaults (`R2MRewardModel.from_pretrained`).
-
-    The folder is a sequence-classification checkpoint and, given the policy, an R2M reward model. Returns what it
-    writes to `fit.json`. Raises what `fit_reward` and the loaders raise; ValueError for fewer than ten pairs without
-    `held_out`, for settings that a saved R2M reward model contradicts, and for an output folder with other files;
-    OSError for one that cannot be written.
-    """
-    output = Path(output)
-    _check_output(output, reward_model)
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    training = load_pairs(pairs, columns=columns)
-    validation = None if held_out is None else load_pairs(held_out, columns=columns)
-    saved = saved_config(reward_model, reward_model_revision)
-    for name, value in settings.items():
-        if saved is not None and getattr(saved, name) != value:
-            raise ValueError(f"{name} is {value!r}; the R2M reward model {reward_model} has {getattr(saved, name)!r}")
-    needs_policy = sorted({"inner_width", "num_heads", "floor", "standardize"} & settings.keys())
-    if policy is None and needs_policy:
-        raise ValueError(f"{needs_policy[0]} is given without a policy; expected the model that is attended to")
-    model = R2MRewardModel.from_pretrained(
-        reward_model,
-        # A new one needs some policy; without one nothing of the cross-attention is trained or written.
-        policy=reward_model if saved is None and policy is None else policy,
-        revision=reward_model_revision,
-        policy_revision=policy_revision,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        device=device,
-        **settings,
-    )
-    loaded_policy: Any = None
-    tokenizer = None
-    if policy is not None:
-        where: dict[str, Any] = {"revision": policy_revision, "trust_remote_code": trust_remote_code}
-        loaded_policy = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype, **where)
-        loaded_policy.to(device)
-        tokenizer = load_tokenizer(str(policy), **where)
-
-    def usable(some: list[Preference]) -> list[Preference]:
-        for t in (model.tokenizer, tokenizer):
-            some = some if t is None else usable_pairs(t, some, model.config.max_length)
-        return some
-
-    loaded = len(training) + len(validation or [])
-    training = usable(training)
-    if validation is None:
-        training, validation = _split(training, seed, source=pairs)
-    else:
-        validation = usable(validation)
-    report = {
-        "pairs": str(pairs),
-        "held_out": None if held_out is None else str(held_out),
-        "reward_model": str(reward_model),
-        "policy": None if policy is None else str(policy),
-        "lora_rank": lora_rank,
-        "seed": seed,
-        "training_pairs": len(training),
-        "held_out_pairs": len(validation),
-        "dropped_pairs": loaded - len(training) - len(validation),
-    } | fit_reward(
-        model,
-        training,
-        validation,
-        policy=loaded_policy,
-        tokenizer=tokenizer,
-        lora_rank=lora_rank,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        cache=True,
-        calibration_plot=output / "calibration.png",
-    )
-    if policy is not None:
-        model.save_pretrained(output, include_backbone=True)
-    else:
-        model.save_classifier(output)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):  # of an earlier fit with a policy
-            (output / name).unlink(missing_ok=True)
-    (output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-    return report
-
-
-def _check_output(output: Path, reward_model: str | Path) -> None:
-    """Before the work: that `output` can be written, and that nothing in it is lost but an earlier fit."""
-    if output.is_dir() and any(output.iterdir()) and not (output / REPORT_FILE).is_file():
-        raise ValueError(
-            f"output {output} holds other files; expected a new or empty folder, or that of an earlier fit"
-        )
-    if output.resolve() == Path(reward_model).resolve():
-        raise ValueError(f"output {output} is the reward model's own folder; expected another")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise OSError(f"output {output} cannot be written: {error}") from error
-
-
-def _split(pairs: list[Preference], seed: int, *, source: str | Path) -> tuple[list[Preference], list[Preference]]:
-    """All but a random tenth, and the tenth; the pairs of one prompt stay together where prompts are many."""
-    if len(pairs) < 10:
-        raise ValueError(
-            f"pairs: {source} has {len(pairs)} that can be used, of which a tenth is held out; "
-            "expected at least 10, or a file of held-out pairs"
-        )
-    by_prompt: dict[str, list[Preference]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(json.dumps(pair.prompt), []).append(pair)
-    groups = list(by_prompt.values())
-    if min(map(len, groups)) > len(pairs) // 10:  # few prompts for all pairs: they say nothing
-        groups = [[pair] for pair in pairs]
-    random.Random(seed).shuffle(groups)
-    training: list[Preference] = []
-    held_out: list[Preference] = []
-    for group in groups:
-        (held_out if len(held_out) + len(group) <= len(pairs) // 10 else training).extend(group)
-    return training, held_out

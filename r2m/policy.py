@@ -30,7 +30,8 @@ def load_tokenizer(
 def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
     """The policy of a config. Trainable weights are float32; below an adapter the frozen weights take `precision`.
 
-    Raises ValueError where the model, or what is installed, cannot do `placement.attention`.
+    Raises ValueError where the model, or what is installed, cannot do `placement.attention`, and for a `lora.adapter`
+    that cannot be loaded.
     """
     below_adapter = torch.bfloat16 if config.precision == "bf16" else torch.float32
     attention = config.placement.attention
@@ -51,7 +52,10 @@ def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> PreTra
     if config.lora is None:
         return model
     if config.lora.adapter is not None:
-        return PeftModel.from_pretrained(model, config.lora.adapter, is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(model, config.lora.adapter, is_trainable=True)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"lora.adapter is {config.lora.adapter!r}: {error}") from None
     return add_adapter(model, config.lora)
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from r2m import Preference, R2MRewardModel, fit_reward, fitting
+from r2m import Preference, R2MRewardModel, fit_reward, fitting, run
 from r2m.cli import app
-from r2m.fitting import embed_pairs, fit_reward_from_files, pair_accuracy, reliability, score_pairs, tokenize_pairs
+from r2m.fitting import embed_pairs, pair_accuracy, reliability, score_pairs, tokenize_pairs
+from r2m.run import fit_reward_from_files
 
 WORDS = ["film", "story", "plot", "cast", "music", "ending", "scene", "joke"]
 TEXTS = ["hello", "a longer text than the others!", "x"]
@@ -297,13 +298,13 @@ def test_a_cache_that_cannot_be_written_is_an_error(reward_checkpoint, policy, t
 @pytest.mark.parametrize("per_prompt", [1, 3, 50])
 def test_a_tenth_is_held_out_and_prompts_stay_together_where_they_can(per_prompt):
     pairs = [Preference(f"prompt {i // per_prompt}", f"a{i}", f"b{i}") for i in range(100)]
-    training, held_out = fitting._split(pairs, 0, source="file")
+    training, held_out = run._split(pairs, 0, source="file")
     assert sorted(p.chosen for p in training + held_out) == sorted(p.chosen for p in pairs)
     assert 8 <= len(held_out) <= 10
     if per_prompt == 3:
         assert not {p.prompt for p in training} & {p.prompt for p in held_out}
-    assert fitting._split(pairs, 0, source="file") == (training, held_out)
-    assert fitting._split(pairs, 1, source="file") != (training, held_out)
+    assert run._split(pairs, 0, source="file") == (training, held_out)
+    assert run._split(pairs, 1, source="file") != (training, held_out)
 
 
 def test_reliability_counts_confidence_against_what_came_true():
