@@ -292,3 +292,8 @@ def test_a_wrong_policy_is_not_blamed_on_the_attention(tmp_path):
     with pytest.raises((OSError, ValueError)) as error:
         load_policy(config)
     assert "placement" not in str(error.value)
+
+
+def test_an_adapter_that_is_not_there_is_named_by_its_key(checkpoint):
+    with pytest.raises(ValueError, match=r"lora.adapter is '/nowhere': .*adapter_config.json"):
+        load_policy(R2MConfig(policy=str(checkpoint), lora=Lora(adapter="/nowhere")))
