@@ -1,4 +1,4 @@
-"""Data and judge of docs/training.md: movie reviews as files for `r2m`, and a classifier of reviews for evaluation.judge.
+"""Data and judge of docs/training.md: movie reviews as files for `r2m`, and a classifier for evaluation.judge.
 
 As a script, writes pairs.jsonl, held_out_pairs.jsonl, prompts.jsonl and eval_prompts.jsonl. As a judge it is a linear
 classifier, fitted once a process, on reviews that none of these files contains.

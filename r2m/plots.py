@@ -24,10 +24,11 @@ PHASES = ["rollout", "annotate", "policy", "reward_model"]
 # Panels of one run: title, unit of the y axis, {key: label}.
 RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
     ("Reward", "reward", {"reward/mean": "current RM", "reward/initial": "initial RM"}),
-    ("Judge", "logit", {"judge/logit": "judge"}),
+    ("Reward, held-out prompts", "reward", {"eval/reward": "current RM", "eval/initial_reward": "initial RM"}),
+    ("Judge", "score", {"judge/logit": "samples", "eval/judge": "held-out prompts"}),
     ("VADER", "compound sentiment", {"judge/vader": "VADER"}),
     ("Spread of rewards", "std", {"reward/std": "all samples", "reward/group_std": "in a group"}),
-    ("KL to the reference", "nats / response", {"policy/kl": "KL"}),
+    ("KL to the reference", "nats / response", {"policy/kl": "samples", "eval/kl": "held-out prompts"}),
     ("Policy entropy", "nats / token", {"policy/entropy": "entropy"}),
     ("Policy loss", "loss", {"policy/loss": "loss"}),
     ("Importance ratio", "mean ratio", {"policy/ratio": "ratio"}),
