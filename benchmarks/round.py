@@ -24,7 +24,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
 
 from r2m import R2MRewardModel, R2MTrainer, load_policy
@@ -45,7 +44,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "0.5b": (
-        Qwen2Config(
+        LlamaConfig(
             vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
             num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1,
         ),
@@ -103,7 +102,9 @@ def build(shape: str, rounds: int, feedback: str, folder: Path) -> R2MTrainer:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    # A word for every id: what is sampled is as long for the reward model as for the policy.
+    vocabulary = {f"w{i}": i for i in range(architecture.vocab_size) if i != 1} | {"</s>": 1}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
     for name, kind in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
@@ -126,7 +127,7 @@ def build(shape: str, rounds: int, feedback: str, folder: Path) -> R2MTrainer:
     reward_model = R2MRewardModel.from_pretrained(
         folder / "reward", policy=policy, device=device, inner_width=config.r2m.inner_width
     )
-    prompts = ["a " * config.generation.max_prompt_tokens] * config.prompts_per_round
+    prompts = ["w0 " * config.generation.max_prompt_tokens] * config.prompts_per_round
     return R2MTrainer(policy, reward_model, tokenizer, list(prompts), config)
 
 

@@ -19,7 +19,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from r2m.checkpoint import find_checkpoint, read_metrics
 from r2m.config import Placement, R2MConfig, load_config
+from r2m.models import is_local, shown
 from r2m.policy import load_policy, load_tokenizer
+from r2m.reward_model import R2MRewardModel, saved_config
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ def export_run(run: str | Path, output: str | Path, *, checkpoint: str | None = 
     """Write policy, tokenizer, generation config, model card and, in `reward_model`, the reward model to `output`.
 
     run: the output_dir of a run that has ended, or with `checkpoint` ("last", "best" or a round) of any run.
+    A reward model on a backbone of the hub names it; one on a local folder takes the backbone along.
+
     merge: put an adapter into the model below it, in float32 (4 bytes of host memory a weight).
 
     An adapter is saved in float32, a whole model in the dtype of the checkpoint it started from; after full tuning
@@ -67,7 +71,14 @@ def export_run(run: str | Path, output: str | Path, *, checkpoint: str | None = 
         policy.to(dtype)
     policy.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    shutil.copytree(source / "reward_model", output / "reward_model")
+    backbone = saved_config(source / "reward_model")
+    if backbone is not None and is_local(backbone.backbone):  # which nobody else has: it goes along
+        reward_model = R2MRewardModel.from_pretrained(
+            source / "reward_model", trust_remote_code=config.trust_remote_code
+        )
+        reward_model.save_pretrained(output / "reward_model", include_backbone=True)
+    else:
+        shutil.copytree(source / "reward_model", output / "reward_model")
     write_policy_card(output, config, history)
     return output
 
@@ -98,7 +109,7 @@ def write_policy_card(folder: str | Path, config: R2MConfig, history: list[dict[
         "pipeline_tag": "text-generation",
         "tags": ["rlhf", "r2m", config.algorithm, *(["lora"] if is_adapter else [])],
     }
-    if not _is_local(config.policy):  # the hub takes ids only
+    if not is_local(config.policy):  # the hub takes ids only
         front = {"base_model": config.policy, "base_model_relation": "adapter" if is_adapter else "finetune"} | front
     rounds = int(history[-1]["round"]) if history else 0
     settings, measured = _flat(dataclasses.asdict(config)), config.evaluation
@@ -106,22 +117,22 @@ def write_policy_card(folder: str | Path, config: R2MConfig, history: list[dict[
     text = _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         kind="An adapter of" if is_adapter else "Fine-tuned from",
-        policy=_shown(config.policy),
+        policy=shown(config.policy),
         algorithm=config.algorithm.upper(),
         method=_METHOD[config.r2m.feedback],
-        reward_model=_shown(config.reward_model),
+        reward_model=shown(config.reward_model),
         reward_model_folder=_REWARD_MODEL if (folder / "reward_model").is_dir() else "",
         loader="peft" if is_adapter else "transformers",
         auto_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         temperature=config.generation.temperature,
-        data=_table([[name, f"`{_shown(value)}`"] for name, value in data.items() if value]),
+        data=_table([[name, f"`{shown(value)}`"] for name, value in data.items() if value]),
         rounds=rounds,
         all_rounds=config.rounds,
         n=config.prompts_per_round,
         k=config.num_generations,
         trajectories=rounds * config.prompts_per_round * config.num_generations,
         metrics=_table(_measured(history), ["measure", "first (round)", "last (round)"]),
-        settings=_table([[f"`{name}`", f"`{_shown(value)}`" if value != "" else ""] for name, value in settings]),
+        settings=_table([[f"`{name}`", f"`{shown(value)}`" if value != "" else ""] for name, value in settings]),
         versions=", ".join(f"{name} {version(name)}" for name in ("r2m", "torch", "transformers", "peft")),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -149,15 +160,6 @@ def _load_checkpoint(file: Path, config: R2MConfig) -> PreTrainedModel | PeftMod
 
 
 # ---- the card ----
-
-
-def _is_local(name: str) -> bool:
-    return Path(name).is_absolute() or Path(name).exists()
-
-
-def _shown(value: object) -> object:
-    """Folders of this machine are nobody else's business."""
-    return Path(value).name if isinstance(value, str) and value and _is_local(value) else value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -192,7 +194,7 @@ def _warn_about_local_names(folder: Path) -> None:
     for file, keys in files.items():
         names = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
         for key in keys:
-            if key in names and _is_local(names[key]):
+            if key in names and is_local(names[key]):
                 logger.warning(
                     "%s: %s is %s, a folder of this machine; nobody else can load it from there", file, key, names[key]
                 )

@@ -190,6 +190,8 @@ def warm_start(reward_model: R2MRewardModel, training: Batches, held_out: Batche
         lambda: -F.logsigmoid(fused_margins(reward_model, held_out)).mean(),
         learning_rate=1e-4,
     )
+    if steps == 0:
+        logger.warning("warm start: no step lowers the held-out loss; the cross-attention stays as it was drawn")
     return {"warm_start_steps": steps} | _measures("fused", fused_margins(reward_model, held_out))
 
 

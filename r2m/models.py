@@ -77,6 +77,16 @@ def _smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     )
 
 
+def is_local(name: str) -> bool:
+    """Whether `name` is a folder of this machine rather than a hub id."""
+    return Path(name).is_absolute() or Path(name).exists()
+
+
+def shown(value: object) -> object:
+    """`value` for a model card: of a local folder the last part, since the rest is nobody else's business."""
+    return Path(value).name if isinstance(value, str) and value and is_local(value) else value
+
+
 def cache_dir() -> Path:
     """`$R2M_CACHE`, or `r2m` in the user's cache directory."""
     if explicit := os.environ.get("R2M_CACHE"):

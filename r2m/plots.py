@@ -167,7 +167,9 @@ def plot_calibration(bins: Mapping[str, Sequence[tuple[float, float, int]]], out
 
 
 def _read(path: str | Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    *lines, last = Path(path).read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+    lines += [last] if last.endswith(("\n", "}")) else []  # of a run that is going on, the last line may be half a row
+    rows = [json.loads(line) for line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{path}: no rounds to plot, the file is empty")
     return rows

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from r2m.data import Prompt
+from r2m.models import is_local, shown
 from r2m_kernels import (
     RewardHead,
     SequenceToTokenAttention,
@@ -176,9 +177,9 @@ class R2MRewardModel(nn.Module):
             raise ValueError(f"policy is None; expected the model whose hidden states {name} will attend to")
         else:
             config = RewardModelConfig(
-                backbone=str(name),
+                backbone=_lasting(name),
                 backbone_revision=revision,
-                policy=policy.config._name_or_path if isinstance(policy, nn.Module) else str(policy),
+                policy=_lasting(policy.config._name_or_path if isinstance(policy, nn.Module) else policy),
                 policy_revision=policy_revision,
                 policy_width=_width(policy, policy_revision, trust_remote_code),
                 inner_width=inner_width,
@@ -226,7 +227,7 @@ class R2MRewardModel(nn.Module):
             note = self._usage()
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")
-        (folder / "README.md").write_text(_CARD.format(**asdict(self.config)) + note)
+        (folder / "README.md").write_text(self._card(_CARD) + note)
 
     @torch.no_grad()
     def save_classifier(self, folder: str | Path) -> None:
@@ -251,7 +252,13 @@ class R2MRewardModel(nn.Module):
         classifier.save_pretrained(folder)
         text_config.pad_token_id = self._rule_pad_id
         tokenizer.save_pretrained(folder)
-        (Path(folder) / "README.md").write_text(_CLASSIFIER_CARD.format(**asdict(self.config)) + self._usage())
+        (Path(folder) / "README.md").write_text(self._card(_CLASSIFIER_CARD) + self._usage())
+
+    def _card(self, template: str) -> str:
+        names = {name: shown(value) for name, value in asdict(self.config).items()}
+        # The hub takes ids only.
+        base_model = "" if is_local(self.config.backbone) else f"base_model: {self.config.backbone}\n"
+        return template.format(base_model=base_model, **names)
 
     def _folded_head(self) -> tuple[Tensor, Tensor]:
         """Weight [D_rm] and bias (0-dim) of the score at w = 1 on RTEs as they are, without standardisation."""
@@ -464,7 +471,12 @@ def saved_config(name: str | Path, revision: str | None = None) -> RewardModelCo
     if file is None:
         return None
     config = RewardModelConfig(**json.loads(Path(file).read_text()))
-    return replace(config, backbone=str(name), backbone_revision=revision) if config.backbone == "." else config
+    return replace(config, backbone=_lasting(name), backbone_revision=revision) if config.backbone == "." else config
+
+
+def _lasting(name: str | Path) -> str:
+    """A name that means the same from every working directory."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else str(name)
 
 
 def _quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -497,8 +509,7 @@ def _single_output(name: str, where: dict[str, Any]) -> dict[str, int]:
 
 _CARD = """---
 library_name: r2m
-base_model: {backbone}
-tags: [reward-model, rlhf, r2m]
+{base_model}tags: [reward-model, rlhf, r2m]
 ---
 # R2M reward model
 
@@ -518,8 +529,7 @@ It cannot score without that policy's hidden states: `r2m.R2MRewardModel.from_pr
 _CLASSIFIER_CARD = """---
 library_name: transformers
 pipeline_tag: text-classification
-base_model: {backbone}
-tags: [reward-model, rlhf]
+{base_model}tags: [reward-model, rlhf]
 ---
 # Reward model
 

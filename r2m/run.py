@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import random
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,9 +22,11 @@ from r2m.fitting import fit_reward
 from r2m.monitor import check_trackers, sample_table
 from r2m.plots import plot_run
 from r2m.policy import load_policy, load_tokenizer
-from r2m.reward_model import CONFIG_FILE, WEIGHTS_FILE, R2MRewardModel, saved_config
+from r2m.reward_model import CONFIG_FILE, WEIGHTS_FILE, R2MRewardModel, RewardModelConfig, saved_config
 from r2m.tokenization import usable_pairs
 from r2m.trainer import R2MTrainer
+
+logger = logging.getLogger(__name__)
 
 FIT_REPORT = "fit.json"
 
@@ -58,6 +61,9 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
     Raises the errors of `load_data`, and the same for models.
     """
     place, data = config.placement, load_data(config) if data is None else data
+    saved = _load("reward_model", saved_config, config.reward_model, revision=config.reward_model_revision)
+    if saved is not None:
+        config = _with_saved_part(config, saved)
     torch.manual_seed(config.seed)  # of an adapter's and a cross-attention's fresh weights
     device = place.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _load(
@@ -93,6 +99,20 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
     return R2MTrainer(policy, reward_model, tokenizer, config=config, **data)
 
 
+def _with_saved_part(config: R2MConfig, saved: RewardModelConfig) -> R2MConfig:
+    """The config with what a saved R2M reward model has decided already."""
+    if config.r2m.zero_output:
+        raise ValueError(
+            f"r2m.zero_output is true, and reward_model {config.reward_model} brings its cross-attention; "
+            "expected false, or a reward model without one"
+        )
+    decided = {name: getattr(saved, name) for name in ("inner_width", "num_heads", "standardize")}
+    other = {name: value for name, value in decided.items() if getattr(config.r2m, name) != value}
+    if other:
+        logger.info("%s brings its own %s", config.reward_model, ", ".join(f"{k} = {v}" for k, v in other.items()))
+    return dataclasses.replace(config, r2m=dataclasses.replace(config.r2m, **decided))
+
+
 def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
     """Train, save policy and reward model in output_dir, and draw the curves; returns a sentence for the user."""
     if resume_from is None:
@@ -104,7 +124,9 @@ def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
         trainer.save_pretrained(folder)
         plot_run(folder / "metrics.jsonl", folder / "metrics.png")
     best = best_round(history)
-    liked = f"; the judge likes round {best} best (r2m export {folder} --checkpoint best)" if best else ""
+    liked = (
+        f"; the judge likes round {best} best (r2m export {folder} --checkpoint best --output FOLDER)" if best else ""
+    )
     return f"policy, reward model, metrics.jsonl and metrics.png are in {folder}{liked}"
 
 
@@ -137,7 +159,8 @@ def dry_run(config: R2MConfig) -> str:
         trainer = build_trainer(tiny, data)
         (row,) = trainer.train()
     measured = "\n".join(f"  {name}: {value:.4g}" for name, value in row.items() if name != "round")
-    return f"{config_to_yaml(config)}\none round of 2 prompts x {config.num_generations} responses:\n{measured}"
+    resolved = config_to_yaml(dataclasses.replace(config, r2m=trainer.config.r2m))
+    return f"{resolved}\none round of 2 prompts x {config.num_generations} responses:\n{measured}"
 
 
 def evaluate_run(
@@ -235,11 +258,11 @@ def fit_reward_from_files(
     OSError for one that cannot be written.
     """
     output = Path(output)
+    training = load_pairs(pairs, columns=columns)
+    validation = None if held_out is None else load_pairs(held_out, columns=columns)
     _check_output(output, reward_model)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    training = load_pairs(pairs, columns=columns)
-    validation = None if held_out is None else load_pairs(held_out, columns=columns)
     saved = saved_config(reward_model, reward_model_revision)
     for name, value in settings.items():
         if saved is not None and getattr(saved, name) != value:

@@ -175,7 +175,11 @@ class R2MTrainer:
         with claim(self.output_dir), on_sigterm() as sigterm, logging_redirect_tqdm():
             first_round = self._open_output(resume_from)
             rounds = tqdm(
-                range(first_round, self.config.rounds + 1), unit="round", disable=not self.accelerator.is_main_process
+                range(first_round, self.config.rounds + 1),
+                initial=first_round - 1,
+                total=self.config.rounds,
+                unit="round",
+                disable=not self.accelerator.is_main_process,
             )
             for t in rounds:
                 row: dict[str, float] = {"round": t}

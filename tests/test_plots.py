@@ -75,3 +75,9 @@ def test_pyplot_is_left_alone(tmp_path):
     backend, figures = matplotlib.get_backend(), matplotlib.pyplot.get_fignums()
     plot_run(write(tmp_path / "metrics.jsonl", [{"round": 1, "policy/kl": 0.0}]), tmp_path / "run.png")
     assert (matplotlib.get_backend(), matplotlib.pyplot.get_fignums()) == (backend, figures)
+
+
+def test_half_a_row_of_a_run_that_is_going_on_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1, "policy/kl": 0.5}\n{"round": 2, "poli')
+    plot_run(tmp_path / "metrics.jsonl", tmp_path / "metrics.png")
+    assert (tmp_path / "metrics.png").stat().st_size > 0

@@ -90,7 +90,7 @@ def test_full_tuning_loads_with_transformers(make_run, tmp_path, reward_checkpoi
     assert tokenizer.pad_token == "</s>"
     assert GenerationConfig.from_pretrained(out).top_k == 17
     reward_model = R2MRewardModel.from_pretrained(out / "reward_model")
-    assert reward_model.config.backbone == str(reward_checkpoint)
+    assert reward_model.config.backbone == str(out / "reward_model")  # a local one goes along
 
 
 def test_an_adapter_loads_with_peft(make_run, tmp_path):

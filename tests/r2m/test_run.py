@@ -202,6 +202,17 @@ def test_a_dry_run_misses_a_tracker_as_the_run_would(run_file, monkeypatch):
 # ---- measuring a finished run ----
 
 
+def test_what_a_saved_reward_model_has_decided_is_in_the_resolved_config(run_file, finished, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    saved = [f"reward_model={finished / 'reward_model'}", "r2m.inner_width=64", "r2m.standardize=true"]
+    trainer = build_trainer(load_config(run_file, saved))
+    assert (trainer.config.r2m.inner_width, trainer.config.r2m.standardize) == (16, False)
+    assert "brings its own inner_width = 16, standardize = False" in caplog.text
+    assert "inner_width: 16" in dry_run(load_config(run_file, saved))
+    with pytest.raises(ValueError, match=r"r2m.zero_output is true, and reward_model .* brings its cross-attention"):
+        build_trainer(load_config(run_file, [*saved, "r2m.zero_output=true"]))
+
+
 def reported(text):
     """A report's numbers by their labels."""
     lines = text.partition("\n\n")[0].splitlines()[1:]
