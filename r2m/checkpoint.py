@@ -225,11 +225,26 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 # ---- restoring ----
 
 
+def checkpoint_to_resume(config: R2MConfig, resume_from: str | Path) -> Path | None:
+    """The folder `resume_from`, or for "last" the newest checkpoint in output_dir, None where there is none.
+
+    Raises FileNotFoundError if it is no checkpoint, and ValueError if it is damaged or of a run with other settings.
+    """
+    found: str | Path | None = resume_from
+    if resume_from == "last":
+        found = max(checkpoints(config.output_dir).items(), default=(0, None))[1]
+    if found is None:
+        return None
+    _read_manifest(Path(found))
+    _check_config(load_config(Path(found) / "config.yaml"), config)
+    return Path(found)
+
+
 def load_checkpoint(trainer: R2MTrainer, folder: str | Path) -> int:
     """Restore `folder` into a trainer made from the same initial models and prompts; returns its round.
 
-    Raises FileNotFoundError if it is no checkpoint and ValueError if it is damaged, of another run or of other models;
-    then the trainer is unchanged.
+    Raises what `checkpoint_to_resume` does, and ValueError if it is of other models or prompts; then the trainer is
+    unchanged.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from r2m.checkpoint import best_round, check_unused, claim, find_checkpoint, load_checkpoint
+from r2m.checkpoint import best_round, check_unused, checkpoint_to_resume, claim, find_checkpoint, load_checkpoint
 from r2m.config import R2MConfig, config_to_yaml, load_config
 from r2m.data import Preference, load_pairs, load_prompts
 from r2m.evaluation import judge_scores, load_judge
@@ -22,7 +22,7 @@ from r2m.fitting import fit_reward
 from r2m.monitor import check_trackers, sample_table
 from r2m.plots import plot_run
 from r2m.policy import load_policy, load_tokenizer
-from r2m.reward_model import CONFIG_FILE, WEIGHTS_FILE, R2MRewardModel, RewardModelConfig, saved_config
+from r2m.reward_model import CONFIG_FILE, WEIGHTS_FILE, R2MRewardModel, saved_config
 from r2m.tokenization import usable_pairs
 from r2m.trainer import R2MTrainer
 
@@ -61,9 +61,7 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
     Raises the errors of `load_data`, and the same for models.
     """
     place, data = config.placement, load_data(config) if data is None else data
-    saved = _load("reward_model", saved_config, config.reward_model, revision=config.reward_model_revision)
-    if saved is not None:
-        config = _with_saved_part(config, saved)
+    config = _with_saved_part(config)
     torch.manual_seed(config.seed)  # of an adapter's and a cross-attention's fresh weights
     device = place.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _load(
@@ -99,8 +97,11 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
     return R2MTrainer(policy, reward_model, tokenizer, config=config, **data)
 
 
-def _with_saved_part(config: R2MConfig, saved: RewardModelConfig) -> R2MConfig:
-    """The config with what a saved R2M reward model has decided already."""
+def _with_saved_part(config: R2MConfig) -> R2MConfig:
+    """The config with what the reward model has decided already, where it is a saved R2M reward model."""
+    saved = _load("reward_model", saved_config, config.reward_model, revision=config.reward_model_revision)
+    if saved is None:
+        return config
     if config.r2m.zero_output:
         raise ValueError(
             f"r2m.zero_output is true, and reward_model {config.reward_model} brings its cross-attention; "
@@ -115,9 +116,13 @@ def _with_saved_part(config: R2MConfig, saved: RewardModelConfig) -> R2MConfig:
 
 def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
     """Train, save policy and reward model in output_dir, and draw the curves; returns a sentence for the user."""
+    # Mistakes end here, before a folder is made or a model is loaded.
+    config = _with_saved_part(config)
     if resume_from is None:
         check_unused(config.output_dir)
-    data = load_data(config)  # a mistake in the config leaves no folder behind
+    else:
+        checkpoint_to_resume(config, resume_from)
+    data = load_data(config)
     with claim(config.output_dir) as folder:
         trainer = build_trainer(config, data)
         history = trainer.train(resume_from)

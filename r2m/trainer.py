@@ -35,6 +35,7 @@ from r2m.checkpoint import (
     append_metrics,
     best_round,
     check_unused,
+    checkpoint_to_resume,
     checkpoints,
     claim,
     cut_back,
@@ -460,14 +461,13 @@ class R2MTrainer:
         """Restore the checkpoint, if any, and cut the folder back to the rounds before; returns the first to run."""
         if resume_from is None:
             check_unused(self.output_dir)
-        if resume_from == "last":
-            resume_from = max(checkpoints(self.output_dir).items(), default=(0, None))[1]
-        first_round = 1 + (load_checkpoint(self, resume_from) if resume_from is not None else 0)
+        checkpoint = None if resume_from is None else checkpoint_to_resume(self.config, resume_from)
+        first_round = 1 if checkpoint is None else 1 + load_checkpoint(self, checkpoint)
         self.history = cut_back(self.output_dir, first_round)
         (self.output_dir / "config.yaml").write_text(config_to_yaml(self.config))
         start_trackers(self.accelerator, self.config, first_round)
         if first_round > 1:
-            logger.info("resumed from %s: %d rounds to go", resume_from, self.config.rounds - first_round + 1)
+            logger.info("resumed from %s: %d rounds to go", checkpoint, self.config.rounds - first_round + 1)
         return first_round
 
     def _finish_round(self, rollout: Rollout, batch: Annotations, row: dict[str, float], progress: Any) -> None:
