@@ -8,7 +8,6 @@ data and the random numbers are functions of the seed and the round and need no 
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fnmatch
 import hashlib
@@ -28,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from r2m.config import R2MConfig, config_to_yaml, load_config
+from r2m.config import R2MConfig, config_items, config_to_yaml, load_config
 from r2m.reward_model import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -283,7 +282,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_config(saved: R2MConfig, given: R2MConfig) -> None:
-    old, new = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(given))
+    old, new = config_items(saved), config_items(given)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE):
             reason = " and w(t) depends on it" if key == "rounds" else ""
@@ -345,17 +344,6 @@ def _size(state: Any) -> int:
         return state.nbytes
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
     return sum(map(_size, values))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        # `columns` is a value as a whole; blocks are not.
-        if isinstance(value, dict) and key != "columns":
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _commit(model: Any) -> str | None:

@@ -217,6 +217,19 @@ def config_to_yaml(config: R2MConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
+def config_items(config: R2MConfig) -> dict[str, Any]:
+    """Every key and its value, those of blocks with a dot: {"seed": 0, "r2m.floor": 0.6, ...}."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        for key, value in values.items():
+            is_block = isinstance(value, dict) and key != "columns"
+            items |= flat(value, f"{prefix}{key}.") if is_block else {prefix + key: value}
+        return items
+
+    return flat(dataclasses.asdict(config))
+
+
 def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     if problem["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):

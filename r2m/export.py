@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
 from r2m.checkpoint import find_checkpoint, read_metrics
-from r2m.config import Placement, R2MConfig, load_config
+from r2m.config import Placement, R2MConfig, config_items, load_config
 from r2m.models import is_local, shown
 from r2m.policy import load_policy, load_tokenizer
 from r2m.reward_model import R2MRewardModel, saved_config
@@ -112,7 +112,7 @@ def write_policy_card(folder: str | Path, config: R2MConfig, history: list[dict[
     if not is_local(config.policy):  # the hub takes ids only
         front = {"base_model": config.policy, "base_model_relation": "adapter" if is_adapter else "finetune"} | front
     rounds = int(history[-1]["round"]) if history else 0
-    settings, measured = _flat(dataclasses.asdict(config)), config.evaluation
+    measured = config.evaluation
     data = {"prompts": config.prompts, "held-out prompts": measured.prompts, "held-out pairs": measured.pairs}
     text = _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
@@ -132,7 +132,9 @@ def write_policy_card(folder: str | Path, config: R2MConfig, history: list[dict[
         k=config.num_generations,
         trajectories=rounds * config.prompts_per_round * config.num_generations,
         metrics=_table(_measured(history), ["measure", "first (round)", "last (round)"]),
-        settings=_table([[f"`{name}`", f"`{shown(value)}`" if value != "" else ""] for name, value in settings]),
+        settings=_table(
+            [[f"`{name}`", f"`{shown(value)}`" if value != "" else ""] for name, value in config_items(config).items()]
+        ),
         versions=", ".join(f"{name} {version(name)}" for name in ("r2m", "torch", "transformers", "peft")),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -160,14 +162,6 @@ def _load_checkpoint(file: Path, config: R2MConfig) -> PreTrainedModel | PeftMod
 
 
 # ---- the card ----
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        is_block = isinstance(value, dict) and name != "columns"
-        pairs += _flat(value, f"{prefix}{name}.") if is_block else [(f"{prefix}{name}", value)]
-    return pairs
 
 
 def _measured(history: list[dict[str, Any]]) -> list[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import resource
 import time
@@ -15,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from r2m.config import R2MConfig
+from r2m.config import R2MConfig, config_items
 from r2m.rollout import Annotations, Rollout
 from r2m_kernels import grebt_loss, time_weight
 
@@ -176,5 +175,5 @@ def start_trackers(accelerator: Accelerator, config: R2MConfig, first_round: int
         "wandb": {"id": run_id, "name": folder.name, "resume": "allow", "dir": str(folder)},
         "trackio": {"name": run_id, "resume": "allow"},
     }
-    settings = {key: str(value) for key, value in dataclasses.asdict(config).items()}
+    settings = {key: str(value) for key, value in config_items(config).items()}
     accelerator.init_trackers("r2m", settings, {name: options[name] for name in config.trackers})
