@@ -217,6 +217,13 @@ def config_to_yaml(config: R2MConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
+def require_keys(config: R2MConfig, *keys: str) -> None:
+    """Raises ValueError for a key that is empty."""
+    for key in keys:
+        if not getattr(config, key):
+            raise ValueError(f"{key} is not set; expected it in the config file or as {key}=...")
+
+
 def config_items(config: R2MConfig) -> dict[str, Any]:
     """Every key and its value, those of blocks with a dot: {"seed": 0, "r2m.floor": 0.6, ...}."""
 

@@ -9,7 +9,8 @@ from importlib import metadata
 import torch
 
 from r2m.config import R2MConfig
-from r2m.memory import MemoryEstimate, estimate_memory, policy_device
+from r2m.memory import MemoryEstimate, estimate_memory
+from r2m.policy import policy_device
 from r2m_kernels import build, dispatch
 
 _PACKAGES = ("r2m", "torch", "triton", "transformers", "accelerate", "peft")

@@ -32,8 +32,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import InfNanRemoveLogitsProcessor, TemperatureLogitsWarper
 
-from r2m.config import Placement, R2MConfig
-from r2m.policy import add_adapter
+from r2m.config import Placement, R2MConfig, require_keys
+from r2m.policy import add_adapter, policy_device
 from r2m.reward_model import R2MRewardModel, RewardModelConfig, saved_config
 from r2m.rollout import Annotations, collate, generate
 from r2m.trainer import R2MTrainer
@@ -106,9 +106,7 @@ def estimate_memory(config: R2MConfig) -> MemoryEstimate:
     Raises ValueError for a missing key, OSError for a model that cannot be found, RuntimeError for one whose operations
     do not run on fake tensors, such as experts in float32.
     """
-    for key in ("policy", "reward_model"):
-        if not getattr(config, key):
-            raise ValueError(f"{key} is not set; expected it in the config file or as {key}=...")
+    require_keys(config, "policy", "reward_model")
     tracker, parts, elsewhere = MemoryTracker(), dict[str, int](), list[int]()
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of copies of fake tensors, and of statistics over few sequences
@@ -122,11 +120,6 @@ def estimate_memory(config: R2MConfig) -> MemoryEstimate:
         _move(config, tracker, parts, trainer, stack, elsewhere)
         phases = _run_round(config, tracker, parts, trainer)
     return MemoryEstimate(parts, phases, max(elsewhere, default=None))
-
-
-def policy_device(config: R2MConfig) -> torch.device:
-    """Where the policy and all that trains will lie."""
-    return torch.device(config.placement.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _trainer(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int]) -> R2MTrainer:

@@ -27,6 +27,11 @@ def load_tokenizer(
     return tokenizer
 
 
+def policy_device(config: R2MConfig) -> torch.device:
+    """Where the policy and all that trains will lie."""
+    return torch.device(config.placement.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
     """The policy of a config. Trainable weights are float32; below an adapter the frozen weights take `precision`.
 

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from r2m.checkpoint import best_round, check_unused, checkpoint_to_resume, claim, find_checkpoint, load_checkpoint
-from r2m.config import R2MConfig, config_to_yaml, load_config
+from r2m.config import R2MConfig, config_to_yaml, load_config, require_keys
 from r2m.data import Preference, load_pairs, load_prompts
 from r2m.evaluation import judge_scores, load_judge
 from r2m.fitting import fit_reward
 from r2m.monitor import check_trackers, sample_table
 from r2m.plots import plot_run
-from r2m.policy import load_policy, load_tokenizer
+from r2m.policy import load_policy, load_tokenizer, policy_device
 from r2m.reward_model import CONFIG_FILE, WEIGHTS_FILE, R2MRewardModel, saved_config
 from r2m.tokenization import usable_pairs
 from r2m.trainer import R2MTrainer
@@ -37,9 +37,7 @@ def load_data(config: R2MConfig) -> dict[str, Any]:
 
     Raises ValueError, OSError or ImportError, naming the key of the config, for what cannot be found, read or run.
     """
-    for key in ("policy", "reward_model", "prompts"):
-        if not getattr(config, key):
-            raise ValueError(f"{key} is not set; expected it in the config file or as {key}=...")
+    require_keys(config, "policy", "reward_model", "prompts")
     check_trackers(config.trackers)
     _check_device("placement.device", config.placement.device)
     _check_device("placement.reward_model", config.placement.reward_model)
@@ -63,7 +61,7 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
     place, data = config.placement, load_data(config) if data is None else data
     config = _with_saved_part(config)
     torch.manual_seed(config.seed)  # of an adapter's and a cross-attention's fresh weights
-    device = place.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = policy_device(config)
     tokenizer = _load(
         "policy",
         load_tokenizer,
@@ -116,13 +114,13 @@ def _with_saved_part(config: R2MConfig) -> R2MConfig:
 
 def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
     """Train, save policy and reward model in output_dir, and draw the curves; returns a sentence for the user."""
-    # Mistakes end here, before a folder is made or a model is loaded.
-    config = _with_saved_part(config)
+    # Mistakes end here, before a folder is made or a model is loaded; what may ask the hub comes last.
     if resume_from is None:
         check_unused(config.output_dir)
-    else:
-        checkpoint_to_resume(config, resume_from)
     data = load_data(config)
+    config = _with_saved_part(config)
+    if resume_from is not None:
+        checkpoint_to_resume(config, resume_from)
     with claim(config.output_dir) as folder:
         trainer = build_trainer(config, data)
         history = trainer.train(resume_from)
