@@ -53,15 +53,15 @@ def _device(name: str) -> str:
     if name == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         cores = len(os.sched_getaffinity(0))
-        return f"cpu: {cores} cores, {total / _GIB:.1f} GiB memory, {_free('cpu') / _GIB:.1f} GiB free"
+        return f"cpu: {cores} cores, {total / _GIB:.1f} GiB memory, {free_memory('cpu') / _GIB:.1f} GiB free"
     properties = torch.cuda.get_device_properties(name)
     return (
         f"{name}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
-        f"{properties.total_memory / _GIB:.1f} GiB memory, {_free(name) / _GIB:.1f} GiB free"
+        f"{properties.total_memory / _GIB:.1f} GiB memory, {free_memory(name) / _GIB:.1f} GiB free"
     )
 
 
-def _free(device: torch.device | str) -> float:
+def free_memory(device: torch.device | str) -> float:
     """Bytes; inf where the device is not of this machine."""
     device = torch.device(device)
     if device.type == "cpu":
@@ -102,14 +102,14 @@ def _memory(config: R2MConfig) -> list[str]:
     lines += [f"  {size / _GIB:8.2f}  {part}" for part, size in estimate.parts.items()]
     lines += ["peak of each phase in GiB, every response at its greatest length"]
     lines += [f"  {size / _GIB:8.2f}  {phase}" for phase, size in estimate.phases.items()]
-    free = _free(device)
+    free = free_memory(device)
     over = [phase for phase, size in estimate.phases.items() if size > free]
     lines.append(_verdict(f"{device}", max(estimate.phases.values()), free))
     if over:
         lines += ["keys that lower it:", *(f"  {hint}" for hint in _hints(config, estimate, over))]
     if estimate.reward_model_device is not None:
         where = str(config.placement.reward_model)
-        lines.append(_verdict(f"{where}, the reward model's", estimate.reward_model_device, _free(where)))
+        lines.append(_verdict(f"{where}, the reward model's", estimate.reward_model_device, free_memory(where)))
     return lines
 
 

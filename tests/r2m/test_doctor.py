@@ -53,7 +53,7 @@ def test_a_run_that_fits_gets_parts_phases_and_the_verdict(settings):
 
 
 def test_a_run_that_does_not_fit_gets_the_keys_that_help_and_no_others(settings, monkeypatch):
-    monkeypatch.setattr(doctor, "_free", lambda device: 1e3)
+    monkeypatch.setattr(doctor, "free_memory", lambda device: 1e3)
     text = doctor.report(config_from_dict(settings | {"gradient_checkpointing": True}))
     assert "cpu: does not fit, " in text
     hints = text.partition("keys that lower it:")[2]

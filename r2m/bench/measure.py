@@ -1,0 +1,163 @@
+"""Time, memory and correctness of functions that compute the same thing, on one device."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in __all__
+from torch.profiler import ProfilerActivity, profile
+
+from r2m.bench.results import Row
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[], Tensor | Sequence[Tensor]]
+
+# Relative Frobenius error allowed, by dtype of hidden: what forms that round every intermediate to it stay under.
+TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}
+
+# More than the L2 cache of any GPU, or a core's share of an L3: whoever has been read since, it is not the input.
+_COLD_BYTES = 256 * 2**20
+_MOST_RUNS = 25  # a series, of something fast; enough for quantiles
+
+
+def bandwidth(device: torch.device) -> dict[str, float]:
+    """Bytes per second of a large read (PyTorch's sum of integers) and of a large copy, each the best of 15."""
+    x = torch.ones(_COLD_BYTES // 4, dtype=torch.int64, device=device)  # 512 MB
+    y = torch.empty_like(x)
+    read = min(_seconds(lambda: x.sum(), device) for _ in range(15))
+    copy = min(_seconds(lambda: y.copy_(x), device) for _ in range(15))
+    return {"read": x.nbytes / read, "copy": 2 * x.nbytes / copy}
+
+
+def measure(
+    entries: Sequence[tuple[Row, Run]],
+    exact: Sequence[Tensor],
+    tolerance: float,
+    *,
+    device: torch.device,
+    best_bandwidth: float,
+    seconds: float,
+) -> list[Row]:
+    """Fill in the rows of functions that all compute `exact` (float64).
+
+    Each runs once, which compiles what there is to compile. If its results are not within `tolerance` of `exact`
+    (relative Frobenius error of all of them together), its row says so and has no times; if it cannot run, why not.
+    The others take turns, each for about `seconds`, in two series. Rows whose status is no longer "ok" are left alone.
+    """
+    able = []
+    for row, run in entries:
+        if row.status == "ok":
+            row.status, row.error = _check(run, exact, tolerance)
+        if row.status == "ok":
+            able.append((row, run))
+    for (row, run), series in zip(able, _take_turns([run for _, run in able], device, seconds), strict=True):
+        summarize(row, *series)
+        row.peak_bytes, row.launches = _memory_and_launches(run, device)
+        if row.ideal_bytes is not None:
+            row.ideal = row.ideal_bytes / best_bandwidth
+    return [row for row, _ in entries]
+
+
+def summarize(row: Row, *series: list[float]) -> None:
+    """Median and quantiles of all runs, in seconds, and how far the medians of two series are apart."""
+    runs = [second for one in series for second in one]
+    row.runs, row.median = len(runs), statistics.median(runs)
+    ordered = sorted(runs)
+    row.p20, row.p80 = (ordered[round(q * (len(runs) - 1))] for q in (0.2, 0.8))
+    if len(series) == 2:
+        a, b = (statistics.median(one) for one in series)
+        row.noise = abs(a - b) / ((a + b) / 2)
+
+
+def relative_error(results: Tensor | Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Frobenius norm of the difference over that of `exact`, of several results the greatest; inf for NaN."""
+    results = [results] if isinstance(results, Tensor) else results
+    errors = [
+        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, exact, strict=True)
+    ]  # a zip of other lengths is a mistake in the benchmark, and raises
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def release(device: torch.device) -> None:
+    """Give memory back that nothing refers to."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _check(run: Run, exact: Sequence[Tensor], tolerance: float) -> tuple[str, float | None]:
+    try:
+        error = relative_error(run(), exact)
+    except torch.OutOfMemoryError:
+        return "out of memory", None
+    except (ImportError, RuntimeError) as failure:  # what an implementation raises where it cannot run
+        logger.debug("a provider cannot run", exc_info=True)
+        reason = str(failure).strip().splitlines()[0]
+        return f"cannot run: {reason.split('cannot run: ')[-1]}", None
+    return ("ok" if error <= tolerance else f"wrong: relative error {error:.1e}"), error
+
+
+def _take_turns(runs: Sequence[Run], device: torch.device, seconds: float) -> list[list[list[float]]]:
+    """Two series of times of every function, one after another and in turn, so that all meet the same machine."""
+    cold = torch.ones(_COLD_BYTES // 8, dtype=torch.int64, device=device)
+    times: list[list[list[float]]] = [[[], []] for _ in runs]
+    for series in range(2):
+        waiting = list(range(len(runs)))
+        while waiting:
+            for i in waiting:
+                times[i][series].append(_seconds(runs[i], device, cold))
+            waiting = [i for i in waiting if sum(times[i][series]) < seconds / 2 and len(times[i][series]) < _MOST_RUNS]
+    return times
+
+
+def _seconds(run: Run, device: torch.device, cold: Tensor | None = None) -> float:
+    """Of one run, after reading `cold`; on a GPU between two events, the host running ahead during that read."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        if cold is not None:
+            cold.sum()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    if cold is not None:
+        cold.sum()
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _memory_and_launches(run: Run, device: torch.device) -> tuple[int, int | None]:
+    """The most memory that one run takes beyond what is there, and on a GPU the kernels it launches."""
+    release(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        peak = torch.cuda.max_memory_allocated(device) - before
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            torch.cuda.synchronize(device)
+        # The profiler's own records of the device: kernels, and memory sets, which are launched like them.
+        return peak, sum(event.device_type is DeviceType.CUDA for event in profiler.events())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    # Every allocation of PyTorch's allocator, those inside of operators too.
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak, None

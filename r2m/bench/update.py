@@ -1,0 +1,158 @@
+"""One update of the reward model's small part: rewards of a round, GREBT, gradients, AdamW, from cached RTEs and h."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import r2m_kernels as rk
+from r2m.bench.measure import TOLERANCE, Run, measure, release
+from r2m.bench.ops import (
+    ALPHA,
+    EPS,
+    OURS,
+    WEIGHT,
+    Entries,
+    absorbed_reward,
+    exact_reward,
+    in_float64,
+    make_weights,
+    plain_grebt,
+    projected_reward,
+    softmax_attention,
+    too_much,
+)
+from r2m.bench.results import Row
+from r2m_kernels.grebt import reference as grebt_reference
+
+# At most, in a micro-batch: 64 sequences of the paper's dialogue round are 0.5 GB of h.
+GROUPS_AT_ONCE = 8
+
+
+def run_updates(
+    shape: dict[str, int],
+    device: torch.device,
+    *,
+    best_bandwidth: float,
+    seconds: float,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[list[Row]]:
+    """Measure the update of a round of shape n K S D_p D_rm d, with h resident, then streamed.
+
+    Streamed, one micro-batch of h is there at a time, as the policy's forward pass hands them over; here always the
+    same, and the resident h is made of copies of it, so that both forms have the same result. Plain PyTorch takes both
+    in micro-batches, accumulating gradients: its keys and values of a whole round would not fit. Row.held_bytes are
+    weights and AdamW's state, beside which Row.peak_bytes come and go.
+    """
+    n, k = shape["n"], shape["K"]
+    groups = next(groups for groups in range(GROUPS_AT_ONCE, 0, -1) if n % groups == 0)
+    repeats, batch = n // groups, groups * k
+    micro_bytes = batch * shape["S"] * shape["D_p"] * dtype.itemsize
+    resident_bytes = repeats * micro_bytes
+    weight_bytes = 4 * shape["d"] * (2 * shape["D_p"] + 2 * shape["D_rm"])
+    # Plain PyTorch's keys, values and their gradients, the same weights for every provider, and float64 copies.
+    plain_bytes = 5 * batch * shape["S"] * shape["d"] * dtype.itemsize + 24 * weight_bytes
+    for case, h_bytes in (("h resident", resident_bytes + micro_bytes), ("h streamed", micro_bytes)):
+        row = partial(_row, case, dtype, shape, resident_bytes + 8 * weight_bytes)
+        missing = too_much(h_bytes + plain_bytes, device)
+        if missing:
+            yield [replace(row("all"), status=missing)]
+            continue
+        entries, exact = _providers(row, shape, repeats, dtype, device)
+        yield measure(entries, exact, TOLERANCE[dtype], device=device, best_bandwidth=best_bandwidth, seconds=seconds)
+        del entries, exact
+        release(device)
+
+
+def _providers(
+    row: Callable[[str], Row], shape: dict[str, int], repeats: int, dtype: torch.dtype, device: torch.device
+) -> Entries:
+    torch.manual_seed(0)
+    k, sequences = shape["K"], shape["n"] * shape["K"]
+    part = torch.randn(sequences // repeats, shape["S"], shape["D_p"], dtype=dtype, device=device)
+    rte = torch.randn(sequences, shape["D_rm"], device=device)
+    weights = make_weights(shape, device)
+    exact = _exact_gradients(rte, part, weights, k)
+    parts = kernel_parts = [part] * repeats
+    if row("").case == "h resident":
+        kernel_parts = [part.repeat(repeats, 1, 1)]  # no reason to take it in pieces
+        parts = list(kernel_parts[0].chunk(repeats))
+    plain: dict[str, Callable[..., Tensor]] = {
+        "projected": partial(projected_reward, attend=softmax_attention),
+        "absorbed": absorbed_reward,
+    }
+    entries = [_plain(row(f"plain PyTorch, {name}"), form, rte, parts, weights, k) for name, form in plain.items()]
+    return entries + [_ours(row(impl), impl, rte, kernel_parts, weights, k) for impl in OURS], exact
+
+
+def _row(case: str, dtype: torch.dtype, shape: dict[str, int], moved: int, provider: str) -> Row:
+    """`moved`: h, the weights, and of AdamW the gradients written, then weights, gradients and two moments read, and
+    three of them written."""
+    name = str(dtype).removeprefix("torch.")
+    return Row("update", "reward_model_update", "update", case, provider, name, dict(shape), ideal_bytes=moved)
+
+
+def _exact_gradients(rte: Tensor, part: Tensor, weights: list[Tensor], k: int) -> list[Tensor]:
+    doubles = in_float64(weights)
+    rows = (part[i % len(part)] for i in range(len(rte)))
+    rewards = exact_reward(rte.double(), rows, doubles)
+    loss = grebt_reference.grebt_loss(rewards.view(-1, k), alpha=ALPHA, eps=EPS)[0].mean()
+    return list(torch.autograd.grad(loss, doubles[:-1]))
+
+
+def _plain(
+    row: Row,
+    form: Callable[..., Tensor],
+    rte: Tensor,
+    parts: list[Tensor],
+    weights: list[Tensor],
+    k: int,
+) -> tuple[Row, Run]:
+    def backward(weights: list[Tensor]) -> None:
+        for embeddings, hidden in zip(rte.chunk(len(parts)), parts, strict=True):
+            rewards = form(embeddings, hidden, weights, mask=None, heads=1)
+            (plain_grebt(rewards.view(-1, k)) / len(parts)).backward()
+
+    return _update(row, weights, backward)
+
+
+def _ours(row: Row, impl: str, rte: Tensor, parts: list[Tensor], weights: list[Tensor], k: int) -> tuple[Row, Run]:
+    """As R2MUpdater does it: one read of every micro-batch, then products with the weights once for all sequences."""
+
+    def backward(weights: list[Tensor]) -> None:
+        w_q, w_k, w_v, w_o, head_weight, head_bias = weights
+        u = rk.absorbed_query(rte, w_q, w_k)
+        g = rk.reward_direction(w_v, w_o, head_weight, weight=WEIGHT)
+        pooled, gradient = torch.empty_like(u), torch.empty_like(u)
+        with torch.no_grad():
+            rows = zip(u.chunk(len(parts)), pooled.chunk(len(parts)), gradient.chunk(len(parts)), parts, strict=True)
+            for query, part_pooled, part_gradient, hidden in rows:
+                pools = rk.attention_pool_with_gradient(query, hidden, g, scale=1.0, impl=impl)
+                part_pooled.copy_(pools[0])
+                part_gradient.copy_(pools[1])
+        rewards = rk.reward_from_pools(u, g, pooled, gradient, rte, head_weight, head_bias, weight=WEIGHT)
+        rk.grebt_loss(rewards.view(-1, k), alpha=ALPHA, eps=EPS, impl=impl).backward()
+
+    return _update(row, weights, backward)
+
+
+def _update(row: Row, weights: list[Tensor], backward: Callable[[list[Tensor]], None]) -> tuple[Row, Run]:
+    """Gradients and AdamW's step on a copy of the weights; returns the gradients of all but the head's bias."""
+    weights = [w.detach().clone().requires_grad_() for w in weights]
+    trained = weights[:-1]  # a shift of all rewards means nothing to GREBT
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    row.held_bytes = sum(w.nbytes for w in weights) + 2 * sum(w.nbytes for w in trained)
+
+    def run() -> list[Tensor]:
+        backward(weights)
+        optimizer.step()
+        gradients = [w.grad for w in trained if w.grad is not None]
+        for w in weights:
+            w.grad = None
+        return gradients
+
+    return row, run
