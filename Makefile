@@ -7,8 +7,14 @@ STAMP := .venv/installed
 PROCESSES := -n auto --maxprocesses 8
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q $(PROCESSES)
 
-.PHONY: help demo test extension lint types unit cpu sanitize emulate interpret gate nvcc-gate bench-cpu
-.PHONY: gpu-test gpu-sanitize format clean
+# On a GPU, or, to see the commands run without one: make gpu DEVICE=cpu IMPLS=extension QUICK=--quick
+DEVICE ?= cuda
+IMPLS ?= triton extension
+QUICK ?=
+OUT ?=
+
+.PHONY: help demo test extension lint types unit cpu sanitize emulate interpret gate nvcc-gate bench
+.PHONY: gpu gpu-test gpu-sanitize format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -50,14 +56,27 @@ gate: $(STAMP)  ## compile every Triton kernel for every GPU and judge the machi
 nvcc-gate: $(STAMP)  ## the same for the CUDA kernels, where there is nvcc
 	$(BIN)/python tests/offline/nvcc_gate.py
 
-bench-cpu: $(STAMP) extension  ## time the extension on this CPU, beside PyTorch
-	$(BIN)/pytest -q benchmarks/test_cpu_ops.py --benchmark-columns=median,iqr,rounds
+bench: $(STAMP) extension  ## time everything on this machine beside PyTorch, into benchmarks/results/ (20 minutes on two CPU cores)
+	$(BIN)/pytest -q benchmarks --benchmark-columns=median,iqr,rounds
+	$(BIN)/python benchmarks/run.py
 
 # With the packages that are there, on a machine with a CUDA build of torch: PYTHON is the one that has them, and
 # `$(PYTHON) -m r2m_kernels.build` has been run.
+gpu: SECONDS_TESTS = 240
+gpu: SECONDS_ALL = 530
+gpu:  ## tests, then all benchmarks, in at most nine minutes; results under OUT
+	@end=$$(($$(date +%s) + $(SECONDS_ALL))); \
+	timeout --signal=INT $(SECONDS_TESTS) $(MAKE) gpu-test; tests=$$?; \
+	test $$tests -eq 0 || echo "tests ended with $$tests (124: cut short after $(SECONDS_TESTS) seconds)"; \
+	left=$$((end - $$(date +%s))); \
+	timeout $$left $(PYTHON) benchmarks/run.py --device $(DEVICE) $(QUICK) $(addprefix --output ,$(OUT)) \
+	  --minutes $$((left / 60 - 1)); benchmarks=$$?; \
+	test $$benchmarks -eq 0 || echo "benchmarks ended with $$benchmarks (124: cut short; what was measured is saved)"; \
+	exit $$((tests + benchmarks))
+
 gpu-test:  ## the operators' tests on a GPU, and those that only a GPU can run
-	for impl in triton extension; do \
-	  $(PYTHON) -m pytest -q tests/kernels --impl $$impl --device cuda && \
+	for impl in $(IMPLS); do \
+	  $(PYTHON) -m pytest -q tests/kernels --impl $$impl --device $(DEVICE) && \
 	  $(PYTHON) -m pytest -q tests/gpu --impl $$impl || exit 1; \
 	done
 

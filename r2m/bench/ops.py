@@ -24,7 +24,9 @@ from r2m_kernels.grebt import reference as grebt_reference
 
 MODES = ("score", "forward", "forward+backward")
 OURS = ("triton", "extension")
-WEIGHT, ALPHA, EPS = 0.7, 0.3, 1e-2  # w(t) and GREBT's arguments: nothing that is measured depends on them
+# Nothing that is measured depends on these. With w = 0 a reward is policy feedback alone: beside phi . H, an error in
+# the attention would not show.
+WEIGHT, FUSION_WEIGHT, ALPHA, EPS = 0.0, 0.7, 0.3, 1e-2
 
 # Tokens of the demo's movie reviews at 0 %, 5 %, ... 100 % (those over 1024 cut off): how lengths really spread.
 REVIEW_LENGTHS = (4, 15, 21, 27, 35, 52, 92, 137, 154, 165, 178, 195, 211, 237, 269, 311, 356, 421, 510, 687, 1024)
@@ -403,7 +405,7 @@ def _fusion(case: Case, mode: str, row: Callable[[str], Row], device: torch.devi
     inputs = [torch.randn(shape, dtype=case.dtype, device=device) for _ in range(2)]
     if case.op == "fused_reward":
         inputs += [torch.randn(shape[1], device=device) * shape[1] ** -0.5, torch.randn((), device=device)]
-    weight = torch.tensor(WEIGHT, device=device)
+    weight = torch.tensor(FUSION_WEIGHT, device=device)
     plain, ours = getattr(fusion_reference, case.op), getattr(rk, case.op)
 
     def call(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
