@@ -1,4 +1,4 @@
-"""Seconds of a training round, by phase and by what they are spent on.
+"""One training round with R2M beside one of plain RLOO by the same trainer: seconds and memory.
 
     python benchmarks/round.py --shape demo
     python benchmarks/round.py --shape 0.5b --rounds 3
@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,16 +25,35 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from r2m import R2MRewardModel, R2MTrainer, load_policy
+from r2m import R2MConfig, R2MRewardModel, R2MTrainer
+from r2m.bench.measure import release, summarize
+from r2m.bench.results import Row, device_name, format_shape
 from r2m.config import config_from_dict
+from r2m.doctor import free_memory
+from r2m.memory import MemoryTracker
+from r2m.monitor import phase
+from r2m.policy import add_adapter
+from r2m.reward_model import RewardModelConfig
 
-# The demo's model, batch and lengths; and Qwen2.5-0.5B's shape, all weights trained.
-SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+# Policy and reward model, and the keys of the run: a toy, the demo, and the shapes of Qwen2.5-0.5B and Qwen2.5-3B, of
+# which all weights are trained.
+SHAPES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "tiny": (
+        {
+            "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+        {
+            "prompts_per_round": 2, "num_generations": 4, "micro_batch_size": 4,
+            "generation": {"max_prompt_tokens": 16, "max_new_tokens": 8},
+            "r2m": {"inner_width": 64},
+        },
+    ),
     "demo": (
-        LlamaConfig(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1,
-        ),
+        {
+            "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3,
+        },
         {
             "prompts_per_round": 3, "num_generations": 8, "micro_batch_size": 24,
             "generation": {"max_prompt_tokens": 16, "max_new_tokens": 24},
@@ -44,134 +62,277 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "0.5b": (
-        LlamaConfig(
-            vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-            num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1,
-        ),
+        {
+            "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2,
+        },
         {
             "prompts_per_round": 2, "num_generations": 4, "micro_batch_size": 4,
             "generation": {"max_prompt_tokens": 64, "max_new_tokens": 32},
         },
     ),
+    "3b": (
+        {
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+            "num_attention_heads": 16, "num_key_value_heads": 2,
+        },
+        {
+            "prompts_per_round": 4, "num_generations": 8, "micro_batch_size": 8, "gradient_checkpointing": True,
+            "generation": {"max_prompt_tokens": 256, "max_new_tokens": 256},
+        },
+    ),
 }  # fmt: skip
 
+# What a CPU would take hours for.
+ON_A_GPU: dict[str, dict[str, Any]] = {
+    "0.5b": {
+        "prompts_per_round": 8, "num_generations": 8, "micro_batch_size": 16,
+        "generation": {"max_prompt_tokens": 256, "max_new_tokens": 256},
+    },
+}  # fmt: skip
+
+PROVIDERS = {"none": "RLOO", "trained": "RLOO + R2M"}  # by r2m.feedback
+PHASES = ("rollout", "annotate", "policy", "reward_model")
+
 # Method of the trainer or its updater -> what its time is spent on. Time inside another of them is that one's.
+OWN = "R2M: "  # begins the parts that plain RLOO does not have
 PARTS = {
-    "_sample": "generation",
+    "sample": "generation",
     "_embed": "reward model's forward pass",
     "_blank_annotations": "reference's forward pass",
     "_score": "policy's forward pass, scoring",
-    "_logits": "policy's forward pass, later epochs",
+    "optimize_policy": "policy's forward pass, later epochs",
     "_accumulate": "loss and backward pass",
     "_step_policy": "clipping and optimizer",
-    "begin_round": "R2M: absorbing the weights",
-    "score": "R2M: rewards of a micro-batch",
-    "collect": "R2M: pools and gradients of a micro-batch",
-    "step": "R2M: GREBT and optimizer",
+    "annotate": "advantages and statistics",
+    "begin_round": OWN + "absorbing the weights",
+    "score": OWN + "rewards of a micro-batch",
+    "collect": OWN + "pools and gradients of a micro-batch",
+    "alignment": OWN + "correlation with the initial rewards",
+    "step": OWN + "GREBT and optimizer",
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="demo")
-    parser.add_argument("--rounds", type=int, default=5, help="beside one to warm up")
-    parser.add_argument("--feedback", choices=["none", "frozen", "trained"], default="trained")
+    parser.add_argument("--rounds", type=int, default=5, help="timed ones; those to warm up come before")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build(arguments.shape, arguments.rounds + 1, arguments.feedback, Path(folder))
-        for name, part in PARTS.items():
-            clock(trainer, name, part)
-        print(f"{arguments.shape}: {describe(trainer)}")
-        seconds: list[dict[str, float]] = []
-        trainer.sample_metrics = lambda *_: seconds.append(dict(SPENT)) or SPENT.clear() or {}
-        rows = trainer.train()
-    phases = ["rollout", "annotate", "policy", "reward_model"]
-    total = statistics.median(sum(row[f"seconds/{phase}"] for phase in phases) for row in rows[1:])
-    print(f"median of {arguments.rounds} rounds: {total:.2f} s")
-    for phase in phases:
-        print(f"  {statistics.median(row[f'seconds/{phase}'] for row in rows[1:]):8.3f} s  {phase}")
-    print("of which")
-    for part in PARTS.values():
-        spent = statistics.median(row.get(part, 0.0) for row in seconds[1:])
-        print(f"  {spent:8.3f} s  {100 * spent / total:5.1f} %  {part}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain, ours = (
+        measure_round(arguments.shape, feedback, device=device, rounds=arguments.rounds) for feedback in PROVIDERS
+    )
+    print(f"{arguments.shape} on {device_name(device)}: {format_shape(plain.shape)}")
+    print(side_by_side(plain, ours))
 
 
-def build(shape: str, rounds: int, feedback: str, folder: Path) -> R2MTrainer:
-    """A trainer on models of random weights, saved and loaded like any other."""
-    architecture, settings = SHAPES[shape]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+def measure_round(shape: str, feedback: str, *, device: torch.device, rounds: int) -> Row:
+    """Seconds of a round of `shape`, from `rounds` of them (in Row.parts medians by PHASES and by PARTS), and its peak
+    memory, everything included: weights, gradients, optimizer states, activations.
+
+    feedback: "none", plain RLOO, or "trained", RLOO with R2M.
+
+    Peak memory is that of a round after the first, when optimizer states exist: on a GPU the allocator's, in the timed
+    rounds; on a CPU the bytes of all live tensors, in a round of its own before them. What lies there throughout a
+    round is compared with the free memory first: if it does not fit, the row says so and nothing is built. Models are
+    freed. Raises ValueError for rounds < 1, KeyError for a shape or feedback that is not listed above.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; expected at least 1")
+    config = run_config(shape, feedback, device, rounds=rounds + 2)  # before them, one or two to warm up
+    policy = make_policy(shape, config, torch.device("meta"))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    sizes = {
+        "n": config.prompts_per_round,
+        "K": config.num_generations,
+        "S_prompt": config.generation.max_prompt_tokens,
+        "S_response": config.generation.max_new_tokens,
+        "parameters": sum(p.numel() for p in policy.parameters()),
+        "trained": sum(p.numel() for p in trained),
+    }
+    row = Row("round", "training_round", "round", shape, PROVIDERS[feedback], "bfloat16", sizes)
+    # Policy and reference, which an adapter does without; gradients and AdamW's two moments; the reward model in
+    # bfloat16. Activations come on top.
+    needed = (1 if config.lora else 2) * sum(p.nbytes for p in policy.parameters())
+    needed += 3 * sum(p.nbytes for p in trained) + 2 * sizes["parameters"]
+    free = free_memory(device)
+    if needed > free:
+        row.status = f"cannot run: needs {needed / 1e9:.1f} GB, this device has {free / 1e9:.1f} GB free"
+        return row
+    try:
+        _fill_in(row, config, device, rounds)
+    except torch.OutOfMemoryError:
+        row.status = "out of memory"
+    finally:
+        release(device)
+    return row
+
+
+def _fill_in(row: Row, config: R2MConfig, device: torch.device, rounds: int) -> None:
+    if device.type == "cpu":
+        with MemoryTracker() as tracker:
+            trainer = build(row.case, config, device)
+            run_round(trainer, 1)
+            _, row.peak_bytes = tracker.peak_of(lambda: run_round(trainer, 2))
+    else:
+        trainer = build(row.case, config, device)
+        run_round(trainer, 1)
+    spent = clock(trainer)
+    measured = [run_round(trainer, t) | spent() for t in range(3, rounds + 3)]
+    if device.type != "cpu":
+        row.peak_bytes = int(max(m[f"memory/{name}"] for m in measured for name in PHASES) * 2**20)
+    totals = [sum(m[f"seconds/{name}"] for name in PHASES) for m in measured]
+    half = rounds // 2
+    summarize(row, *([totals[:half], totals[half:]] if half else [totals]))
+    keys = {name: f"seconds/{name}" for name in PHASES} | {part: part for part in PARTS.values()}
+    row.parts = {name: statistics.median(m[key] for m in measured) for name, key in keys.items()}
+
+
+def run_round(trainer: R2MTrainer, t: int) -> dict[str, float]:
+    """Round t as `R2MTrainer.train` runs it; returns the metrics, with seconds/... and memory/... (MiB) by phase."""
+    row: dict[str, float] = {}
+    with phase("rollout", row, trainer.device):
+        rollout = trainer.sample(t)
+    with phase("annotate", row, trainer.device):
+        batch = trainer.annotate(rollout, t, row, first_epoch=trainer.scores_in_first_epoch)
+    with phase("policy", row, trainer.device):
+        trainer.optimize_policy(rollout, batch, t, row)
+    with phase("reward_model", row, trainer.device):
+        trainer.align_reward_model(batch, t, row)
+    return row
+
+
+def clock(trainer: R2MTrainer) -> Callable[[], dict[str, float]]:
+    """Charge time to PARTS from now on; what is returned gives, after each round, the seconds of every part in it.
+
+    On a GPU the borders of parts are events in its stream. Nothing waits for them, so a round takes as long as without
+    a clock; a part gets the time in which the GPU worked for it or had nothing else to do.
+    """
+    on_gpu = trainer.device.type == "cuda"
+    borders: list[tuple[Any, str]] = []  # when, and what begins
+    inside = [""]
+
+    def border() -> None:
+        if on_gpu:
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record(torch.cuda.current_stream(trainer.device))
+        else:
+            now = time.perf_counter()
+        borders.append((now, inside[-1]))
+
+    def clocked(method: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def timed(*args: Any, **keywords: Any) -> Any:
+            inside.append(part)
+            border()
+            try:
+                return method(*args, **keywords)
+            finally:
+                inside.pop()
+                border()
+
+        return timed
+
+    def spent() -> dict[str, float]:
+        seconds = dict.fromkeys(["", *PARTS.values()], 0.0)
+        for (start, part), (end, _) in pairwise(borders):
+            seconds[part] += start.elapsed_time(end) / 1e3 if on_gpu else end - start
+        borders.clear()
+        del seconds[""]  # between the parts
+        return seconds
+
+    for name, part in PARTS.items():
+        owner = trainer if hasattr(trainer, name) else trainer.updater
+        setattr(owner, name, clocked(getattr(owner, name), part))
+    return spent
+
+
+def run_config(shape: str, feedback: str, device: torch.device, *, rounds: int) -> R2MConfig:
+    settings = SHAPES[shape][1] | (ON_A_GPU.get(shape, {}) if device.type == "cuda" else {})
+    # Plain RLOO has no cross-attention: here, next to none.
+    width = {"inner_width": 1} if feedback == "none" else {}
+    return config_from_dict(
+        settings
+        | {
+            "rounds": rounds,
+            "generation": settings["generation"] | {"eos_token_ids": []},
+            "r2m": settings.get("r2m", {}) | {"feedback": feedback} | width,
+        }
+    )
+
+
+def build(shape: str, config: R2MConfig, device: torch.device) -> R2MTrainer:
+    """A trainer on models of random weights."""
     torch.manual_seed(0)
+    architecture = _architecture(shape)
     # A word for every id: what is sampled is as long for the reward model as for the policy.
     vocabulary = {f"w{i}": i for i in range(architecture.vocab_size) if i != 1} | {"</s>": 1}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
-    for name, kind in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-        architecture.num_labels = 1
-        kind.from_config(architecture, dtype=torch.bfloat16).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    config = config_from_dict(
-        settings
-        | {
-            "policy": str(folder / "policy"),
-            "output_dir": str(folder / "run"),
-            "rounds": rounds,
-            "generation": settings["generation"] | {"eos_token_ids": []},
-            "r2m": settings.get("r2m", {}) | {"feedback": feedback},
-            "checkpoints": {"every": 0},
-        }
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(config, device)
-    reward_model = R2MRewardModel.from_pretrained(
-        folder / "reward", policy=policy, device=device, inner_width=config.r2m.inner_width
+    with device:
+        classifier = AutoModelForSequenceClassification.from_config(architecture, dtype=torch.bfloat16)
+    reward_model = R2MRewardModel(
+        classifier,
+        tokenizer,
+        RewardModelConfig(
+            backbone=shape,
+            backbone_revision=None,
+            policy=shape,
+            policy_revision=None,
+            policy_width=architecture.hidden_size,
+            inner_width=config.r2m.inner_width,
+            num_heads=config.r2m.num_heads,
+            floor=config.r2m.floor,
+            standardize=config.r2m.standardize,
+            rte_token="last",
+            suffix="",
+            max_length=architecture.max_position_embeddings,
+        ),
     )
     prompts = ["w0 " * config.generation.max_prompt_tokens] * config.prompts_per_round
-    return R2MTrainer(policy, reward_model, tokenizer, list(prompts), config)
+    return R2MTrainer(make_policy(shape, config, device), reward_model, tokenizer, list(prompts), config)
 
 
-def describe(trainer: R2MTrainer) -> str:
-    config = trainer.config
-    trained = sum(p.numel() for p in trainer.parameters)
-    total = sum(p.numel() for p in trainer.policy.parameters())
-    return (
-        f"{total / 1e6:.0f}M weights, {trained / 1e6:.1f}M trained; {config.prompts_per_round} prompts of "
-        f"{config.generation.max_prompt_tokens} tokens x {config.num_generations} responses of "
-        f"{config.generation.max_new_tokens}; {config.epochs} epochs; {trainer.device}, "
-        f"{torch.get_num_threads()} threads"
+def make_policy(shape: str, config: R2MConfig, device: torch.device) -> nn.Module:
+    """As `r2m.load_policy`, without a checkpoint."""
+    with device:
+        dtype = torch.bfloat16 if config.lora else torch.float32
+        model = AutoModelForCausalLM.from_config(_architecture(shape), dtype=dtype)
+        return add_adapter(model, config.lora) if config.lora else model
+
+
+def _architecture(shape: str) -> LlamaConfig:
+    return LlamaConfig(**SHAPES[shape][0], tie_word_embeddings=True, bos_token_id=1, eos_token_id=1, num_labels=1)
+
+
+def side_by_side(plain: Row, ours: Row) -> str:
+    """Both arms' seconds by phase and part and peak memory, and R2M's share of either, as a table in plain text."""
+    rows = (plain, ours)
+    for row in rows:
+        if row.status != "ok":
+            return f"{row.provider}: {row.status}"
+
+    def seconds(names: Iterable[str]) -> list[tuple[str, ...]]:
+        return [(f"  {name}", *(f"{row.parts[name]:.3f} s" for row in rows)) for name in names]
+
+    lines = [
+        ("", *(row.provider for row in rows)),
+        ("the round", *(f"{row.median:.3f} s" for row in rows)),
+        ("by phase", "", ""),
+        *seconds(PHASES),
+        ("by what it is spent on", "", ""),
+        *seconds(PARTS.values()),
+        ("peak memory", *(f"{row.peak_bytes / 1e9:.3f} GB" for row in rows)),
+    ]
+    time_share = sum(spent for name, spent in ours.parts.items() if name.startswith(OWN)) / ours.median
+    memory_share = ours.peak_bytes / plain.peak_bytes - 1
+    return "\n".join(
+        [f"{name:<46}{first:>12}{second:>14}".rstrip() for name, first, second in lines]
+        + [
+            f"R2M's own parts: {time_share:.2%} of its round (aim: under 1 %; the paper: 2.3 %)",
+            f"R2M's memory: {memory_share:+.2%} (aim: under 2 %; the paper: 1.8 %)",
+        ]
     )
-
-
-SPENT: dict[str, float] = {}
-_inside: list[str] = []
-_since = [0.0]
-
-
-def clock(trainer: R2MTrainer, name: str, part: str) -> None:
-    """Charge the time of a method to `part`, less that of the clocked methods it calls."""
-    owner = trainer if hasattr(trainer, name) else trainer.updater
-    method: Callable[..., Any] = getattr(owner, name)
-
-    def charge() -> None:
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if _inside:
-            SPENT[_inside[-1]] = SPENT.get(_inside[-1], 0.0) + now - _since[0]
-        _since[0] = now
-
-    def timed(*args: Any, **keywords: Any) -> Any:
-        charge()
-        # One function makes every forward pass: what asked for it is what it is spent on.
-        _inside.append(_inside[-1] if name == "_logits" and _inside else part)
-        try:
-            return method(*args, **keywords)
-        finally:
-            charge()
-            _inside.pop()
-
-    setattr(owner, name, timed)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -209,6 +211,44 @@ def doctor(
 
         source = None if config is None else resolve_config_source(config)
         typer.echo(report(load_config(source, overrides) if config or overrides else None))
+
+
+@app.command()
+def bench(
+    policy: Annotated[str | None, typer.Option(help="Hub id or path; its hidden size is D_p. Default: 4096.")] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(help="Hub id or path; its hidden size is D_rm. Default: 4096.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 16,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 1024,
+    inner_width: Annotated[int, typer.Option(min=1, help="Of the cross-attention.")] = 2048,
+    heads: Annotated[int, typer.Option(min=1, help="Of the cross-attention.")] = 1,
+    responses: Annotated[int, typer.Option(min=2, help="To each prompt, K; divides the batch.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of hidden states: bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there, else cpu.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For each provider and mode.")] = 1.0,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Measure torch.compile, too.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for bench.json, bench.csv and bench.png.")] = Path("bench"),
+) -> None:
+    """Time the reward, its pool and the reward model's update on this machine, beside plain PyTorch."""
+    with _clear_errors():
+        from r2m.bench import bench_shape
+
+        bench_shape(
+            policy,
+            reward_model,
+            batch=batch,
+            seq=seq,
+            inner_width=inner_width,
+            heads=heads,
+            responses=responses,
+            dtype=dtype,
+            device=device,
+            seconds=seconds,
+            compiled=compiled,
+            output=output,
+            command=f"r2m {shlex.join(sys.argv[1:])}",
+        )
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def plot_run(metrics_path: str | Path, out_png: str | Path) -> None:
         for number, (label, (x, y)) in enumerate(lines.items()):
             if x:
                 ax.plot(x, y, label=label, **_style(number))
-        _dress(ax, title, "round", unit)
+        dress(ax, title, "round", unit)
         if len(lines) > 1:
             # Above the axes, where it hides no data.
             legend_rows = math.ceil(len(ax.lines) / 2)
@@ -123,7 +123,7 @@ def plot_comparison(runs: Mapping[str, str | Path], out_png: str | Path) -> None
                 handles.setdefault(name, line)
                 if x_label != "round":  # KL moves back and forth: a cloud of rounds, not a path
                     line.set_linestyle("none")
-        _dress(ax, title, x_label, y_label)
+        dress(ax, title, x_label, y_label)
     ordered = [handles[name] for name in rows if name in handles]
     figure.legend(handles=ordered, loc="outside upper center", ncols=min(len(ordered), 4), frameon=False)
     _save(figure, out_png)
@@ -156,8 +156,8 @@ def plot_calibration(bins: Mapping[str, Sequence[tuple[float, float, int]]], out
         starts = [0.5 + 0.05 * min(9, int((confidence - 0.5) * 20)) for confidence, _, _ in rows]
         shift = 0.025 + width * (number - (len(bins) - 1) / 2)
         below.bar([x + shift for x in starts], [n for _, _, n in rows], width, color=COLORS[number % len(COLORS)])
-    _dress(above, "Held-out pairs", "", "share of pairs ranked right")
-    _dress(below, "", "probability of the preference, sigmoid(|margin|)", "pairs")
+    dress(above, "Held-out pairs", "", "share of pairs ranked right")
+    dress(below, "", "probability of the preference, sigmoid(|margin|)", "pairs")
     above.set(xlim=(0.49, 1.01), ylim=(min(0.45, above.get_ylim()[0]), 1.02))
     above.legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     above.set_title("Held-out pairs", fontsize=9.5, pad=10 + 12 * (len(bins) + 1))
@@ -196,7 +196,7 @@ def _grid(count: int) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(rows, columns, position + 1) for position in range(count)]
 
 
-def _dress(ax: Axes, title: str, x: str, y: str) -> None:
+def dress(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set_title(title, fontsize=9.5)
     ax.set_xlabel(x, fontsize=8)
     ax.set_ylabel(y, fontsize=8)

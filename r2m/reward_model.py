@@ -181,7 +181,7 @@ class R2MRewardModel(nn.Module):
                 backbone_revision=revision,
                 policy=_lasting(policy.config._name_or_path if isinstance(policy, nn.Module) else policy),
                 policy_revision=policy_revision,
-                policy_width=_width(policy, policy_revision, trust_remote_code),
+                policy_width=hidden_width(policy, policy_revision, trust_remote_code),
                 inner_width=inner_width,
                 num_heads=num_heads,
                 floor=floor,
@@ -208,7 +208,7 @@ class R2MRewardModel(nn.Module):
             weights: Any = cached_file(str(name), WEIGHTS_FILE, revision=revision)
             model.load_state_dict(load_file(weights))
             if policy is not None:
-                model.check_policy_width(_width(policy, policy_revision, trust_remote_code))
+                model.check_policy_width(hidden_width(policy, policy_revision, trust_remote_code))
         return model
 
     def save_pretrained(self, folder: str | Path, include_backbone: bool = False) -> None:
@@ -492,7 +492,7 @@ def _quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _width(policy: str | Path | PreTrainedModel, revision: str | None, trust_remote_code: bool) -> int:
+def hidden_width(policy: str | Path | PreTrainedModel, revision: str | None, trust_remote_code: bool) -> int:
     if isinstance(policy, nn.Module):
         config = policy.config
     else:

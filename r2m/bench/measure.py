@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -50,14 +51,14 @@ def measure(
 ) -> list[Row]:
     """Fill in the rows of functions that all compute `exact` (float64).
 
-    Each runs once, which compiles what there is to compile. If its results are not within `tolerance` of `exact`
-    (relative Frobenius error of all of them together), its row says so and has no times; if it cannot run, why not.
-    The others take turns, each for about `seconds`, in two series. Rows whose status is no longer "ok" are left alone.
+    Each runs once, which compiles what there is to compile. If a result is not within `tolerance` of `exact` (see
+    `relative_error`), its row says so and has no times; if it cannot run, why not. The others take turns, each for
+    about `seconds`, in two series. Rows whose status is no longer "ok" are left alone.
     """
     able = []
     for row, run in entries:
         if row.status == "ok":
-            row.status, row.error = _check(run, exact, tolerance)
+            row.status, row.error = check(run, exact, tolerance)
         if row.status == "ok":
             able.append((row, run))
     for (row, run), series in zip(able, _take_turns([run for _, run in able], device, seconds), strict=True):
@@ -79,6 +80,19 @@ def summarize(row: Row, *series: list[float]) -> None:
         row.noise = abs(a - b) / ((a + b) / 2)
 
 
+def check(run: Run, exact: Sequence[Tensor], tolerance: float) -> tuple[str, float | None]:
+    """Row.status and Row.error of what runs once: "ok", "wrong: ...", "out of memory" or "cannot run: ..."."""
+    try:
+        error = relative_error(run(), exact)
+    except torch.OutOfMemoryError:
+        return "out of memory", None
+    except (ImportError, RuntimeError) as failure:  # what an implementation raises where it cannot run
+        logger.debug("a provider cannot run", exc_info=True)
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        return f"cannot run: {reason.split('cannot run: ')[-1]}", None
+    return ("ok" if error <= tolerance else f"wrong: relative error {error:.1e}"), error
+
+
 def relative_error(results: Tensor | Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Frobenius norm of the difference over that of `exact`, of several results the greatest; inf for NaN."""
     results = [results] if isinstance(results, Tensor) else results
@@ -95,21 +109,9 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _check(run: Run, exact: Sequence[Tensor], tolerance: float) -> tuple[str, float | None]:
-    try:
-        error = relative_error(run(), exact)
-    except torch.OutOfMemoryError:
-        return "out of memory", None
-    except (ImportError, RuntimeError) as failure:  # what an implementation raises where it cannot run
-        logger.debug("a provider cannot run", exc_info=True)
-        reason = str(failure).strip().splitlines()[0]
-        return f"cannot run: {reason.split('cannot run: ')[-1]}", None
-    return ("ok" if error <= tolerance else f"wrong: relative error {error:.1e}"), error
-
-
 def _take_turns(runs: Sequence[Run], device: torch.device, seconds: float) -> list[list[list[float]]]:
     """Two series of times of every function, one after another and in turn, so that all meet the same machine."""
-    cold = torch.ones(_COLD_BYTES // 8, dtype=torch.int64, device=device)
+    cold = _cold(device)
     times: list[list[list[float]]] = [[[], []] for _ in runs]
     for series in range(2):
         waiting = list(range(len(runs)))
@@ -118,6 +120,11 @@ def _take_turns(runs: Sequence[Run], device: torch.device, seconds: float) -> li
                 times[i][series].append(_seconds(runs[i], device, cold))
             waiting = [i for i in waiting if sum(times[i][series]) < seconds / 2 and len(times[i][series]) < _MOST_RUNS]
     return times
+
+
+@cache
+def _cold(device: torch.device) -> Tensor:
+    return torch.ones(_COLD_BYTES // 8, dtype=torch.int64, device=device)
 
 
 def _seconds(run: Run, device: torch.device, cold: Tensor | None = None) -> float:
@@ -141,7 +148,14 @@ def _seconds(run: Run, device: torch.device, cold: Tensor | None = None) -> floa
 
 def _memory_and_launches(run: Run, device: torch.device) -> tuple[int, int | None]:
     """The most memory that one run takes beyond what is there, and on a GPU the kernels it launches."""
-    release(device)
+    gc.disable()  # what it frees during the run would be taken for memory that the run gives back
+    try:
+        return _observe(run, device)
+    finally:
+        gc.enable()
+
+
+def _observe(run: Run, device: torch.device) -> tuple[int, int | None]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -24,9 +24,8 @@ from r2m_kernels.grebt import reference as grebt_reference
 
 MODES = ("score", "forward", "forward+backward")
 OURS = ("triton", "extension")
-# Nothing that is measured depends on these. With w = 0 a reward is policy feedback alone: beside phi . H, an error in
-# the attention would not show.
-WEIGHT, FUSION_WEIGHT, ALPHA, EPS = 0.0, 0.7, 0.3, 1e-2
+WEIGHT, ALPHA, EPS = 0.7, 0.3, 1e-2  # w(t) and GREBT's arguments: nothing that is measured depends on them
+FEEDBACK_ALONE = 0.0  # w for rewards that are checked: beside phi . H, an error in the attention would hardly show
 
 # Tokens of the demo's movie reviews at 0 %, 5 %, ... 100 % (those over 1024 cut off): how lengths really spread.
 REVIEW_LENGTHS = (4, 15, 21, 27, 35, 52, 92, 137, 154, 165, 178, 195, 211, 237, 269, 311, 356, 421, 510, 687, 1024)
@@ -66,12 +65,10 @@ def run_cases(
         late = "not run: the time was up" if time.monotonic() > deadline else None
         missing = late or _missing_memory(case, device)
         for mode in case.modes:
-            torch.manual_seed(0)
-            rows = partial(_row, case, mode)
             if missing:
-                yield [replace(rows("all"), status=missing)]
+                yield [replace(_row(case, mode, "all"), status=missing)]
                 continue
-            entries, exact = _BUILDERS[case.op](case, mode, rows, device)
+            entries, exact = build(case, mode, device)
             yield measure(
                 entries,
                 exact,
@@ -83,6 +80,13 @@ def run_cases(
             del entries, exact
             torch._dynamo.reset()  # or compiling the next shape makes shapes variable, and later ones give up
             release(device)
+
+
+def build(case: Case, mode: str, device: torch.device) -> Entries:
+    """Every provider of one mode of a case, with a row to fill in, on the same inputs; and the exact results (float64)
+    that `measure` holds theirs against."""
+    torch.manual_seed(0)
+    return _BUILDERS[case.op](case, mode, partial(_row, case, mode), device)
 
 
 def _row(case: Case, mode: str, provider: str) -> Row:
@@ -193,6 +197,7 @@ def projected_reward(
     weights: Sequence[Tensor],
     mask: Tensor | None,
     heads: int,
+    weight: float,
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
 ) -> Tensor:
     """The paper's form: K and V are projected, under autocast where hidden is in half precision. [B]."""
@@ -201,17 +206,19 @@ def projected_reward(
         q = linear(rte, w_q).unflatten(-1, (heads, 1, -1))
         k, v = (linear(hidden, w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in (w_k, w_v))
         aggregated = linear(attend(q, k, v, mask).flatten(1), w_o)
-    return fusion_reference.fused_reward(aggregated.float(), rte, WEIGHT, head_weight, head_bias)
+    return fusion_reference.fused_reward(aggregated.float(), rte, weight, head_weight, head_bias)
 
 
-def absorbed_reward(rte: Tensor, hidden: Tensor, weights: Sequence[Tensor], mask: Tensor | None, heads: int) -> Tensor:
+def absorbed_reward(
+    rte: Tensor, hidden: Tensor, weights: Sequence[Tensor], mask: Tensor | None, heads: int, weight: float
+) -> Tensor:
     """The same without K and V: W_k goes to the query and W_v behind the pool. [B]."""
     w_q, w_k, w_v, w_o, head_weight, head_bias = weights
     with torch.autocast(hidden.device.type, hidden.dtype, enabled=hidden.dtype is not torch.float32):
         q = linear(rte, w_q) * (w_q.shape[0] // heads) ** -0.5
         pooled = two_products(_by_head(q.unflatten(-1, (heads, -1)), w_k), hidden, mask)
         aggregated = linear(_by_head(pooled, w_v, transpose=True).flatten(1), w_o)
-    return fusion_reference.fused_reward(aggregated.float(), rte, WEIGHT, head_weight, head_bias)
+    return fusion_reference.fused_reward(aggregated.float(), rte, weight, head_weight, head_bias)
 
 
 def two_products(query: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -258,13 +265,13 @@ def exact_pools(query: Tensor, rows: Iterable[Tensor], direction: Tensor) -> tup
     return pooled, gradient
 
 
-def exact_reward(rte: Tensor, rows: Iterable[Tensor], weights: Sequence[Tensor], heads: int = 1) -> Tensor:
+def exact_reward(rte: Tensor, rows: Iterable[Tensor], weights: Sequence[Tensor], heads: int, weight: float) -> Tensor:
     """Equations 1 to 3 around `exact_pools`, for rte and weights in float64; differentiable."""
     w_q, w_k, w_v, w_o, head_weight, head_bias = weights
     u = rk.absorbed_query(rte, w_q, w_k, num_heads=heads)
-    g = rk.reward_direction(w_v, w_o, head_weight, weight=WEIGHT, num_heads=heads)
+    g = rk.reward_direction(w_v, w_o, head_weight, weight=weight, num_heads=heads)
     pools = exact_pools(u.detach(), rows, g.detach())
-    return rk.reward_from_pools(u, g, *pools, rte, head_weight, head_bias, weight=WEIGHT)
+    return rk.reward_from_pools(u, g, *pools, rte, head_weight, head_bias, weight=weight)
 
 
 def in_float64(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -294,12 +301,12 @@ def _reward(case: Case, mode: str, row: Callable[[str], Row], device: torch.devi
     def plain(function: Callable[..., Tensor], *arguments: Any) -> Run:
         def reward() -> Tensor:
             hidden, mask = sequences.padded()
-            return function(rte, hidden, weights, mask, heads, *arguments)
+            return function(rte, hidden, weights, mask, heads, FEEDBACK_ALONE, *arguments)
 
         return finish(reward)
 
     def ours(impl: str) -> Run:
-        keywords: dict[str, Any] = {"weight": WEIGHT, "num_heads": heads, "impl": impl, **sequences.where}
+        keywords: dict[str, Any] = {"weight": FEEDBACK_ALONE, "num_heads": heads, "impl": impl, **sequences.where}
         return finish(lambda: rk.policy_feedback_reward(rte, sequences.hidden, *weights, **keywords))
 
     compiled = partial(torch.compile, dynamic=False)
@@ -317,7 +324,7 @@ def _reward(case: Case, mode: str, row: Callable[[str], Row], device: torch.devi
     providers |= {impl: ours(impl) for impl in OURS}
 
     doubles = in_float64(weights)
-    exact: Any = exact_reward(rte.double(), sequences.each(), doubles, heads)
+    exact: Any = exact_reward(rte.double(), sequences.each(), doubles, heads, FEEDBACK_ALONE)
     if mode == "forward+backward":
         exact = torch.autograd.grad(exact, doubles[:-1], cotangent.double())
     exact = [exact.detach()] if isinstance(exact, Tensor) else list(exact)
@@ -405,7 +412,7 @@ def _fusion(case: Case, mode: str, row: Callable[[str], Row], device: torch.devi
     inputs = [torch.randn(shape, dtype=case.dtype, device=device) for _ in range(2)]
     if case.op == "fused_reward":
         inputs += [torch.randn(shape[1], device=device) * shape[1] ** -0.5, torch.randn((), device=device)]
-    weight = torch.tensor(FUSION_WEIGHT, device=device)
+    weight = torch.tensor(WEIGHT, device=device)
     plain, ours = getattr(fusion_reference, case.op), getattr(rk, case.op)
 
     def call(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

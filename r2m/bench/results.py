@@ -169,12 +169,12 @@ def format_table(rows: Sequence[Row]) -> str:
             continue
         cells = [
             row.provider,
-            *(_number(None if x is None else 1e3 * x) for x in (row.median, row.p20, row.p80)),
-            _percent(row.noise),
-            _number(None if row.peak_bytes is None else row.peak_bytes / 1e6),
+            *(format_number(None if x is None else 1e3 * x) for x in (row.median, row.p20, row.p80)),
+            format_percent(row.noise),
+            format_number(None if row.peak_bytes is None else row.peak_bytes / 1e6),
             "-" if row.launches is None else str(row.launches),
-            _number(None if row.bandwidth is None else row.bandwidth / 1e9),
-            _percent(row.fraction_of_ideal),
+            format_number(None if row.bandwidth is None else row.bandwidth / 1e9),
+            format_percent(row.fraction_of_ideal),
         ]
         lines.append(_line(cells, width))
     return "\n\n".join("\n".join(lines) for lines in paragraphs.values())
@@ -188,7 +188,7 @@ def format_shape(shape: dict[str, int]) -> str:
     return " ".join(f"{name}={value}" for name, value in shape.items())
 
 
-def _number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Three significant digits, and never an exponent."""
     if value is None:
         return "-"
@@ -196,5 +196,5 @@ def _number(value: float | None) -> str:
     return f"{value:.{digits}f}"
 
 
-def _percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"

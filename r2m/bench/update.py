@@ -31,6 +31,7 @@ from r2m_kernels.grebt import reference as grebt_reference
 
 # At most, in a micro-batch: 64 sequences of the paper's dialogue round are 0.5 GB of h.
 GROUPS_AT_ONCE = 8
+RESIDENT, STREAMED = "h resident", "h streamed"  # the cases
 
 
 def run_updates(
@@ -48,39 +49,34 @@ def run_updates(
     in micro-batches, accumulating gradients: its keys and values of a whole round would not fit. Row.held_bytes are
     weights and AdamW's state, beside which Row.peak_bytes come and go.
     """
-    n, k = shape["n"], shape["K"]
-    groups = next(groups for groups in range(GROUPS_AT_ONCE, 0, -1) if n % groups == 0)
-    repeats, batch = n // groups, groups * k
-    micro_bytes = batch * shape["S"] * shape["D_p"] * dtype.itemsize
-    resident_bytes = repeats * micro_bytes
-    weight_bytes = 4 * shape["d"] * (2 * shape["D_p"] + 2 * shape["D_rm"])
+    tokens = shape["n"] * shape["K"] * shape["S"]
+    at_once = tokens // _micro_batches(shape["n"])
     # Plain PyTorch's keys, values and their gradients, the same weights for every provider, and float64 copies.
-    plain_bytes = 5 * batch * shape["S"] * shape["d"] * dtype.itemsize + 24 * weight_bytes
-    for case, h_bytes in (("h resident", resident_bytes + micro_bytes), ("h streamed", micro_bytes)):
-        row = partial(_row, case, dtype, shape, resident_bytes + 8 * weight_bytes)
-        missing = too_much(h_bytes + plain_bytes, device)
+    plain_bytes = 5 * at_once * shape["d"] * dtype.itemsize + 24 * _weight_bytes(shape)
+    for case, rows in ((RESIDENT, tokens + at_once), (STREAMED, at_once)):
+        missing = too_much(rows * shape["D_p"] * dtype.itemsize + plain_bytes, device)
         if missing:
-            yield [replace(row("all"), status=missing)]
+            yield [replace(_row(case, shape, dtype, "all"), status=missing)]
             continue
-        entries, exact = _providers(row, shape, repeats, dtype, device)
+        entries, exact = build(case, shape, device, dtype)
         yield measure(entries, exact, TOLERANCE[dtype], device=device, best_bandwidth=best_bandwidth, seconds=seconds)
         del entries, exact
         release(device)
 
 
-def _providers(
-    row: Callable[[str], Row], shape: dict[str, int], repeats: int, dtype: torch.dtype, device: torch.device
-) -> Entries:
+def build(case: str, shape: dict[str, int], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Entries:
+    """Every provider of the update with h RESIDENT or STREAMED, with a row to fill in; and the exact gradients."""
     torch.manual_seed(0)
-    k, sequences = shape["K"], shape["n"] * shape["K"]
+    k, sequences, repeats = shape["K"], shape["n"] * shape["K"], _micro_batches(shape["n"])
     part = torch.randn(sequences // repeats, shape["S"], shape["D_p"], dtype=dtype, device=device)
     rte = torch.randn(sequences, shape["D_rm"], device=device)
     weights = make_weights(shape, device)
     exact = _exact_gradients(rte, part, weights, k)
     parts = kernel_parts = [part] * repeats
-    if row("").case == "h resident":
+    if case == RESIDENT:
         kernel_parts = [part.repeat(repeats, 1, 1)]  # no reason to take it in pieces
         parts = list(kernel_parts[0].chunk(repeats))
+    row = partial(_row, case, shape, dtype)
     plain: dict[str, Callable[..., Tensor]] = {
         "projected": partial(projected_reward, attend=softmax_attention),
         "absorbed": absorbed_reward,
@@ -89,17 +85,29 @@ def _providers(
     return entries + [_ours(row(impl), impl, rte, kernel_parts, weights, k) for impl in OURS], exact
 
 
-def _row(case: str, dtype: torch.dtype, shape: dict[str, int], moved: int, provider: str) -> Row:
-    """`moved`: h, the weights, and of AdamW the gradients written, then weights, gradients and two moments read, and
-    three of them written."""
+def _row(case: str, shape: dict[str, int], dtype: torch.dtype, provider: str) -> Row:
+    """Bytes that must move: h and the weights read, gradients written and read, AdamW's two moments read, and weights
+    and moments written."""
+    h_bytes = shape["n"] * shape["K"] * shape["S"] * shape["D_p"] * dtype.itemsize
+    moved = h_bytes + 8 * _weight_bytes(shape)
     name = str(dtype).removeprefix("torch.")
     return Row("update", "reward_model_update", "update", case, provider, name, dict(shape), ideal_bytes=moved)
+
+
+def _micro_batches(n: int) -> int:
+    """Of as many whole groups as divide n."""
+    return n // next(groups for groups in range(GROUPS_AT_ONCE, 0, -1) if n % groups == 0)
+
+
+def _weight_bytes(shape: dict[str, int]) -> int:
+    """W_q, W_k, W_v and W_o, float32; beside them the head is nothing."""
+    return 4 * shape["d"] * 2 * (shape["D_p"] + shape["D_rm"])
 
 
 def _exact_gradients(rte: Tensor, part: Tensor, weights: list[Tensor], k: int) -> list[Tensor]:
     doubles = in_float64(weights)
     rows = (part[i % len(part)] for i in range(len(rte)))
-    rewards = exact_reward(rte.double(), rows, doubles)
+    rewards = exact_reward(rte.double(), rows, doubles, 1, WEIGHT)
     loss = grebt_reference.grebt_loss(rewards.view(-1, k), alpha=ALPHA, eps=EPS)[0].mean()
     return list(torch.autograd.grad(loss, doubles[:-1]))
 
@@ -114,7 +122,7 @@ def _plain(
 ) -> tuple[Row, Run]:
     def backward(weights: list[Tensor]) -> None:
         for embeddings, hidden in zip(rte.chunk(len(parts)), parts, strict=True):
-            rewards = form(embeddings, hidden, weights, mask=None, heads=1)
+            rewards = form(embeddings, hidden, weights, mask=None, heads=1, weight=WEIGHT)
             (plain_grebt(rewards.view(-1, k)) / len(parts)).backward()
 
     return _update(row, weights, backward)
