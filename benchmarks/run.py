@@ -76,7 +76,7 @@ def measure_suite(
 
         for shape in ["tiny"] if quick else ["demo", "0.5b", "3b"]:
             for feedback in ("none", "trained"):
-                yield [measure_round(shape, feedback, device=device, rounds=2 if quick else 3 if on_gpu else 4)]
+                yield [measure_round(shape, feedback, device=device, rounds=2 if quick else 3)]
 
 
 def reward_shape(name: str, batch: int, length: int, heads: int = 1) -> dict[str, int]:
