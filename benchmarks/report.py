@@ -220,8 +220,14 @@ def round_table(rows: Sequence[Row]) -> str:
 
 
 def without_time(rows: Sequence[Row]) -> str:
+    """A line for every reason: providers, and where they have times elsewhere, on which shapes they have none."""
+    able = {"all", *(row.provider for row in timed(rows))}
+
+    def who(row: Row) -> str:
+        return f"{row.provider} ({row.case}: {shape_of(row)})" if row.provider in able else row.provider
+
     reasons = grouped((row for row in rows if row.status != "ok"), attrgetter("status"))
-    return "\n".join(f"- {'; '.join(unique(row.provider for row in of))}: {status}" for status, of in reasons.items())
+    return "\n".join(f"- {'; '.join(unique(map(who, of)))}: {status}" for status, of in reasons.items())
 
 
 def noise(device: Device) -> str:
@@ -235,7 +241,7 @@ def noise(device: Device) -> str:
 # ---- docs/benchmarks.md ----
 
 COLUMNS: dict[str, Callable[[Row, float | None], str]] = {
-    "median": lambda row, reference: format_seconds(row.median) if row.status == "ok" else row.status,
+    "median": lambda row, reference: format_seconds(row.median),
     "p20": lambda row, reference: show(row.p20, format_seconds),
     "p80": lambda row, reference: show(row.p80, format_seconds),
     "times ours": lambda row, reference: show(ratio(row, reference), times),
@@ -258,10 +264,10 @@ def full_section(name: str, device: Device) -> str:
     sections += [f"![{what}](benchmarks/{name}-{what}.png)" for _, what, _ in drawings(device)]
     for results in device.values():
         for (op, mode), rows in grouped(results.rows, attrgetter("op", "mode")).items():
-            sections += [f"### {op}, {mode}", full_table(rows)]
+            sections += [f"### {op}, {mode}", full_table(timed(rows)), without_time(rows)]
             if any(row.parts for row in rows):
                 sections.append(parts_table([row for row in rows if row.parts]))
-    return "\n\n".join([*sections, noise(device)])
+    return "\n\n".join(filter(None, [*sections, noise(device)]))
 
 
 def full_table(rows: Sequence[Row]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,13 +45,22 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {arguments.device}: PyTorch sees no GPU")
     folder = arguments.output or Path(__file__).parent / "results" / slug(device)
-    first = start(device, f"python benchmarks/run.py {shlex.join(sys.argv[1:])}".strip())
+    first = start(device, command_of(arguments))
     print(f"{first.machine}\nbytes per second: {first.bandwidth}\n", flush=True)
     # What matters most comes first: a time limit cuts ops short.
     for suite in [s for s in ("update", "round", "ops") if s in (arguments.suite or SUITES)]:
         results = first if arguments.json else Results(first.command, first.machine, first.bandwidth, [])
         batches = measure_suite(suite, device, arguments.quick, max(first.bandwidth.values()), deadline)
         record(results, batches, arguments.json or folder / f"{suite}.json")
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """What measures the same again; where its files go does not matter."""
+    words = ["python", "benchmarks/run.py", "--device", arguments.device]
+    words += [word for suite in arguments.suite or () for word in ("--suite", suite)]
+    words += ["--quick"] * arguments.quick
+    words += [] if math.isinf(arguments.minutes) else ["--minutes", f"{arguments.minutes:g}"]
+    return shlex.join(words)
 
 
 def measure_suite(

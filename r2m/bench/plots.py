@@ -156,7 +156,7 @@ def _growth(
     (handles[bound],) = ax.plot(*zip(*bounds, strict=True), label=bound, **style)
     _log(ax, "y")
     ax.set_xscale("log", base=2)
-    ax.set_xticks([x for x, _ in bounds], [str(x) for x, _ in bounds], rotation=90 if len(bounds) > 6 else 0)
+    ax.set_xticks([x for x, _ in bounds], [str(x) for x, _ in bounds], rotation=90)
     ax.xaxis.set_minor_locator(NullLocator())
     return handles
 
