@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from r2m_kernels import checks, dispatch
+from r2m_kernels.attention_pool import sharded
 from r2m_kernels.registration import forbid_second_derivative, full_precision, save, saved
 
 _OP = "attention_pool"
@@ -23,6 +25,7 @@ def attention_pool(
     mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    group: ProcessGroup | None = None,
     return_lse: bool = False,
 ) -> Any:
     """softmax_j(scale * query . hidden_j)-weighted mean of hidden_j over each sequence. Differentiable (once).
@@ -32,15 +35,28 @@ def attention_pool(
     cu_seqlens  int32 [B + 1] on the device of hidden: sequence b is hidden[cu_seqlens[b]:cu_seqlens[b + 1]]
     mask        bool [B, S], True = attend, any pattern; not with cu_seqlens
     scale       default 1 / sqrt(D)
+    group       the ranks over which the sequences are sharded, see below
 
     Returns pooled, shape and dtype of query; with return_lse also the log-sum-exp of the scores, differentiable too,
     [B] or [B, H], float32 (float64 for float64). An empty sequence gives 0, lse -inf and zero gradients; what stands
     in masked rows never matters. Dtypes float32, bfloat16, float16 in any mix, or float64 throughout. The backward
     keeps hidden and recomputes the softmax. Raises ValueError or TypeError for arguments that do not fit, RuntimeError
     for an `impl` that cannot run and for second derivatives.
+
+    With a torch.distributed process group (context parallelism) every rank gives the same query and, as hidden with
+    cu_seqlens or mask, its own rows of every sequence: any number, also none. All ranks of the group must call, in the
+    same order, and all get the pool of the whole sequences, to the same bits. Each sends B H (D + 1) numbers, whatever
+    S is, and B H D more in the backward. Every rank must compute the same loss from the pool and call its backward:
+    then each has the whole gradient of query (averaging it over the ranks changes nothing, summing it would count it
+    once a rank) and, of hidden, that of its own rows. torch.compile(fullgraph=True) is promised for group=None only.
     """
-    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl)
-    pooled, lse = torch.ops.r2m_kernels.attention_pool(_by_head(query, scale), hidden, cu_seqlens, mask, name)
+    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, group)
+    by_head = _by_head(query, scale)
+    if group is not None:
+        by_head = sharded.with_summed_gradient(by_head, group)
+    pooled, lse = torch.ops.r2m_kernels.attention_pool(by_head, hidden, cu_seqlens, mask, name)
+    if group is not None:
+        pooled, lse = sharded.merge(pooled, lse, group)
     pooled, lse = pooled.view(query.shape).to(query.dtype), lse.view(query.shape[:-1])
     return (pooled, lse) if return_lse else pooled
 
@@ -54,16 +70,19 @@ def attention_pool_dot(
     mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(direction . pooled, lse), both [B] or [B, H], float32 (float64 for float64), without forming a pooled vector.
 
     direction is [D], [H, D] (with query [B, H, D]) or like query; the rest as in `attention_pool`. The scoring path:
-    the results carry no gradient.
+    the results carry no gradient. With a group the ranks exchange 2 B H numbers each.
     """
-    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, direction=direction)
+    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, group, direction=direction)
     value, lse = torch.ops.r2m_kernels.attention_pool_dot(
         _by_head(query.detach(), scale), hidden.detach(), _directions(direction, query), cu_seqlens, mask, name
     )
+    if group is not None:
+        value, lse = sharded.merge(value[..., None], lse, group)
     return value.view(query.shape[:-1]), lse.view(query.shape[:-1])
 
 
@@ -76,27 +95,32 @@ def attention_pool_with_gradient(
     mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(pooled, gradient, lse) in one read of hidden, float32 (float64 for float64).
 
     gradient = d(direction . pooled) / d(query) = scale sum_j p_j (direction . hidden_j - direction . pooled) hidden_j,
     in the shape of query. direction is [D], [H, D] (with query [B, H, D]) or like query, taken as a constant; the rest
     as in `attention_pool`. No autograd: raises ValueError if query or hidden requires grad while grad is enabled.
+    With a group gradient is that of the whole sequences too; the ranks exchange B H (2 D + 1) numbers each.
     """
-    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, direction=direction)
+    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, group, direction=direction)
     if torch.is_grad_enabled():
         for argument, tensor in (("query", query), ("hidden", hidden)):
             if tensor.requires_grad:
                 raise ValueError(f"{argument}: expected a tensor that requires no grad (detach it), got one that does")
+    directions = _directions(direction, query)
     pooled, gradient, lse = torch.ops.r2m_kernels.attention_pool_with_gradient(
-        _by_head(query, scale), hidden, _directions(direction, query), cu_seqlens, mask, name
+        _by_head(query, scale), hidden, directions, cu_seqlens, mask, name
     )
+    if group is not None:
+        pooled, gradient, lse = sharded.merge_with_gradient(pooled, gradient, lse, directions, group)
     gradient = gradient if scale == 1 else gradient * scale
     return pooled.view(query.shape), gradient.view(query.shape), lse.view(query.shape[:-1])
 
 
 def _check(
-    query: Tensor, hidden: Tensor, cu_seqlens: Any, mask: Any, scale: Any, impl: str, **direction: Tensor
+    query: Tensor, hidden: Tensor, cu_seqlens: Any, mask: Any, scale: Any, impl: str, group: Any, **direction: Tensor
 ) -> tuple[str, float]:
     """Errors for arguments that do not fit; returns the implementation's name and the scale."""
     checks.floating(query=query, hidden=hidden, **direction)
@@ -108,6 +132,8 @@ def _check(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     checks.number("scale", scale)
+    if group is not None:
+        sharded.check(group)
     apart = hidden.stride(-1) if hidden.shape[-1] > 1 else 1
     why_not = None if apart == 1 else f"hidden: expected a stride of 1 in the last dimension, got {apart}"
     return dispatch.choose(impl, query, hidden, extension=why_not), scale
