@@ -13,7 +13,7 @@ IMPLS ?= triton extension
 QUICK ?=
 OUT ?=
 
-.PHONY: help demo test extension lint types unit cpu sanitize emulate interpret gate nvcc-gate bench
+.PHONY: help demo test extension lint types unit trl cpu sanitize emulate interpret gate nvcc-gate bench
 .PHONY: gpu gpu-test gpu-sanitize format clean
 .DEFAULT_GOAL := help
 
@@ -23,7 +23,7 @@ help:  ## list the targets
 demo: $(STAMP) extension  ## train a 135M-parameter model on movie reviews (a quarter of an hour on two CPU cores)
 	$(BIN)/r2m demo
 
-test: lint types unit cpu sanitize emulate interpret gate nvcc-gate  ## everything a change must pass; needs no GPU
+test: lint types unit trl cpu sanitize emulate interpret gate nvcc-gate  ## everything a change must pass; needs no GPU
 
 extension: $(STAMP)  ## compile the operators for the CPU; without a compiler, everything runs in PyTorch
 	-$(BIN)/python -m r2m_kernels.build cpu
@@ -37,6 +37,13 @@ types: $(STAMP)  ## mypy
 
 unit: $(STAMP) extension  ## pytest
 	$(PYTEST)
+
+trl: $(STAMP) extension  ## the tests of the TRL adapter, with the oldest and the newest release of TRL it is meant for
+	for release in 1.0.0 1.16.0; do \
+	  test -d .venv/trl-$$release || $(BIN)/pip install -q --disable-pip-version-check --no-deps \
+	    --target .venv/trl-$$release trl==$$release || exit 1; \
+	  PYTHONPATH=.venv/trl-$$release OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/integrations || exit 1; \
+	done
 
 cpu: $(STAMP)  ## the operators' tests on the extension, with every instruction set that this CPU has
 	$(BIN)/python tests/offline/builds.py cpu $(PROCESSES)

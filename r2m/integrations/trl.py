@@ -1,0 +1,447 @@
+"""R2M in TRL's RLOOTrainer and GRPOTrainer: a reward function and a callback, and nothing of TRL is subclassed.
+
+    reward, callback = r2m_reward(reward_model, num_generations=8)
+    trainer = RLOOTrainer(model=..., reward_funcs=reward, callbacks=[callback], args=..., train_dataset=...)
+    trainer.train()
+    reward_model.save_pretrained("reward_model")
+
+The trainer runs the policy over prompt + completion itself, so nothing is computed twice: a hook on the policy's
+backbone takes the hidden states of its scoring pass for the rewards, and those of its training passes for the update of
+the reward model, which follows the last optimizer step of every rollout.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from packaging.specifiers import SpecifierSet
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from r2m.config import R2M
+from r2m.data import Prompt
+from r2m.hidden_states import policy_backbone
+from r2m.reward_model import WEIGHTS_FILE, R2MRewardModel
+from r2m.rollout import collate
+from r2m.updater import R2MUpdater
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = ">=1.0,!=1.15.0"  # 1.15.0 has its log-probabilities from Triton kernels alone: no CPU
+
+Tokens = tuple[int, ...]  # token ids of prompt and completion, without padding
+
+
+def r2m_reward(
+    reward_model: R2MRewardModel,
+    *,
+    num_generations: int,
+    settings: R2M | None = None,
+    capture: Literal["scoring", "forward"] = "scoring",
+    update_every: Literal["rollout"] = "rollout",
+) -> tuple[Callable[..., list[float]], R2MCallback]:
+    """The reward function and the callback that make a trainer of TRL train `reward_model` along with its policy.
+
+    num_generations: K, that of the trainer's arguments.
+    settings: fields that describe a new reward model do not apply; "none" for `feedback` is refused.
+    capture: where the hidden states for the rewards come from.
+        "scoring": the trainer's pass for the old log-probabilities, at no cost in time. The texts are known only when
+            rewards are asked for, so the hidden states of a process's share of the rollout wait until then: sequences x
+            tokens x width x 2 bytes in bfloat16; under autocast the final norm of most models gives float32, 4 bytes.
+        "forward": a pass of its own over the policy's backbone, of which one micro-batch is held: for GRPOTrainer,
+            whose defaults skip the scoring pass, and where memory is short.
+    update_every: the reward model takes one step a rollout, not one a step of the policy's optimizer.
+
+    Rounds t of T are rollouts, as many as the trainer's steps make. Held-out batches are scored at w = Omega and train
+    nothing. With several reward functions, pairs are picked by this one alone. The reward model moves to the trainer's
+    device; under several processes its copies start equal and average their gradients.
+
+    `callback.history` has a row of metrics for each rollout of `train()`; TRL logs them as `r2m/...` with the rollout
+    after. Checkpoints of the trainer hold the reward model in `r2m/`, as `from_pretrained` loads it, and its optimizer.
+
+    Raises ImportError where TRL is missing or its release is not supported, ValueError for an argument out of range, a
+    reward model partitioned by ZeRO-3 or without its statistics. The trainer's construction raises ValueError where its
+    arguments do not fit, training RuntimeError where its passes are not those that are expected.
+    """
+    _check_version()
+    settings = settings or R2M()
+    if update_every != "rollout":
+        raise ValueError(f"update_every is {update_every!r}; expected 'rollout'")
+    if capture not in ("scoring", "forward"):
+        raise ValueError(f"capture is {capture!r}; expected 'scoring' or 'forward'")
+    if settings.feedback == "none":
+        raise ValueError(
+            "settings.feedback is 'none'; expected 'trained' or 'frozen': without feedback, give TRL the "
+            "reward checkpoint itself as reward_funcs"
+        )
+    if reward_model.needs_statistics:
+        raise ValueError(
+            "reward_model standardises its inputs and has no statistics yet; expected one that "
+            "`r2m fit-reward` has fitted, or standardize=False"
+        )
+    if any(hasattr(p, "ds_id") for p in (*reward_model.parameters(), *reward_model.backbone.parameters())):
+        raise ValueError(
+            "reward_model is partitioned by DeepSpeed ZeRO-3, and its weights are read as a whole; load it "
+            "before the trainer's arguments are made"
+        )
+    callback = R2MCallback(reward_model, settings, num_generations, capture)
+    return callback.r2m_reward, callback  # a function: TRL gives a module texts of its own making
+
+
+class _Pass(NamedTuple):
+    """One forward pass of the policy over whole sequences."""
+
+    sequences: list[Tokens]
+    hidden: Tensor  # [b, S, D_p]
+    mask: Tensor  # bool [b, S], True where there is a token
+
+
+@dataclass
+class _Rollout:
+    """Sequences that have their rewards, on their way through the policy's training passes."""
+
+    t: int
+    rewards: Tensor  # [B]
+    passes: int  # that each sequence will make
+    rows: dict[Tokens, list[int]]  # several where the policy has sampled the same text again
+    skipped: list[int]  # leading tokens of each row that are no feedback
+    seen: Counter[Tokens] = field(default_factory=Counter)
+
+    def row_of(self, sequence: Tokens) -> int:
+        """Equal sequences take their rows in turn."""
+        if sequence not in self.rows:
+            raise RuntimeError(
+                f"rollout {self.t}: the policy trains on a sequence that was not rewarded ({len(sequence)} tokens, of "
+                f"which the first are {list(sequence[:8])}); expected prompt and completion as TRL tokenises them"
+            )
+        rows = self.rows[sequence]
+        row = rows[self.seen[sequence] % len(rows)]
+        self.seen[sequence] += 1
+        return row
+
+    @property
+    def is_complete(self) -> bool:
+        return self.seen.total() == len(self.skipped) * self.passes
+
+
+class R2MCallback(TrainerCallback):
+    """What `r2m_reward` returns; one trainer's."""
+
+    def __init__(self, reward_model: R2MRewardModel, settings: R2M, num_generations: int, capture: str):
+        self.reward_model, self.settings = reward_model, settings
+        self.num_generations, self.capture = num_generations, capture
+        self.history: list[dict[str, float]] = []
+        self._args: Any = None  # the trainer's
+        self._updater: R2MUpdater | None = None
+        self._captured: list[_Pass] = []
+        self._rollout: _Rollout | None = None
+        self._unlogged: dict[str, float] = {}
+
+    # ---- the reward function ----
+
+    @torch.no_grad()
+    def r2m_reward(
+        self,
+        prompts: list[Prompt],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        *,
+        log_metric: Callable[[str, float], None],
+        **columns: Any,
+    ) -> list[float]:
+        """Rewards of completions that the policy has just been run over, as TRL asks for them."""
+        if self._args is None:
+            raise RuntimeError("the trainer was not given the callback; expected callbacks=[callback]")
+        updater = self._updater if self._model.training else None  # None: a held-out batch
+        if updater is not None:
+            self._align_reward_model()  # of a rollout that ended inside an optimizer step
+        texts = [_text(completion) for completion in completions]
+        rte = self.reward_model.embed(prompts, texts)
+        if updater is not None:
+            t = min(updater.total_steps, self._rollouts_before + len(self.history) + 1)
+            updater.begin_round(rte, t)
+        rewards, rows_of, skipped = rte.new_empty(len(rte)), dict[Tokens, list[int]](), list[int]()
+        for sequences, hidden, mask in self._passes_over(prompts, texts, completion_ids):
+            rows = slice(len(skipped), len(skipped) + len(sequences))
+            for row, sequence in enumerate(sequences, rows.start):
+                prompt_length = _prompt_length(sequence, completion_ids[row])
+                rows_of.setdefault(sequence, []).append(row)
+                skipped.append(prompt_length if self.settings.positions == "response" else 0)
+            feedback = _feedback_mask(mask, skipped[rows])
+            if updater is not None:
+                rewards[rows] = updater.score(rows, hidden, feedback)
+            else:
+                weight = self.settings.floor
+                rewards[rows] = self.reward_model.score(rte[rows], hidden, weight=weight, mask=feedback)
+        self._captured.clear()
+        if not torch.isfinite(rewards).all():  # TRL would leave the samples out
+            raise FloatingPointError(
+                f"{int((~torch.isfinite(rewards)).sum())} of {len(rewards)} rewards are not finite"
+            )
+        if updater is not None:
+            self._rollout = _Rollout(t, rewards, self._args.num_iterations, rows_of, skipped)
+            correlation = updater.alignment(self.reward_model.vanilla_score(rte)).item()
+            for name, value in {**self._unlogged, "weight": updater.weight, "correlation": correlation}.items():
+                log_metric(f"r2m/{name}", value)
+            self._unlogged = {}
+        return rewards.tolist()
+
+    def _passes_over(self, prompts: list[Prompt], texts: list[str], completion_ids: list[list[int]]) -> Iterator[_Pass]:
+        """The policy's passes over these samples, in their order."""
+        if self.capture == "scoring":
+            found = sum(len(one.sequences) for one in self._captured)
+            if not found:
+                raise RuntimeError(
+                    "the trainer did not run the policy over the completions before it asked for their rewards: "
+                    "GRPOTrainer does not where gradient_accumulation_steps is a multiple of steps_per_generation * "
+                    "num_iterations; expected capture='forward' there"
+                )
+            if found != len(texts):
+                raise RuntimeError(
+                    f"the policy ran over {found} sequences before the rewards of {len(texts)} were asked "
+                    "for; expected each once"
+                )
+            yield from self._captured
+            return
+        args, tokenizer = self._args, self._tokenizer
+        size = args.per_device_train_batch_size if self._model.training else args.per_device_eval_batch_size
+        batch = collate(
+            prompts,
+            texts,
+            [self._prompt_ids(prompt) for prompt in prompts],
+            completion_ids,
+            pad_id=tokenizer.pad_token_id,
+            device=args.device,
+        )
+        precision = torch.float16 if args.fp16 else torch.bfloat16
+        for start in range(0, len(texts), size):
+            ids, mask = batch.input_ids[start : start + size], batch.attention_mask[start : start + size]
+            with torch.autocast(args.device.type, precision, enabled=args.bf16 or args.fp16):
+                # As TRL calls it: no position ids.
+                output = self._backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+            yield _Pass(_sequences(ids, mask), output.last_hidden_state, mask)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        """As TRL tokenises it."""
+        if isinstance(prompt, str):
+            return self._tokenizer(text=prompt)["input_ids"]
+        kwargs = {"add_generation_prompt": True, "return_dict": False, **(self._args.chat_template_kwargs or {})}
+        return self._tokenizer.apply_chat_template(prompt, **kwargs)
+
+    # ---- the policy's forward passes ----
+
+    def _on_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Scoring passes run without gradient and wait for the rewards; training passes are collected at once."""
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            self._captured.clear()  # a generation step: what ran before was not for its rewards
+            return
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            return  # not TRL's; a pass that is missed is found missing
+        if not self._adapter_is_the_policys():
+            return  # a reference pass
+        training = torch.is_grad_enabled()
+        if (training and self._rollout is None) or (not training and self.capture == "forward"):
+            return
+        hidden = (output[0] if isinstance(output, tuple) else output.last_hidden_state).detach()
+        mask = mask.bool()
+        sequences = _sequences(ids, mask)
+        if not training:
+            self._captured.append(_Pass(sequences, hidden, mask))
+        elif self._rollout is not None and self._updater is not None:
+            rows = [self._rollout.row_of(sequence) for sequence in sequences]
+            # Of several training passes the last one stays.
+            self._updater.collect(rows, hidden, _feedback_mask(mask, [self._rollout.skipped[row] for row in rows]))
+
+    def _adapter_is_the_policys(self) -> bool:
+        """TRL's reference pass of a PEFT model runs the policy itself, with its adapter off or another one on."""
+        layer = self._adapter_layer
+        return layer is None or (not layer.disable_adapters and layer.active_adapters == self._adapters)
+
+    @torch.enable_grad()  # the rewards are asked for without
+    def _align_reward_model(self) -> None:
+        """Step 5 of a round: pairs, GREBT, one optimizer step, for the rollout that waits for it, if any."""
+        if self._rollout is None or self._updater is None:
+            return
+        rollout, self._rollout = self._rollout, None
+        self._unlogged = self._updater.step(rollout.rewards)
+        self.history.append({"rollout": rollout.t, "weight": self._updater.weight, **self._unlogged})
+
+    # ---- events of the trainer ----
+
+    def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._args is not None:
+            raise ValueError("callback belongs to another trainer already; expected a new r2m_reward for each")
+        _check_arguments(args, self.num_generations)
+        self._model, self._tokenizer = kwargs["model"], kwargs["processing_class"]
+        self.reward_model.check_policy_width(self._model.config.get_text_config().hidden_size)
+        self.reward_model.to(args.device)
+        self._backbone = policy_backbone(self._model)
+        self._backbone.register_forward_hook(self._on_forward, with_kwargs=True)
+        layers = (module for module in self._model.modules() if isinstance(module, BaseTunerLayer))
+        self._adapter_layer = next(layers, None)
+        self._adapters = [] if self._adapter_layer is None else list(self._adapter_layer.active_adapters)
+        self._args = args
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # TRL counts optimizer steps, of which a rollout may take several or less than one.
+        accumulated, length = args.gradient_accumulation_steps, _passes_a_rollout(args)
+        self._updater = R2MUpdater(
+            self.reward_model,
+            self.settings,
+            total_steps=-(-state.max_steps * accumulated // length),
+            num_generations=self.num_generations,
+        )
+        self.history, self._rollout = [], None
+        self._rollouts_before = state.global_step * accumulated // length  # of a run that goes on
+        if args.world_size > 1:
+            _keep_equal(self.reward_model)
+        if state.global_step:
+            self._restore(args, state)
+        _warn(args)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._rollout is None and not self.history:
+            raise RuntimeError("the trainer asked for no reward; expected reward_funcs=reward, of the same r2m_reward")
+        if self._rollout is not None and self._rollout.is_complete:
+            self._align_reward_model()
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._captured.clear()  # of the pass for the held-out loss
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._rollout is not None:
+            logger.warning("training ended inside rollout %d: the reward model was not updated on it", self._rollout.t)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._updater is not None:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "r2m"
+            self.reward_model.save_pretrained(folder)
+            torch.save(self._updater.state_dict(), folder / "optimizer.pt")
+
+    def _restore(self, args: Any, state: TrainerState) -> None:
+        """TRL tells a callback where training goes on, not from which folder."""
+        given = args.resume_from_checkpoint
+        checkpoint = Path(given or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = checkpoint / "r2m"
+        if not (folder / "optimizer.pt").is_file():
+            raise FileNotFoundError(
+                f"training goes on after step {state.global_step}, and {folder} holds no reward model; expected a "
+                "checkpoint that was written with this callback, in args.output_dir or at args.resume_from_checkpoint"
+            )
+        assert self._updater is not None
+        self.reward_model.load_state_dict(load_file(folder / WEIGHTS_FILE, device=str(args.device)))
+        self._updater.load_state_dict(torch.load(folder / "optimizer.pt", map_location=args.device, weights_only=True))
+
+
+def _check_version() -> None:
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        raise ImportError("r2m.integrations.trl needs TRL: pip install 'r2m[trl]'") from None
+    if not SpecifierSet(SUPPORTED).contains(found, prereleases=True):
+        raise ImportError(f"trl is {found}; expected {SUPPORTED}: pip install 'r2m[trl]'")
+
+
+def _passes_a_rollout(args: Any) -> int:
+    """Micro-batches that a process trains on between two generations."""
+    return args.steps_per_generation * args.num_iterations
+
+
+def _check_arguments(args: Any, num_generations: int) -> None:
+    for name in ("num_generations", "steps_per_generation", "num_iterations"):
+        if not hasattr(args, name):
+            raise TypeError(f"args is a {type(args).__name__} without {name}; expected RLOOConfig or GRPOConfig")
+    if args.num_generations != num_generations:
+        raise ValueError(
+            f"num_generations is {num_generations} in r2m_reward and {args.num_generations} in the "
+            "trainer's args; expected the same"
+        )
+    share = args.per_device_train_batch_size * args.steps_per_generation
+    if share % num_generations:
+        raise ValueError(
+            f"per_device_train_batch_size * steps_per_generation is {args.per_device_train_batch_size} * "
+            f"{args.steps_per_generation} = {share} samples of a rollout in each process; expected a multiple of "
+            f"num_generations = {num_generations}, so that no group is split between processes"
+        )
+    if args.mask_truncated_completions:
+        raise ValueError(
+            "mask_truncated_completions is True: TRL hides truncated completions from the policy's attention, "
+            "so they have no feedback; expected False"
+        )
+    if (args.generation_kwargs or {}).get("use_cache") is False:
+        raise ValueError(
+            "generation_kwargs has use_cache=False, which makes generation look like scoring; expected True"
+        )
+
+
+def _warn(args: Any) -> None:
+    if _passes_a_rollout(args) <= args.gradient_accumulation_steps:
+        logger.warning(
+            "steps_per_generation * num_iterations = %d, gradient_accumulation_steps = %d: the policy takes one step a "
+            "rollout, so the refreshed hidden states equal the scored ones",
+            _passes_a_rollout(args),
+            args.gradient_accumulation_steps,
+        )
+    if args.num_generations == 2:
+        logger.warning("num_generations = 2: group reward entropy is constant, so GREBT is Bradley-Terry alone")
+
+
+def _keep_equal(reward_model: R2MRewardModel) -> None:
+    """Every process steps on its own groups; from here on their copies of the reward model stay the same."""
+    for tensor in reward_model.state_dict().values():
+        dist.broadcast(tensor, src=0)
+    for p in reward_model.parameters():
+        p.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def _average_gradient(p: Tensor) -> None:
+    assert p.grad is not None
+    dist.all_reduce(p.grad)
+    p.grad /= dist.get_world_size()
+
+
+def _sequences(ids: Tensor, mask: Tensor) -> list[Tokens]:
+    """Of ids [b, S] those where mask [b, S] is True. One transfer to the host a micro-batch."""
+    return [tuple(row[kept].tolist()) for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+
+
+def _prompt_length(sequence: Tokens, completion: list[int]) -> int:
+    length = len(sequence) - len(completion)
+    if length < 0 or sequence[length:] != tuple(completion):
+        raise RuntimeError(
+            f"the policy ran over a sequence that ends in {list(sequence[-8:])}, and the completion to be rewarded in "
+            f"{completion[-8:]}; expected the trainer's scoring pass, in the order of the completions"
+        )
+    return length
+
+
+def _feedback_mask(mask: Tensor, skipped: list[int]) -> Tensor:
+    """mask bool [b, S] of tokens -> of policy feedback: neither the first `skipped` of a row, nor its last, from which
+    no prediction was made."""
+    place = mask.cumsum(1)  # from 1
+    start = torch.tensor(skipped, device=mask.device)[:, None]
+    return mask & (place > start) & (place < place[:, -1:])
+
+
+def _text(completion: Any) -> str:
+    """The text of a completion as TRL hands it over: plain, or one message of the assistant."""
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1 or not isinstance(completion[0].get("content"), str):
+        raise TypeError(
+            f"completion has {len(completion)} messages, {completion!r:.80}; expected text, or one message "
+            "with text (tools and images are not supported)"
+        )
+    return completion[0]["content"]

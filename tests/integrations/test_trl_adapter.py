@@ -1,0 +1,528 @@
+"""Real runs of TRL's trainers on tiny models: rewards and the reward model's step against plain computations."""
+
+import copy
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests" / "r2m"))  # for tiny
+
+import tiny  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import TrainerCallback, TrainingArguments  # noqa: E402
+
+from r2m.config import R2M  # noqa: E402
+from r2m.hidden_states import policy_backbone  # noqa: E402
+from r2m.integrations import trl as adapter  # noqa: E402
+from r2m.integrations.trl import r2m_reward  # noqa: E402
+from r2m.reward_model import R2MRewardModel  # noqa: E402
+from r2m.updater import R2MUpdater  # noqa: E402
+from r2m_kernels import time_weight  # noqa: E402
+
+K = 4
+TEXTS = ["say a", "hello there", "count: 1 2 3", "why"]
+CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
+TRAINERS = {"rloo": (trl.RLOOTrainer, trl.RLOOConfig), "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def reward_checkpoint(tmp_path_factory):
+    return tiny.save_reward_checkpoint(tmp_path_factory.mktemp("reward"))
+
+
+class Run:
+    """A trainer of TRL with R2M. Every call of its reward function is recorded, and every reward is compared with
+    `R2MRewardModel.score` on hidden states of the policy as it is then, one unpadded sequence at a time."""
+
+    def __init__(self, folder, checkpoint, kind="rloo", *, capture="scoring", settings=None, prompts=TEXTS, model=None,
+                 callbacks=(), trainer=None, tolerance=1e-4, **args):  # fmt: skip
+        self.settings = R2M(**({"learning_rate": 1e-3, "floor": 0.3} | (settings or {})))
+        self.model = tiny.policy() if model is None else model
+        self.tokenizer = tiny.tokenizer(pad="</s>")
+        self.tokenizer.padding_side = "left"
+        self.reward_model = tiny.reward_model(checkpoint, self.model)
+        self.reward, self.callback = r2m_reward(
+            self.reward_model, num_generations=K, settings=self.settings, capture=capture
+        )
+        self.tolerance, self.calls = tolerance, []
+        trainer_class, config_class = TRAINERS[kind]
+        defaults = {
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "num_generations": K,
+            "num_iterations": 2,
+            "max_completion_length": 6,
+            "max_steps": 4,
+            "beta": 0.0,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+        }
+        config = config_class(**(defaults | args))
+        self.trainer = trainer_class(
+            model=self.model,
+            reward_funcs=self.checked_reward,
+            callbacks=[self.callback, *callbacks],
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            eval_dataset=Dataset.from_dict({"prompt": prompts[:2]}),
+            processing_class=self.tokenizer,
+            **(trainer or {}),
+        )
+
+    def checked_reward(self, prompts, completions, completion_ids, **columns):
+        given = self.reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        training = self.trainer.model.training
+        weight = self.callback._updater.weight if training else self.settings.floor
+        texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+        call = types.SimpleNamespace(
+            training=training, weight=weight, prompts=prompts, texts=texts, completion_ids=completion_ids, rewards=given
+        )
+        rte, hidden = self.reward_model.embed(prompts, texts), self.hidden(call)
+        with torch.no_grad():
+            expected = [
+                self.reward_model.score(rte[i : i + 1], h[None], weight=weight).item() for i, h in enumerate(hidden)
+            ]
+        assert given == pytest.approx(expected, abs=self.tolerance)
+        self.calls.append(call)
+        return given
+
+    @torch.no_grad()
+    def hidden(self, call, model=None):
+        """The policy feedback [length, D_p] of each sequence of a call, from `model`, else the policy as it is now."""
+        backbone, feedback = policy_backbone(model or self.model_in_trainer), []
+        for prompt, ids in zip(call.prompts, call.completion_ids, strict=True):
+            if isinstance(prompt, str):
+                prompt_ids = self.tokenizer(prompt).input_ids
+            else:
+                prompt_ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            args = self.trainer.args
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                # Without a mask: no pass that the adapter would take for the trainer's.
+                states = backbone(input_ids=torch.tensor([prompt_ids + ids]))
+            start = len(prompt_ids) if self.settings.positions == "response" else 0
+            feedback.append(states.last_hidden_state[0, start:-1])
+        return feedback
+
+    @property
+    def model_in_trainer(self):
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def train(self, **options):
+        self.trainer.train(**options)
+        return self
+
+    def weights(self):
+        return {name: value.clone() for name, value in self.reward_model.state_dict().items()}
+
+
+@pytest.fixture
+def run(tmp_path, reward_checkpoint):
+    return lambda *args, folder=tmp_path / "run", **options: Run(folder, reward_checkpoint, *args, **options)
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+class At(TrainerCallback):
+    """Calls `act` at the end of optimizer step `step`, or of each."""
+
+    def __init__(self, act, step=None):
+        self.act, self.step = act, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.step in (None, state.global_step):
+            self.act()
+
+
+# ---- rewards ----
+
+# GRPO takes its scoring pass where a rollout is no divisor of an optimizer step's micro-batches.
+CASES = {
+    "RLOO": ("rloo", {}),
+    "RLOO, forward": ("rloo", {"capture": "forward"}),
+    "GRPO, two iterations": ("grpo", {}),
+    "GRPO, defaults, forward": ("grpo", {"num_iterations": 1, "capture": "forward"}),
+    "chat": ("rloo", {"prompts": CHATS}),
+    "chat, forward": ("grpo", {"prompts": CHATS, "capture": "forward"}),
+    "response only": ("rloo", {"settings": {"positions": "response"}}),
+    "several steps an iteration": ("rloo", {"steps_per_generation": 4}),
+    "no gradient checkpointing": ("rloo", {"gradient_checkpointing": False}),
+    "uneven micro-batches": ("rloo", {"per_device_train_batch_size": 6, "steps_per_generation": 2}),
+    "bfloat16 autocast": ("rloo", {"bf16": True, "tolerance": 0.1}),
+    "bfloat16 autocast, forward": ("rloo", {"bf16": True, "tolerance": 0.1, "capture": "forward"}),
+    "padded to a multiple": ("rloo", {"pad_to_multiple_of": 16}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rewards_are_the_reward_models_on_the_policys_hidden_states(run, case):
+    kind, options = CASES[case]
+    one = run(kind, **options).train()  # compares every reward
+    args = one.trainer.args
+    rollouts = args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations)
+    weights = [time_weight(t, rollouts, 0.3) for t in range(1, rollouts + 1)]
+    assert [call.weight for call in one.calls] == pytest.approx(weights)
+    assert [row["rollout"] for row in one.callback.history] == list(range(1, rollouts + 1))
+    assert [row["weight"] for row in one.callback.history] == pytest.approx(weights)
+
+
+def test_the_trainer_is_given_a_plain_function(run):
+    one = run()
+    assert one.reward.__name__ == "r2m_reward" and not isinstance(one.reward, torch.nn.Module)
+
+
+def test_two_optimizer_steps_may_share_a_rollout_and_two_rollouts_a_step(run):
+    one = run(gradient_accumulation_steps=4, steps_per_generation=1, max_steps=2).train()
+    assert [row["rollout"] for row in one.callback.history] == [1, 2, 3, 4]
+
+
+def test_equal_completions_take_their_rows_in_turn(run):
+    one = run(temperature=1e-3, max_completion_length=2).train()
+    assert any(len(set(map(tuple, call.completion_ids))) < len(call.completion_ids) for call in one.calls)
+    assert len(one.callback.history) == 2
+
+
+def test_a_pass_of_someone_else_does_not_count(run):
+    mask = torch.ones(2, 5, dtype=torch.long)
+
+    def look():
+        with torch.no_grad():
+            one.model(input_ids=mask, attention_mask=mask)
+
+    one = run(callbacks=[At(look)])
+    one.train()
+    assert len(one.callback.history) == 2
+
+
+# ---- the reward model's update ----
+
+
+@pytest.mark.parametrize("positions", ["all", "response"])
+@pytest.mark.parametrize(("kind", "capture"), [("rloo", "scoring"), ("grpo", "forward")])
+def test_a_rollout_trains_the_reward_model_as_an_updater_does(run, kind, capture, positions):
+    """One rollout of two iterations, one optimizer step each: the feedback is refreshed after the first step."""
+    refreshed, seen = [], []
+
+    def between():
+        refreshed.extend(one.hidden(one.calls[0]))
+        seen.append(moved(before, one.weights()))
+
+    options = {"capture": capture, "settings": {"positions": positions, "floor": 0.3, "learning_rate": 1e-3}}
+    one = run(kind, max_steps=2, callbacks=[At(between, step=1)], **options)
+    before, by_hand = one.weights(), copy.deepcopy(one.reward_model)
+    one.train()
+    assert seen == [set()]  # only the last optimizer step of the rollout is followed by the update
+    (call,) = one.calls
+    assert max((a - b).abs().max() for a, b in zip(refreshed, one.hidden(call), strict=True)) > 0.1  # the policy moves
+
+    updater = R2MUpdater(by_hand, one.settings, total_steps=1, num_generations=K)
+    updater.begin_round(by_hand.embed(call.prompts, call.texts), 1)
+    for row, hidden in enumerate(refreshed):
+        updater.collect([row], hidden[None], torch.ones(1, len(hidden), dtype=torch.bool))
+    metrics = updater.step(torch.tensor(call.rewards))
+
+    after = one.weights()
+    assert moved(before, after) == {"attention.w_q", "attention.w_k", "attention.w_v", "attention.w_o", "head.weight"}
+    for name, value in by_hand.state_dict().items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=2e-5)  # of a step of 1e-3
+    (row,) = one.callback.history
+    assert row == pytest.approx({"rollout": 1, "weight": updater.weight, **metrics}, rel=1e-3, abs=1e-4)
+
+
+def test_frozen_feedback_measures_and_changes_nothing(run):
+    one = run(settings={"feedback": "frozen"})
+    before = one.weights()
+    one.train()
+    assert not moved(before, one.weights())
+    assert all("grebt/loss" in row and "rm/grad_norm" not in row for row in one.callback.history)
+
+
+def test_metrics_reach_the_trainers_log(run):
+    logs = run(max_steps=6).train().trainer.state.log_history
+    assert [round(log["r2m/weight"], 6) for log in logs if "r2m/weight" in log] == [0.75, 0.3, 0.3]
+    assert all(-1 <= log["r2m/correlation"] <= 1 for log in logs if "r2m/correlation" in log)
+    assert sum("r2m/grebt/loss" in log for log in logs) == 2  # with the rollout after
+
+
+# ---- adapters ----
+
+
+@pytest.mark.parametrize("reference", ["adapter off", "an adapter called ref"])
+def test_a_reference_pass_through_the_policy_is_not_the_policys(run, reference):
+    if reference == "adapter off":
+        one = run(beta=0.1, trainer={"peft_config": LORA})
+    else:
+        model = get_peft_model(tiny.policy(), LORA)
+        torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+        one = run(beta=0.1, model=model)
+    one.train()  # compares every reward, after the adapter has moved
+    assert len(one.callback.history) == 2
+    call = one.calls[-1]
+    with_adapter = one.hidden(call)
+    with one.model_in_trainer.disable_adapter():
+        assert max((a - b).abs().max() for a, b in zip(with_adapter, one.hidden(call), strict=True)) > 1e-2
+
+
+def test_only_a_reference_pass_is_no_scoring_pass(run):
+    one = run("grpo", beta=0.1, num_iterations=1, trainer={"peft_config": LORA})
+    with pytest.raises(RuntimeError, match=r"did not run the policy .* expected capture='forward'"):
+        one.train()
+
+
+# ---- held-out batches ----
+
+
+def test_held_out_batches_train_nothing_and_are_scored_at_omega(run):
+    one = run(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
+    before = one.weights()
+    one.trainer.evaluate()  # before training
+    assert [(call.training, call.weight) for call in one.calls] == [(False, 0.3)] * 2
+    one.train()  # with evaluation inside each rollout, and between them
+    assert [row["rollout"] for row in one.callback.history] == [1, 2]
+    assert sum(call.training for call in one.calls) == 2 and sum(not call.training for call in one.calls) == 10
+    assert moved(before, one.weights())
+    trained = one.weights()
+    one.trainer.evaluate()
+    assert not moved(trained, one.weights()) and not one.callback._captured
+
+
+def test_held_out_batches_of_grpo(run):
+    one = run("grpo", capture="forward", num_iterations=1, per_device_eval_batch_size=4)
+    one.trainer.evaluate()
+    assert len(one.calls) == 2 and not one.callback.history
+
+
+# ---- checkpoints ----
+
+
+def test_a_resumed_run_ends_where_the_whole_one_does(run, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = run(folder=tmp_path / "run", **saving).train()
+    resumed = run(folder=tmp_path / "run", **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert [row["rollout"] for row in resumed.callback.history] == [2, 3]
+    assert [call.texts for call in resumed.calls] == [call.texts for call in whole.calls[1:]]
+    for name, value in whole.weights().items():
+        torch.testing.assert_close(resumed.weights()[name], value)
+    saved = R2MRewardModel.from_pretrained(tmp_path / "run" / "checkpoint-6" / "r2m", dtype=torch.float32)
+    assert not moved(whole.weights(), saved.state_dict())
+
+
+def test_a_checkpoint_of_another_place_or_without_a_reward_model(run, tmp_path):
+    run(folder=tmp_path / "run", save_strategy="steps", save_steps=2).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    with pytest.raises(
+        FileNotFoundError, match=r"training goes on after step 2, and .*elsewhere.* holds no reward model"
+    ):
+        run(folder=tmp_path / "elsewhere").train(resume_from_checkpoint=str(checkpoint))
+    one = run(folder=tmp_path / "elsewhere", resume_from_checkpoint=str(checkpoint))
+    one.train(resume_from_checkpoint=str(checkpoint))
+    assert [row["rollout"] for row in one.callback.history] == [2]
+
+
+def test_training_that_ends_inside_a_rollout_says_so(run, caplog):
+    one = run(max_steps=3).train()
+    assert len(one.callback.history) == 1
+    assert "training ended inside rollout 2" in caplog.text
+
+
+# ---- warnings and refusals ----
+
+
+@pytest.mark.parametrize(("iterations", "steps", "warns"), [(1, 2, True), (2, 2, False), (1, 4, False)])
+def test_a_refresh_that_changes_nothing(run, caplog, iterations, steps, warns):
+    run(num_iterations=iterations, steps_per_generation=steps, max_steps=1).train()
+    assert ("the refreshed hidden states equal the scored ones" in caplog.text) == warns
+
+
+def test_two_generations(run, caplog, monkeypatch):
+    monkeypatch.setitem(globals(), "K", 2)
+    run(max_steps=2).train()
+    assert "GREBT is Bradley-Terry alone" in caplog.text
+
+
+def test_grpo_under_its_defaults_needs_a_pass_of_its_own(run):
+    with pytest.raises(RuntimeError, match=r"GRPOTrainer does not .* expected capture='forward'"):
+        run("grpo", num_iterations=1).train()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"num_generations": 2}, "num_generations is 4 in r2m_reward and 2 in the trainer's args"),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions is True: .* expected False"),
+        ({"generation_kwargs": {"use_cache": False}}, "generation_kwargs has use_cache=False"),
+    ],
+)
+def test_arguments_of_the_trainer_that_do_not_fit(run, args, message):
+    with pytest.raises(ValueError, match=message):
+        run(**args)
+
+
+def test_groups_that_straddle_processes(run):
+    one = run()
+    args = one.trainer.args
+    args.per_device_train_batch_size, args.steps_per_generation = 2, 3  # of 2 processes: TRL sees 12 samples, 3 groups
+    with pytest.raises(ValueError, match=r"steps_per_generation is 2 \* 3 = 6 samples .* multiple of .* = 4, so that"):
+        adapter._check_arguments(args, K)
+
+
+def test_other_trainers(tmp_path):
+    with pytest.raises(TypeError, match="TrainingArguments without num_generations; expected RLOOConfig or GRPOConfig"):
+        adapter._check_arguments(TrainingArguments(str(tmp_path), use_cpu=True), K)
+
+
+def test_a_policy_of_another_width(run):
+    one = run()
+    reward, callback = r2m_reward(one.reward_model, num_generations=K)
+    with pytest.raises(ValueError, match=r"width 32 .* the policy given has width 48"):
+        trl.RLOOTrainer(
+            model=tiny.policy(48),
+            reward_funcs=reward,
+            callbacks=[callback],
+            args=one.trainer.args,
+            train_dataset=one.trainer.train_dataset,
+            processing_class=one.tokenizer,
+        )
+
+
+def test_callback_and_reward_belong_together(run):
+    one, two = run(), run()
+    two.trainer.reward_funcs = [one.reward]
+    with pytest.raises(RuntimeError, match="did not run the policy"):
+        two.train()
+    alone, _ = r2m_reward(one.reward_model, num_generations=K)
+    one.trainer.reward_funcs = [alone]
+    with pytest.raises(RuntimeError, match="not given the callback"):
+        one.train()
+    three = run()
+    three.trainer.reward_funcs = [lambda completions, **_: [0.0] * len(completions)]
+    with pytest.raises(RuntimeError, match="asked for no reward"):
+        three.train()
+    with pytest.raises(ValueError, match="belongs to another trainer"):
+        three.callback.on_init_end(three.trainer.args, three.trainer.state, three.trainer.control)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [([[7, 8, 9]] * 2, "ends in .* and the completion to be rewarded in"), ([[1]] * 3, "ran over 2 sequences .* of 3")],
+)
+def test_completions_that_the_policy_did_not_run_over(run, ids, error):
+    one = run()
+    one.callback._updater = R2MUpdater(one.reward_model, one.settings, total_steps=1, num_generations=K)
+    tokens = torch.tensor([[3, 4, 5, 6]] * 2)
+    with torch.no_grad():
+        one.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    with pytest.raises(RuntimeError, match=error):
+        one.reward(prompts=["a"] * len(ids), completions=["b"] * len(ids), completion_ids=ids, log_metric=print)
+
+
+def test_training_on_a_sequence_without_reward():
+    rollout = adapter._Rollout(3, torch.zeros(2), 1, {(1, 2): [0, 1]}, [0, 0])
+    assert [rollout.row_of((1, 2)), rollout.row_of((1, 2))] == [0, 1] and rollout.is_complete
+    with pytest.raises(RuntimeError, match="rollout 3: the policy trains on a sequence that was not rewarded"):
+        rollout.row_of((1, 3))
+
+
+def test_a_reward_that_is_not_finite(run):
+    one = run()
+    with torch.no_grad():
+        one.reward_model.head.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="8 of 8 rewards are not finite"):
+        one.train()
+
+
+@pytest.mark.parametrize("completion", [[], [{"content": "a"}, {"content": "b"}], [{"role": "assistant"}]])
+def test_completions_with_tools(completion):
+    with pytest.raises(TypeError, match="expected text, or one message with text"):
+        adapter._text(completion)
+
+
+@pytest.mark.parametrize("installed", ["0.29.1", "1.15.0"])
+def test_releases_that_are_not_supported(run, monkeypatch, installed):
+    monkeypatch.setattr(adapter, "version", lambda name: installed)
+    with pytest.raises(ImportError, match=f"trl is {installed}; expected >=1.0,!=1.15.0"):
+        run()
+
+
+def test_the_extra_asks_for_the_same_releases():
+    assert f'trl = ["trl{adapter.SUPPORTED}", "datasets"]' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_no_trl(monkeypatch, run):
+    def missing(name):
+        raise adapter.PackageNotFoundError(name)
+
+    monkeypatch.setattr(adapter, "version", missing)
+    with pytest.raises(ImportError, match="needs TRL: pip install"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"update_every": "step"}, "update_every is 'step'; expected 'rollout'"),
+        ({"capture": "generation"}, "capture is 'generation'; expected 'scoring' or 'forward'"),
+        ({"settings": R2M(feedback="none")}, "settings.feedback is 'none'"),
+    ],
+)
+def test_arguments_out_of_range(reward_checkpoint, options, message):
+    reward_model = tiny.reward_model(reward_checkpoint, tiny.policy())
+    with pytest.raises(ValueError, match=message):
+        r2m_reward(reward_model, num_generations=K, **options)
+
+
+def test_reward_models_that_cannot_be_used(reward_checkpoint):
+    with pytest.raises(ValueError, match="has no statistics yet"):
+        r2m_reward(tiny.reward_model(reward_checkpoint, tiny.policy(), standardize=True), num_generations=K)
+    reward_model = tiny.reward_model(reward_checkpoint, tiny.policy())
+    next(reward_model.backbone.parameters()).ds_id = 0  # how DeepSpeed marks its partitions
+    with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3"):
+        r2m_reward(reward_model, num_generations=K)
+
+
+# ---- several processes, and the example ----
+
+
+def test_two_processes_keep_one_reward_model(tmp_path, reward_checkpoint):
+    script = Path(__file__).parent / "trl_two_processes.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*launch, str(tmp_path), str(reward_checkpoint)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["texts"] != second["texts"]
+    assert not moved(first["weights"], second["weights"])
+    # One step on the groups of both, from the first one's weights.
+    torch.testing.assert_close(first["weights"], first["by_hand"], rtol=0, atol=2e-5)
+
+
+def test_the_example_runs():
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "trl_rloo.py"], capture_output=True, text=True, timeout=180, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "r2m/grebt/loss" in done.stdout
