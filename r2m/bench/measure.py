@@ -81,15 +81,19 @@ def summarize(row: Row, *series: list[float]) -> None:
 
 
 def check(run: Run, exact: Sequence[Tensor], tolerance: float) -> tuple[str, float | None]:
-    """Row.status and Row.error of what runs once: "ok", "wrong: ...", "out of memory" or "cannot run: ..."."""
+    """Row.status and Row.error of what runs once: "ok", "wrong: ...", "out of memory", "cannot run: ..." or, for what
+    an implementation does not raise on purpose, such as a compiler's error, "failed: ..."."""
     try:
-        error = relative_error(run(), exact)
+        results = run()
     except torch.OutOfMemoryError:
         return "out of memory", None
-    except (ImportError, RuntimeError) as failure:  # what an implementation raises where it cannot run
-        logger.debug("a provider cannot run", exc_info=True)
+    except (ImportError, RuntimeError) as failure:
         reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         return f"cannot run: {reason.split('cannot run: ')[-1]}", None
+    except Exception as failure:  # one provider's failure must not cost the others their rows
+        logger.exception("a provider failed")
+        return f"failed: {type(failure).__name__}: {str(failure).strip()[:200]!r}", None
+    error = relative_error(results, exact)
     return ("ok" if error <= tolerance else f"wrong: relative error {error:.1e}"), error
 
 

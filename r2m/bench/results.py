@@ -30,7 +30,10 @@ class Row:
     provider: str  # who computes it, such as "triton" or "projected, eager"
     dtype: str  # of hidden; where there is none, of the first input
     shape: dict[str, int]  # B S D_p D_rm d heads, n K: those that apply
-    status: str = "ok"  # or "cannot run: ...", "out of memory", "not run: ...", "wrong: ...", which voids the row
+    status: str = (
+        "ok"  # or why there are no times: "cannot run: ...", "out of memory", "not run: ...", "failed: ..." or
+    )
+    # "wrong: ..."
     error: float | None = None  # relative Frobenius error against float64
     median: float | None = None
     p20: float | None = None
@@ -42,7 +45,7 @@ class Row:
     launches: int | None = None  # kernels, on a GPU
     ideal_bytes: int | None = None  # every input read once and every result written once
     ideal: float | None = None  # ideal_bytes / the greater of the bandwidths measured in this run
-    parts: dict[str, float] | None = None  # seconds by phase, in the suite round
+    parts: dict[str, float] | None = None  # seconds by phase and by part, in the suite round
 
     @property
     def bandwidth(self) -> float | None:

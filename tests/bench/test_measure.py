@@ -69,6 +69,7 @@ def test_a_wrong_result_has_no_times(result, status):
         (RuntimeError(), "cannot run: RuntimeError"),
         (ImportError("No module named 'flash_attn'"), "cannot run: No module named 'flash_attn'"),
         (torch.OutOfMemoryError("tried to allocate"), "out of memory"),
+        (KeyError("of a compiler"), "failed: KeyError: \"'of a compiler'\""),
     ],
 )
 def test_who_cannot_run_says_why_and_the_others_are_measured(error, status):
