@@ -11,21 +11,8 @@ from torch import Tensor
 
 import r2m_kernels as rk
 from r2m.bench.measure import TOLERANCE, Run, measure, release
-from r2m.bench.ops import (
-    ALPHA,
-    EPS,
-    OURS,
-    WEIGHT,
-    Entries,
-    absorbed_reward,
-    exact_reward,
-    in_float64,
-    make_weights,
-    plain_grebt,
-    projected_reward,
-    softmax_attention,
-    too_much,
-)
+from r2m.bench.ops import OURS, WEIGHT, Entries, exact_reward, in_float64, make_weights, too_much
+from r2m.bench.plain import ALPHA, EPS, absorbed_reward, plain_grebt, projected_reward, softmax_attention
 from r2m.bench.results import Row
 from r2m_kernels.grebt import reference as grebt_reference
 
