@@ -26,7 +26,6 @@ from r2m.plots import PHASES
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SMALL_OPS = ("time_weighted_fusion", "fused_reward", "grebt_loss")
-OWN = "R2M: "  # begins the parts of a round that plain RLOO does not have
 LEGEND = (
     "A cell holds the median time; how many times as long as ours it takes (`triton` or `extension`, the faster); and "
     "the ideal time's share of it. Memory is what comes and goes beyond the inputs, results included. How this was "
@@ -209,7 +208,7 @@ def round_table(rows: Sequence[Row]) -> str:
             lines.append([row.case, row.provider, row.status.split(":")[0], *[""] * (len(PHASES) + 2)])
             continue
         plain = next((r for r in timed(rows) if r.case == row.case and r.provider == "RLOO"), row)
-        own = sum(seconds for name, seconds in row.parts.items() if name.startswith(OWN))
+        own = row.own_seconds
         more = "" if row is plain else f" ({100 * (row.peak_bytes / plain.peak_bytes - 1):+.1f} %)"
         phases = [format_seconds(row.parts[phase]) for phase in PHASES]
         share = f"{format_seconds(own)} ({100 * own / row.median:.2g} %)" if own else ""

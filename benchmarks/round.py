@@ -27,7 +27,7 @@ from transformers import (
 
 from r2m import R2MConfig, R2MRewardModel, R2MTrainer
 from r2m.bench.measure import release, summarize
-from r2m.bench.results import Row, device_name, format_shape
+from r2m.bench.results import OWN, Row, device_name, format_shape
 from r2m.config import config_from_dict
 from r2m.doctor import free_memory
 from r2m.memory import MemoryTracker
@@ -95,7 +95,6 @@ PROVIDERS = {"none": "RLOO", "trained": "RLOO + R2M"}  # by r2m.feedback
 PHASES = ("rollout", "annotate", "policy", "reward_model")
 
 # Method of the trainer or its updater -> what its time is spent on. Time inside another of them is that one's.
-OWN = "R2M: "  # begins the parts that plain RLOO does not have
 PARTS = {
     "sample": "generation",
     "_embed": "reward model's forward pass",
@@ -324,7 +323,7 @@ def side_by_side(plain: Row, ours: Row) -> str:
         *seconds(PARTS.values()),
         ("peak memory", *(f"{row.peak_bytes / 1e9:.3f} GB" for row in rows)),
     ]
-    time_share = sum(spent for name, spent in ours.parts.items() if name.startswith(OWN)) / ours.median
+    time_share = ours.own_seconds / ours.median
     memory_share = ours.peak_bytes / plain.peak_bytes - 1
     return "\n".join(
         [f"{name:<46}{first:>12}{second:>14}".rstrip() for name, first, second in lines]

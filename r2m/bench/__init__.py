@@ -11,7 +11,7 @@ import torch
 from r2m.bench.measure import TOLERANCE, bandwidth
 from r2m.bench.ops import Case, run_cases
 from r2m.bench.plots import plot_providers
-from r2m.bench.results import Results, Row, describe, device_name, format_table
+from r2m.bench.results import Results, Row, describe, device_name, dtype_name, format_table
 from r2m.bench.update import run_updates
 from r2m.models import is_local, shown
 from r2m.reward_model import hidden_width, saved_config
@@ -47,7 +47,7 @@ def bench_shape(
         raise ValueError(f"batch is {batch}; expected a multiple of responses, which is {responses}")
     if inner_width % heads:
         raise ValueError(f"heads is {heads}; expected a divisor of inner_width, which is {inner_width}")
-    dtypes = {str(known).removeprefix("torch."): known for known in TOLERANCE}
+    dtypes = {dtype_name(known): known for known in TOLERANCE}
     if dtype not in dtypes:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(dtypes)}")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

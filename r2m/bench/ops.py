@@ -25,7 +25,7 @@ from r2m.bench.plain import (
     softmax_attention,
     two_products,
 )
-from r2m.bench.results import Row
+from r2m.bench.results import Row, dtype_name
 from r2m.doctor import free_memory
 from r2m_kernels.attention_pool import reference as pool_reference
 from r2m_kernels.fusion import reference as fusion_reference
@@ -99,11 +99,7 @@ def build(case: Case, mode: str, device: torch.device) -> Entries:
 
 
 def _row(case: Case, mode: str, provider: str) -> Row:
-    return Row("ops", case.op, mode, case.name, provider, _name(case.dtype), dict(case.shape))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return Row("ops", case.op, mode, case.name, provider, dtype_name(case.dtype), dict(case.shape))
 
 
 def _nbytes(*tensors: Tensor) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 FORMAT = 1  # of the JSON file
+OWN = "R2M: "  # begins the parts of a round that plain RLOO does not have
 
 
 @dataclass
@@ -51,6 +52,11 @@ class Row:
     def bandwidth(self) -> float | None:
         """ideal_bytes / median, in bytes per second."""
         return self.ideal_bytes / self.median if self.ideal_bytes and self.median else None
+
+    @property
+    def own_seconds(self) -> float:
+        """Of a round, what R2M adds to plain RLOO."""
+        return sum(seconds for name, seconds in (self.parts or {}).items() if name.startswith(OWN))
 
     @property
     def fraction_of_ideal(self) -> float | None:
@@ -185,6 +191,11 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def _line(cells: Sequence[str], width: int) -> str:
     return f"  {cells[0]:{width}}" + "".join(f"{cell:>10}" for cell in cells[1:])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in Row.dtype: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def format_shape(shape: dict[str, int]) -> str:

@@ -13,7 +13,7 @@ import r2m_kernels as rk
 from r2m.bench.measure import TOLERANCE, Run, measure, release
 from r2m.bench.ops import OURS, WEIGHT, Entries, exact_reward, in_float64, make_weights, too_much
 from r2m.bench.plain import ALPHA, EPS, absorbed_reward, plain_grebt, projected_reward, softmax_attention
-from r2m.bench.results import Row
+from r2m.bench.results import Row, dtype_name
 from r2m_kernels.grebt import reference as grebt_reference
 
 # At most, in a micro-batch: 64 sequences of the paper's dialogue round are 0.5 GB of h.
@@ -77,8 +77,8 @@ def _row(case: str, shape: dict[str, int], dtype: torch.dtype, provider: str) ->
     and moments written."""
     h_bytes = shape["n"] * shape["K"] * shape["S"] * shape["D_p"] * dtype.itemsize
     moved = h_bytes + 8 * _weight_bytes(shape)
-    name = str(dtype).removeprefix("torch.")
-    return Row("update", "reward_model_update", "update", case, provider, name, dict(shape), ideal_bytes=moved)
+    named = (case, provider, dtype_name(dtype), dict(shape))
+    return Row("update", "reward_model_update", "update", *named, ideal_bytes=moved)
 
 
 def _micro_batches(n: int) -> int:
