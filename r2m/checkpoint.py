@@ -26,7 +26,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from r2m import processes
 from r2m.config import R2MConfig, config_items, config_to_yaml, load_config
 from r2m.reward_model import WEIGHTS_FILE
 
@@ -59,6 +61,9 @@ def claim(folder: str | Path) -> Iterator[Path]:
     be written, or if another run has it.
     """
     folder = Path(folder)
+    if processes.index():  # the first of several writes for all
+        yield folder
+        return
     # One object a process, so that a command can claim the folder before it loads models, and the trainer again.
     lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
     try:
@@ -151,17 +156,22 @@ def save_checkpoint(trainer: R2MTrainer, t: int) -> Path:
     the checkpoints before it stay.
     """
     start, folder = time.perf_counter(), trainer.output_dir
-    weights = trainable_weights(trainer)
+    target, scratch = folder / f"checkpoint-{t}", folder / f"{UNFINISHED}checkpoint-{t}"
+    weights = processes.whole(trainable_weights(trainer))
+    state = processes.whole(
+        {
+            "optimizer": trainer.optimizer.state_dict(),
+            "updater": trainer.updater.state_dict(),
+            "schedules": [schedule.state_dict() for schedule in trainer.schedules],
+            "initial_head": trainer.initial_head.state_dict(),
+        }
+    )
+    origin = trainer.origin
+    if processes.index():
+        return target
     for name, value in weights.items():
         if not torch.isfinite(value).all():
             raise FloatingPointError(f"phase checkpoint, round {t}: the policy's weight {name} is not finite")
-    state = {
-        "optimizer": trainer.optimizer.state_dict(),
-        "updater": trainer.updater.state_dict(),
-        "schedules": [schedule.state_dict() for schedule in trainer.schedules],
-        "initial_head": trainer.initial_head.state_dict(),
-    }
-    target, scratch = folder / f"checkpoint-{t}", folder / f"{UNFINISHED}checkpoint-{t}"
     try:
         _check_space(folder, _size(weights) + _size(state) + _size(trainer.reward_model.state_dict()))
         scratch.mkdir()
@@ -171,7 +181,7 @@ def save_checkpoint(trainer: R2MTrainer, t: int) -> Path:
         (scratch / "config.yaml").write_text(config_to_yaml(trainer.config))
         files = [path for path in scratch.rglob("*") if path.is_file()]
         sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
-        manifest = {"round": t, "files": sizes, **trainer.origin}
+        manifest = {"round": t, "files": sizes, **origin}
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in (*files, scratch / MANIFEST, scratch / "reward_model", scratch):
             _flush(path)
@@ -188,8 +198,7 @@ def save_checkpoint(trainer: R2MTrainer, t: int) -> Path:
 
 
 def trainable_weights(trainer: R2MTrainer) -> dict[str, Tensor]:
-    policy = trainer.accelerator.unwrap_model(trainer.policy)
-    return {name: p.data for name, p in policy.named_parameters() if p.requires_grad}
+    return {name: p.data for name, p in trainer.policy.named_parameters() if p.requires_grad}
 
 
 def origin_of(trainer: R2MTrainer) -> dict[str, Any]:
@@ -201,7 +210,7 @@ def origin_of(trainer: R2MTrainer) -> dict[str, Any]:
         policy = fingerprint(frozen)
     backbone = trainer.reward_model.backbone
     models = {
-        "policy": {"name": config.policy, "commit": _commit(trainer.accelerator.unwrap_model(trainer.policy))},
+        "policy": {"name": config.policy, "commit": _commit(trainer.policy)},
         "reward_model": {"name": config.reward_model, "commit": _commit(backbone)},
     }
     models["policy"]["fingerprint"] = policy
@@ -215,7 +224,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     them whole."""
     digest = hashlib.sha256()
     for name, p in weights:
-        values = p.detach().reshape(-1)
+        values = (p.full_tensor() if isinstance(p, DTensor) else p).detach().reshape(-1)
         picked = values[:: max(1, len(values) // 64)][:64].float().cpu()
         digest.update(f"{name} {tuple(p.shape)} ".encode() + picked.numpy().tobytes())
     return digest.hexdigest()
@@ -256,9 +265,10 @@ def load_checkpoint(trainer: R2MTrainer, folder: str | Path) -> int:
     part = load_file(folder / "reward_model" / WEIGHTS_FILE, device=str(trainer.device))
     trainer.reward_model.load_state_dict(part)
     for name, value in saved.items():
-        own[name].copy_(value)
+        own[name].copy_(processes.like(value, own[name]))
     trainer.initial_head.load_state_dict(state["initial_head"])
     trainer.optimizer.load_state_dict(state["optimizer"])
+    processes.shard_state(trainer.optimizer, trainer.parameters)
     trainer.updater.load_state_dict(state["updater"])
     for schedule, values in zip(trainer.schedules, state["schedules"], strict=True):
         schedule.load_state_dict(values)

@@ -51,6 +51,7 @@ def train(
 ) -> None:
     """Train a policy with R2M; policy and reward model are saved in the config's output_dir."""
     with _clear_errors():
+        from r2m import processes
         from r2m import run as runs
         from r2m.config import load_config
         from r2m.presets import resolve_config_source
@@ -58,7 +59,10 @@ def train(
         if resume and resume_from is not None:
             raise ValueError("--resume and --resume-from are both given; expected one of them")
         settings = load_config(resolve_config_source(config), overrides)
-        typer.echo(runs.dry_run(settings) if dry_run else runs.run(settings, "last" if resume else resume_from))
+        text = runs.dry_run(settings) if dry_run else runs.run(settings, "last" if resume else resume_from)
+        if processes.index() == 0:
+            typer.echo(text)
+        processes.stop()
 
 
 @app.command()

@@ -102,6 +102,8 @@ class Placement:
     reward_model: str | None = None  # of the reward model's backbone; None: the policy's
     offload_reward_model: bool = False  # its backbone waits in host memory between its uses
     offload_reference: bool = False  # the reference waits in host memory between its uses; an adapter needs no copy
+    shard_policy: bool = False  # each of several processes holds a part of the policy, its optimizer and reference
+    timeout: float = 30  # minutes after which a process that waits for the others stops
     quantize_reward_model: Literal["8bit", "4bit"] | None = None  # of its backbone, by bitsandbytes
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None  # None: what transformers chooses
 
@@ -168,11 +170,28 @@ class R2MConfig:
             raise ValueError(f"r2m.floor is {self.r2m.floor}; expected a value between 0 and 1")
         if self.generation.temperature <= 0:
             raise ValueError(f"generation.temperature is {self.generation.temperature}; expected more than 0")
+        if self.placement.shard_policy and self.placement.offload_reference:
+            raise ValueError(
+                "placement.shard_policy and placement.offload_reference are both true; expected one of them"
+            )
         batch = self.prompts_per_round * self.num_generations
         if batch % self.minibatches:
             raise ValueError(
                 f"minibatches is {self.minibatches}; "
                 f"expected a divisor of prompts_per_round * num_generations = {batch}"
+            )
+
+    def check_processes(self, number: int) -> None:
+        """Raises ValueError unless whole groups can be dealt to so many processes, the same to each."""
+        share, rest = divmod(self.prompts_per_round, number)
+        if rest:
+            raise ValueError(
+                f"prompts_per_round is {self.prompts_per_round} on {number} processes; expected a multiple of {number}"
+            )
+        if share * self.num_generations % self.minibatches:
+            raise ValueError(
+                f"minibatches is {self.minibatches} on {number} processes; expected a divisor of the "
+                f"{share * self.num_generations} sequences of each"
             )
 
 

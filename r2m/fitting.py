@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from r2m import processes
 from r2m.data import Preference
-from r2m.hidden_states import policy_backbone
+from r2m.hidden_states import HiddenStateTap, policy_backbone
 from r2m.models import cache_dir
 from r2m.plots import plot_calibration
 from r2m.reward_model import R2MRewardModel
@@ -354,20 +355,21 @@ def tokenize_pairs(policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None,
 
 @torch.no_grad()
 def stream_hidden(policy: nn.Module, rollout: Rollout, batch_size: int = 32) -> Iterator[tuple[slice, Tensor]]:
-    """The policy's last hidden states [b, S, D_p], a micro-batch of rows at a time; the LM head does not run."""
-    backbone, was_training = policy_backbone(policy), policy.training
+    """The policy's last hidden states [b, S, D_p], a micro-batch of rows at a time; one row of each gets logits."""
+    was_training = policy.training
     policy.eval()
     for start in range(0, len(rollout.prompts), batch_size):
         rows = slice(start, start + batch_size)
-        yield (
-            rows,
-            backbone(
+        taken: list[Tensor] = []
+        with HiddenStateTap(policy, lambda hidden, _, taken=taken: taken.append(hidden)):  # type: ignore[misc]
+            policy(  # as a whole: where it is sharded, only then are its weights at hand
                 input_ids=rollout.input_ids[rows],
                 attention_mask=rollout.attention_mask[rows],
                 position_ids=rollout.position_ids[rows],
+                logits_to_keep=1,
                 use_cache=False,
-            ).last_hidden_state,
-        )
+            )
+        yield rows, taken.pop()
     policy.train(was_training)
 
 
@@ -390,7 +392,12 @@ def feature_statistics(hidden: Iterator[tuple[slice, Tensor]], rollout: Rollout)
         square = square + len(b_rows) * (b_variance + (1 - share) * (b_mean - mean).square())
         mean = mean + share * (b_mean - mean)
         count += len(b_rows)
-    return mean, (square / count).sqrt()
+    # Over processes, by the same formula.
+    size = mean.new_tensor(count, dtype=torch.float64)
+    everywhere = processes.total(size)
+    overall = processes.total(size * mean) / everywhere
+    square = processes.total(square + size * (mean - overall).square())
+    return overall.float(), (square / everywhere).sqrt().float()
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Consumer = Callable[[Tensor, "Tensor | None"], Any]
 
@@ -40,6 +41,8 @@ class HiddenStateTap:
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             return  # a generation step
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        if isinstance(hidden, DTensor):  # of a model with tensor parallelism
+            hidden = hidden.full_tensor()
         self.consumer(hidden.detach(), kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
 
 

@@ -35,7 +35,7 @@ from transformers.generation.logits_process import InfNanRemoveLogitsProcessor, 
 from r2m.config import Placement, R2MConfig, require_keys
 from r2m.policy import add_adapter, policy_device
 from r2m.reward_model import R2MRewardModel, RewardModelConfig, saved_config
-from r2m.rollout import Annotations, collate, generate
+from r2m.rollout import Annotations, causal_lm, collate, generate
 from r2m.trainer import R2MTrainer
 from r2m.updater import R2MUpdater
 
@@ -150,7 +150,7 @@ def _trainer(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int]) -
     )
     parts["gradients"] = sum(p.nbytes for p in trainer.parameters)
     for part, optimizer, steps in (
-        ("optimizer state", trainer.optimizer.optimizer, True),  # that below accelerate's
+        ("optimizer state", trainer.optimizer, True),
         ("R2M part", trainer.updater.optimizer, config.r2m.feedback == "trained"),
     ):
         if steps:
@@ -199,7 +199,7 @@ def _run_round(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int],
     _, embed = tracker.peak_of(lambda: trainer.reward_model.embed(*texts))
     batch, annotate = tracker.peak_of(lambda: trainer.annotate(rollout, 1, row, first_epoch=first_epoch))
     passes = [annotate] if first_epoch else []  # peaks before a step of the optimizer
-    trainer.optimizer.optimizer.register_step_pre_hook(lambda *_: passes.append(tracker.peak))
+    trainer.optimizer.register_step_pre_hook(lambda *_: passes.append(tracker.peak))
     _, optimize = tracker.peak_of(lambda: trainer.optimize_policy(rollout, batch, 1, row))
     _, align = tracker.peak_of(lambda: trainer.align_reward_model(batch, 1, row))
     vocabulary, width = trainer.policy.config.get_text_config().vocab_size, 2 if config.precision == "bf16" else 4
@@ -397,8 +397,7 @@ def _generate(config: R2MConfig, trainer: R2MTrainer) -> int:
     settings, total = config.generation, config.prompts_per_round * config.num_generations
     size = min(settings.batch_size or total, total)
     prompts, responses = max(1, size // config.num_generations), min(size, config.num_generations)
-    model, caches = trainer.policy, list[int]()
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model, caches = causal_lm(trainer.policy), list[int]()
     together = dataclasses.replace(settings, batch_size=None)
     with patch.object(model, "generate", partial(_last_steps, model, caches)), trainer.autocast():
         generate(model, trainer.tokenizer, trainer.prompt_ids * prompts, responses, together, [1])

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
+from r2m import processes
 from r2m.config import R2MConfig, config_items
 from r2m.rollout import Annotations, Rollout
 from r2m_kernels import grebt_loss, time_weight
@@ -22,24 +23,44 @@ logger = logging.getLogger(__name__)
 
 
 def describe_samples(
-    rollout: Rollout, batch: Annotations, config: R2MConfig, num_generations: int | None = None
+    rollout: Rollout,
+    batch: Annotations,
+    config: R2MConfig,
+    num_generations: int | None = None,
+    num_prompts: int | None = None,
 ) -> dict[str, float]:
-    """Measures of a round's samples; those inside groups where there is more than one response to a prompt."""
-    mask, tokens = rollout.completion_mask, rollout.completion_mask.sum()
+    """Measures of the samples of all processes; those inside groups where there is more than one response to a prompt.
+
+    num_generations, num_prompts: where they are not the round's.
+    """
+    mask = rollout.completion_mask
     size = config.num_generations if num_generations is None else num_generations
+    count = config.prompts_per_round if num_prompts is None else num_prompts
+    of_sequences = [
+        batch.rewards,
+        batch.initial,
+        batch.scores,
+        batch.kl,
+        (batch.reference_log_probs * mask).sum(-1),
+        (batch.entropy * mask).sum(-1),
+        mask.sum(-1),
+        rollout.finished,
+    ]
+    everything = processes.gather(torch.stack([x.float() for x in of_sequences], -1), size)[: count * size]
+    rewards, initial, scores, kl, reference, entropy, length, finished = everything.unbind(-1)  # [n * K] each
     metrics = {
-        "reward/mean": batch.rewards.mean(),
-        "reward/initial": batch.initial.mean(),
-        "policy/kl": batch.kl.mean(),
-        "policy/reference_log_prob": (batch.reference_log_probs * mask).sum() / tokens,
-        "policy/entropy": (batch.entropy * mask).sum() / tokens,
-        "length/mean": mask.sum(-1).float().mean(),
-        "length/eos_share": rollout.finished.float().mean(),
+        "reward/mean": rewards.mean(),
+        "reward/initial": initial.mean(),
+        "policy/kl": kl.mean(),
+        "policy/reference_log_prob": reference.sum() / length.sum(),
+        "policy/entropy": entropy.sum() / length.sum(),
+        "length/mean": length.mean(),
+        "length/eos_share": finished.mean(),
     }
     if size > 1:
-        _, groups = grebt_loss(batch.scores.view(-1, size), eps=config.r2m.eps, return_stats=True)
+        _, groups = grebt_loss(scores.reshape(-1, size), eps=config.r2m.eps, return_stats=True)
         metrics |= {
-            "reward/std": batch.rewards.std(),
+            "reward/std": rewards.std(),
             "reward/group_std": groups["std"].mean(),
             "reward/entropy": groups["entropy"].mean(),
             "reward/degenerate_share": (groups["std"] < config.r2m.eps).float().mean(),

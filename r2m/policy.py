@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from r2m import processes
 from r2m.config import Lora, R2MConfig
 
 REFERENCE = "reference"
@@ -84,15 +85,19 @@ def add_adapter(model: PreTrainedModel, lora: Lora) -> PeftModel:
     return get_peft_model(model, adapter)
 
 
-def freeze_reference(policy: nn.Module, *, offload: bool = False) -> Callable[[], AbstractContextManager[nn.Module]]:
+def freeze_reference(
+    policy: nn.Module, *, offload: bool = False, shard: bool = False
+) -> Callable[[], AbstractContextManager[nn.Module]]:
     """The policy as it is now, frozen; `with reference() as model:` runs it, on the policy's device.
 
     Of an adapter only the adapter is copied, and one that is still the identity is switched off instead. Without an
     adapter the whole model is copied; with `offload` the copy waits in host memory outside the `with` block. It keeps
-    the policy's dtype: a narrower one would start with KL > 0.
+    the policy's dtype: a narrower one would start with KL > 0. With `shard` the copy is sharded over the processes.
     """
     if not isinstance(policy, PeftModel):
         frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+        if shard:
+            processes.shard(frozen)
         return _offloaded(frozen) if offload else lambda: nullcontext(frozen)
     active = policy.active_adapter
     weights = get_peft_model_state_dict(policy, adapter_name=active)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -163,7 +164,7 @@ def generate(
     `generate` fills every unset field from the checkpoint's generation config (top_k, top_p, repetition_penalty,
     suppressed tokens, ...), so an empty one takes its place during the call: scoring must see the same distribution.
     """
-    model: Any = _causal_lm(policy)
+    model: Any = causal_lm(policy)
     sampling = GenerationConfig(
         do_sample=True,
         temperature=settings.temperature,
@@ -189,6 +190,7 @@ def generate(
                 past_key_values=cache,
                 generation_config=sampling,
                 tokenizer=tokenizer if settings.stop_strings else None,
+                synced_gpus=isinstance(model, FSDPModule),  # until all processes are done: they share the weights
             )
             rows += sequences[:, ids.shape[1] :].tolist()
     finally:
@@ -226,11 +228,12 @@ def _prefill(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
     cache = None
     if width > 1:
-        cache = model.base_model(
+        cache = model(
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, :-1],
             use_cache=True,
+            logits_to_keep=1,
         ).get("past_key_values")
         if type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= _REPEATABLE_LAYERS:
             cache.batch_repeat_interleave(repeats)
@@ -243,12 +246,13 @@ def end_of_sequence_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, s
     """The tokens that end a response: the config's, else those of the checkpoint and its tokenizer."""
     if settings.eos_token_ids is not None:
         return settings.eos_token_ids
-    own = _causal_lm(policy).generation_config.eos_token_id
+    own = causal_lm(policy).generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({token for token in [*own, tokenizer.eos_token_id] if token is not None})
 
 
-def _causal_lm(policy: Any) -> PreTrainedModel:
+def causal_lm(policy: Any) -> PreTrainedModel:
+    """The model below wrappers (DDP, PEFT)."""
     policy = getattr(policy, "module", policy)
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from r2m import processes
 from r2m.checkpoint import best_round, check_unused, checkpoint_to_resume, claim, find_checkpoint, load_checkpoint
 from r2m.config import R2MConfig, config_to_yaml, load_config, require_keys
 from r2m.data import Preference, load_pairs, load_prompts
@@ -114,6 +115,7 @@ def _with_saved_part(config: R2MConfig) -> R2MConfig:
 
 def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
     """Train, save policy and reward model in output_dir, and draw the curves; returns a sentence for the user."""
+    processes.start(config.placement.timeout)
     # Mistakes end here, before a folder is made or a model is loaded; what may ask the hub comes last.
     if resume_from is None:
         check_unused(config.output_dir)
@@ -121,10 +123,12 @@ def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
     config = _with_saved_part(config)
     if resume_from is not None:
         checkpoint_to_resume(config, resume_from)
-    with claim(config.output_dir) as folder:
+    folder = Path(config.output_dir)
+    with claim(folder):
         trainer = build_trainer(config, data)
         history = trainer.train(resume_from)
         trainer.save_pretrained(folder)
+    if processes.index() == 0:
         plot_run(folder / "metrics.jsonl", folder / "metrics.png")
     best = best_round(history)
     liked = (
@@ -139,6 +143,8 @@ def dry_run(config: R2MConfig) -> str:
     Two prompts, at most 16 new tokens, and 16 held-out prompts and pairs; the rest as configured. Returns the resolved
     config and what was measured.
     """
+    if processes.start(config.placement.timeout).num_processes > 1:
+        raise ValueError("dry_run is of one process; expected it without `accelerate launch`")
     generation = dataclasses.replace(
         config.generation, max_new_tokens=min(16, config.generation.max_new_tokens), batch_size=None
     )

@@ -25,11 +25,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from r2m import processes
 from r2m.advantages import ADVANTAGES
 from r2m.checkpoint import (
     append_metrics,
@@ -114,6 +117,8 @@ class R2MTrainer:
         self.config, self.tokenizer, self.reward_model = config, tokenizer, reward_model
         self.rollout_fn, self.sample_metrics, self.judge = rollout_fn, sample_metrics, judge
         check_trackers(config.trackers)
+        processes.start(config.placement.timeout)
+        config.check_processes(processes.number())
         if judge is not None and not eval_prompts:
             raise ValueError("judge is given without eval_prompts; expected the held-out prompts it is asked about")
         if tokenizer.pad_token_id is None:
@@ -125,8 +130,13 @@ class R2MTrainer:
         compact_head_input(policy)
         if config.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
-        self.reference = freeze_reference(policy, offload=config.placement.offload_reference)
+        place = config.placement
+        if place.shard_policy and isinstance(policy, PeftModel):
+            raise ValueError("placement.shard_policy is true with an adapter; expected false, or a policy without one")
+        self.reference = freeze_reference(policy, offload=place.offload_reference, shard=place.shard_policy)
         disable_dropout(policy)  # the reference adapter's too
+        if place.shard_policy:
+            processes.shard(policy)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("policy has no trainable weights; an adapter has to be loaded with is_trainable=True")
@@ -145,13 +155,13 @@ class R2MTrainer:
             for steps in stepping
         ]
         self.output_dir = Path(config.output_dir)
-        # Everything stays where the user put it.
-        self.accelerator = Accelerator(
-            device_placement=False, log_with=config.trackers or None, project_dir=self.output_dir
-        )
-        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
-        self.device = next(self.policy.parameters()).device
+        self.accelerator = Accelerator(log_with=config.trackers or None, project_dir=self.output_dir)
+        # `wrapped` runs the passes whose gradients are averaged over processes, `policy` itself all others.
+        self.policy, self.optimizer = policy, optimizer
+        self.wrapped = policy if place.shard_policy else processes.replicate(policy)
+        self.device = self.parameters[0].device
         self._check_weights()
+        processes.keep_equal(reward_model)
         self.initial_head = copy.deepcopy(reward_model.head)  # its score is comparable across rounds and runs
         # With one optimizer step an epoch, all of the first epoch runs on the weights that sampled: its forward passes
         # are the scoring pass, if the groups in each of them are whole, so that it knows their advantages.
@@ -159,7 +169,9 @@ class R2MTrainer:
         self.history: list[dict[str, float]] = []
         self.held_out: tuple[Tensor, Rollout] | None = None
         if held_out_pairs:
-            self.held_out = self._embed_pairs(held_out_pairs), tokenize_pairs(policy, tokenizer, held_out_pairs)
+            self.pairs_held_out = len(held_out_pairs)
+            own = processes.share(held_out_pairs)
+            self.held_out = self._embed_pairs(own), tokenize_pairs(policy, tokenizer, own)
         warn_about_settings(config)
 
     # ---- Algorithm 1 ----
@@ -180,13 +192,14 @@ class R2MTrainer:
                 initial=first_round - 1,
                 total=self.config.rounds,
                 unit="round",
-                disable=not self.accelerator.is_main_process,
+                disable=processes.index() > 0,
             )
             for t in rounds:
                 row: dict[str, float] = {"round": t}
-                set_seed((self.config.seed * 1_000_003 + t) % 2**32)  # a round's noise depends on nothing before it
+                self._set_seed(self.config.seed * 1_000_003 + t)  # a round's noise depends on nothing before it
                 with self._saved_if_stopped(t):
-                    with sigterm.interrupts():  # nothing has moved yet
+                    # Nothing has moved yet; but one process must not leave while others wait for it.
+                    with sigterm.interrupts() if processes.number() == 1 else nullcontext():
                         with phase("rollout", row, self.device):
                             rollout = self.sample(t)
                         with phase("annotate", row, self.device):
@@ -198,12 +211,13 @@ class R2MTrainer:
                     self._finish_round(rollout, batch, row, rounds)
                     if self._is_last(t, row, sigterm):
                         break
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         return self.history
 
     def sample(self, t: int) -> Rollout:
-        """Step 1: K responses to each of n prompts, by temperature alone."""
-        picked = self._picked(t)
+        """Step 1: K responses to each of n prompts, by temperature alone; each process samples its share of them."""
+        picked = processes.share(self._picked(t))
         return self._sample(
             [self.prompts[i] for i in picked], self.config.num_generations, [self.prompt_ids[i] for i in picked]
         )
@@ -223,7 +237,7 @@ class R2MTrainer:
         self.policy.train(first_epoch)  # decides gradient checkpointing, and nothing else: dropout is off
         totals: dict[str, Tensor] = {}
         for rows in micro_batches:
-            with torch.set_grad_enabled(first_epoch):
+            with torch.set_grad_enabled(first_epoch), self._averages_gradients(rows is micro_batches[-1]):
                 log_probs = self._score(rollout, batch, rows, refreshes)
                 if first_epoch:
                     self._credit(rollout, batch, rows)
@@ -247,23 +261,27 @@ class R2MTrainer:
         totals = batch.first_epoch or {}
         if batch.first_epoch is not None:
             row["policy/grad_norm"] = self._step_policy(t, 1)
+        order = torch.Generator().manual_seed(config.seed * 1_000_003 + t)  # one for all processes
         for epoch in range(1 if batch.first_epoch is None else 2, config.epochs + 1):
             refresh = epoch == config.epochs and config.r2m.feedback != "none"
-            for i in torch.randperm(len(minibatches)).tolist():
+            for i in torch.randperm(len(minibatches), generator=order).tolist():
                 for rows in minibatches[i]:
-                    logits = self._logits(self.policy, rollout, rows, self.updater.collect if refresh else None)
-                    log_probs = token_log_probs(logits, rollout.completion_ids[rows], config.generation.temperature)
-                    self._accumulate(log_probs, rollout, batch, rows, totals)
+                    with self._averages_gradients(rows is minibatches[i][-1]):
+                        logits = self._logits(self.wrapped, rollout, rows, self.updater.collect if refresh else None)
+                        ids = rollout.completion_ids[rows]
+                        log_probs = token_log_probs(logits, ids, config.generation.temperature)
+                        self._accumulate(log_probs, rollout, batch, rows, totals)
                 row["policy/grad_norm"] = self._step_policy(t, epoch)
         self.policy.eval()
-        row |= {f"policy/{name}": (v / (config.epochs * count)).item() for name, v in totals.items()}
+        means = {f"policy/{name}": (v / (config.epochs * count)).item() for name, v in totals.items()}
+        row |= processes.mean(means)
 
     def align_reward_model(self, batch: Annotations, t: int, row: dict[str, float]) -> None:
         """Step 5: GREBT on rewards recomputed from the refreshed feedback; the backbone and the policy do not run."""
         if self.config.r2m.feedback == "none":
             return
         try:
-            row |= self.updater.step(batch.scores)
+            row |= processes.mean(self.updater.step(batch.scores))
         except FloatingPointError as error:
             raise FloatingPointError(f"phase reward_model, round {t}: {error}") from None
 
@@ -319,7 +337,8 @@ class R2MTrainer:
                     self.updater.collect(rows, hidden, feedback_mask)
 
         temperature = self.config.generation.temperature
-        logits = self._logits(self.policy, rollout, rows, consume)
+        model = self.wrapped if torch.is_grad_enabled() else self.policy
+        logits = self._logits(model, rollout, rows, consume)
         log_probs = token_log_probs(logits, rollout.completion_ids[rows], temperature)
         batch.log_probs[rows], batch.entropy[rows] = log_probs.detach(), token_entropy(logits, temperature)
         return log_probs
@@ -351,7 +370,7 @@ class R2MTrainer:
             beta=config.kl.beta if config.kl.placement == "loss" else 0.0,
             estimator=config.kl.estimator,
         )
-        self.accelerator.backward(loss.sum() * config.minibatches / len(rollout.prompts))
+        (loss.sum() * config.minibatches / len(rollout.prompts)).backward()
         for name, value in {"loss": loss.detach(), **stats}.items():
             totals[name] = totals.get(name, 0.0) + value.sum()
 
@@ -383,7 +402,8 @@ class R2MTrainer:
         return [slice(i, min(i + micro, stop)) for i in range(start, stop, micro)]
 
     def _step_policy(self, t: int, epoch: int) -> float:
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        total = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if not norm < float("inf"):  # NaN too
             raise FloatingPointError(f"phase policy, round {t}, epoch {epoch}: the gradient norm is {norm}")
         self.optimizer.step()
@@ -399,10 +419,11 @@ class R2MTrainer:
         """Sample responses to each prompt and score them as round T would (w = Omega); nothing is trained.
 
         Returns the measures that a round logs (those inside groups from 2 generations on), the samples and what is
-        known of them. The random numbers are the same in every call.
+        known of them. The random numbers are the same in every call. Of several processes each samples a share, and
+        returns the measures of all and its own samples.
         """
-        set_seed(self.config.seed % 2**32)
-        rollout = self._sample(prompts, num_generations)
+        self._set_seed(self.config.seed)
+        rollout = self._sample(processes.share(prompts), num_generations)
         micro_batches = self._micro_batches(0, len(rollout.prompts))
         batch = self._blank_annotations(rollout, self.config.rounds, micro_batches)
         for rows in micro_batches:
@@ -410,7 +431,7 @@ class R2MTrainer:
         self._check_finite(batch, self.config.rounds)
         batch.scores.copy_(batch.rewards)
         batch.kl.copy_(sequence_kl(batch.log_probs, batch.reference_log_probs, rollout.completion_mask))
-        return describe_samples(rollout, batch, self.config, num_generations), rollout, batch
+        return describe_samples(rollout, batch, self.config, num_generations, len(prompts)), rollout, batch
 
     def evaluate_held_out(self) -> dict[str, float]:
         """The measures of a metrics row on what training never sees: `eval/*` on the prompts, `rm/pair_accuracy`."""
@@ -421,7 +442,9 @@ class R2MTrainer:
             names |= {"length/mean": "length", "length/eos_share": "eos_share"}
             row |= {f"eval/{name}": measures[key] for key, name in names.items()}
             if self.judge is not None:
-                row["eval/judge"] = mean_score(self.judge, rollout.prompts, rollout.completions)
+                completions = processes.gather_items(rollout.completions)[: len(self.eval_prompts)]
+                if processes.index() == 0:
+                    row["eval/judge"] = mean_score(self.judge, self.eval_prompts, completions)
         if self.held_out is not None:
             row["rm/pair_accuracy"] = self.held_out_accuracy()
         return row
@@ -435,10 +458,13 @@ class R2MTrainer:
             raise ValueError("held_out_pairs were not given to the trainer")
         rte, rollout = self.held_out
         if weight == 1 or self.config.r2m.feedback == "none":
-            return pair_accuracy(self.reward_model.vanilla_score(rte))
-        with self.autocast():
-            weight = self.config.r2m.floor if weight is None else weight
-            return pair_accuracy(score_pairs(self.reward_model, self.policy, rte, rollout, weight))
+            rewards = self.reward_model.vanilla_score(rte)
+        else:
+            with self.autocast():
+                weight = self.config.r2m.floor if weight is None else weight
+                rewards = score_pairs(self.reward_model, self.policy, rte, rollout, weight)
+        by_pair = processes.gather(rewards.detach().unflatten(0, (2, -1)).T)[: self.pairs_held_out]
+        return pair_accuracy(by_pair.T.flatten())
 
     # ---- the run's folder ----
 
@@ -448,11 +474,15 @@ class R2MTrainer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The trained policy (or adapter), tokenizer, and reward model, as `from_pretrained` loads them, with cards."""
-        folder = Path(folder)
-        policy = self.accelerator.unwrap_model(self.policy)
-        # The reference adapter stays out.
-        chosen = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
-        policy.save_pretrained(folder / "policy", **chosen)
+        folder, policy = Path(folder), self.policy
+        chosen: dict[str, Any] = {}
+        if self.config.placement.shard_policy:
+            chosen["state_dict"] = processes.whole(policy.state_dict())
+        if processes.index():
+            return
+        if isinstance(policy, PeftModel):
+            chosen["selected_adapters"] = [policy.active_adapter]  # the reference adapter stays out
+        policy.save_pretrained(str(folder / "policy"), **chosen)
         self.tokenizer.save_pretrained(folder / "policy")
         write_policy_card(folder / "policy", self.config, self.history)
         self.reward_model.save_pretrained(folder / "reward_model")
@@ -463,9 +493,12 @@ class R2MTrainer:
             check_unused(self.output_dir)
         checkpoint = None if resume_from is None else checkpoint_to_resume(self.config, resume_from)
         first_round = 1 if checkpoint is None else 1 + load_checkpoint(self, checkpoint)
-        self.history = cut_back(self.output_dir, first_round)
-        (self.output_dir / "config.yaml").write_text(config_to_yaml(self.config))
-        start_trackers(self.accelerator, self.config, first_round)
+        processes.wait()  # all have read what the first now changes
+        if processes.index() == 0:
+            self.history = cut_back(self.output_dir, first_round)
+            (self.output_dir / "config.yaml").write_text(config_to_yaml(self.config))
+            start_trackers(self.accelerator, self.config, first_round)
+        self.history = processes.from_first(self.history)
         if first_round > 1:
             logger.info("resumed from %s: %d rounds to go", checkpoint, self.config.rounds - first_round + 1)
         return first_round
@@ -474,11 +507,15 @@ class R2MTrainer:
         config, t = self.config, int(row["round"])
         for schedule in self.schedules:
             schedule.step()
-        row |= self.sample_metrics(rollout.prompts, rollout.completions) if self.sample_metrics else {}
+        if self.sample_metrics:
+            texts = [processes.gather_items(x, config.num_generations) for x in (rollout.prompts, rollout.completions)]
+            row |= self.sample_metrics(*texts) if processes.index() == 0 else {}
         if t % config.evaluation.every == 0 or t in (1, config.rounds):
             row |= self.evaluate_held_out()
+        row |= processes.from_first(row)
         self.history.append(row)
-        append_metrics(self.output_dir, row)
+        if processes.index() == 0:
+            append_metrics(self.output_dir, row)
         self.accelerator.log(row, step=t)
         shown = {"reward": "reward/mean", "kl": "policy/kl", "entropy": "policy/entropy"}
         progress.set_postfix({name: f"{row[key]:.3f}" for name, key in shown.items()})
@@ -499,9 +536,10 @@ class R2MTrainer:
             )
         every = config.checkpoints.every
         is_best = best_round(self.history) == t
-        if sigterm.received or (every and (t % every == 0 or t == config.rounds or stopped or is_best)):
+        terminated = processes.anywhere(sigterm.received)
+        if terminated or (every and (t % every == 0 or t == config.rounds or stopped or is_best)):
             save_checkpoint(self, t)
-        if sigterm.received:
+        if terminated:
             raise SystemExit(_SIGTERM_STATUS)
         return stopped
 
@@ -519,6 +557,16 @@ class R2MTrainer:
             raise FloatingPointError(f"{error}; last good checkpoint: {last}") from error
 
     # ---- the rest ----
+
+    def _set_seed(self, seed: int) -> None:
+        """Every process draws numbers of its own."""
+        set_seed((seed * processes.number() + processes.index()) % 2**32)
+
+    def _averages_gradients(self, last: bool) -> AbstractContextManager[None]:
+        """Around a forward and a backward pass: with the last before a step, the sum so far is averaged over processes.
+        A sharded policy, which has room for its part of the gradients only, does that in every pass."""
+        wrapped = self.wrapped
+        return nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
 
     def prompts_of_round(self, t: int) -> list[Prompt]:
         """n prompts: the t-th slice of an endless sequence of shuffled passes, a function of the seed and t alone."""
@@ -553,13 +601,18 @@ class R2MTrainer:
         """Standardise by the first round's samples; for a reward model whose statistics no fit has set."""
         with self.autocast():
             mean, scale = feature_statistics(stream_hidden(self.policy, rollout, self.config.micro_batch_size), rollout)
-        self.reward_model.set_statistics(rte, mean, scale)
+        self.reward_model.set_statistics(processes.gather(rte, self.config.num_generations), mean, scale)
         self.initial_head.load_state_dict(self.reward_model.head.state_dict())
 
     def _check_weights(self) -> None:
-        own, other = self.device, self.reward_model.head.weight.device
+        own, other, place = self.device, self.reward_model.head.weight.device, self.config.placement
         if own != other:
             raise ValueError(f"reward_model is on {other}, the policy on {own}; expected one device")
+        if processes.number() > 1 and place.device not in (None, own.type):
+            raise ValueError(
+                f"placement.device is {place.device!r} in each of {processes.number()} processes; expected none, or "
+                f"{own.type!r}: each takes the one of its number"
+            )
         wrong = {str(p.dtype) for p in self.parameters if p.dtype != torch.float32}
         if wrong:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r2m import processes
 from r2m.config import R2M
 from r2m.reward_model import R2MRewardModel
 from r2m_kernels import attention_pool_dot, attention_pool_with_gradient, grebt_loss, time_weight
@@ -114,7 +115,7 @@ class R2MUpdater:
         if self.weight == 1 or floor == 1:
             return torch.ones(())
         fused = self._feedback_value * (1 - floor) / (1 - self.weight) + floor * self._vanilla
-        return torch.corrcoef(torch.stack([fused, vanilla]))[0, 1]
+        return torch.corrcoef(processes.gather(torch.stack([fused, vanilla], -1)).T)[0, 1]
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict()}

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from packaging.specifiers import SpecifierSet
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from r2m import processes
 from r2m.config import R2M
 from r2m.data import Prompt
 from r2m.hidden_states import policy_backbone
@@ -305,8 +305,7 @@ class R2MCallback(TrainerCallback):
         )
         self.history, self._rollout = [], None
         self._rollouts_before = state.global_step * accumulated // length  # of a run that goes on
-        if args.world_size > 1:
-            _keep_equal(self.reward_model)
+        processes.keep_equal(self.reward_model)
         if state.global_step:
             self._restore(args, state)
         _warn(args)
@@ -396,20 +395,6 @@ def _warn(args: Any) -> None:
         )
     if args.num_generations == 2:
         logger.warning("num_generations = 2: group reward entropy is constant, so GREBT is Bradley-Terry alone")
-
-
-def _keep_equal(reward_model: R2MRewardModel) -> None:
-    """Every process steps on its own groups; from here on their copies of the reward model stay the same."""
-    for tensor in reward_model.state_dict().values():
-        dist.broadcast(tensor, src=0)
-    for p in reward_model.parameters():
-        p.register_post_accumulate_grad_hook(_average_gradient)
-
-
-def _average_gradient(p: Tensor) -> None:
-    assert p.grad is not None
-    dist.all_reduce(p.grad)
-    p.grad /= dist.get_world_size()
 
 
 def _sequences(ids: Tensor, mask: Tensor) -> list[Tokens]:

@@ -249,7 +249,7 @@ def test_packed_and_padded_scores_of_pairs_agree(reward_model, policy, tokenizer
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
 
 
-def test_hidden_states_are_the_backbones_without_the_head_and_the_mode_is_restored(policy, tokenizer, monkeypatch):
+def test_hidden_states_are_the_backbones_with_one_row_of_logits_and_the_mode_is_restored(policy, tokenizer):
     rollout = tokenize_pairs(policy, tokenizer, PAIRS)
     with torch.no_grad():
         expected = policy(
@@ -258,10 +258,12 @@ def test_hidden_states_are_the_backbones_without_the_head_and_the_mode_is_restor
             position_ids=rollout.position_ids,
             output_hidden_states=True,
         ).hidden_states[-1]
-    monkeypatch.setattr(policy.lm_head, "forward", None)
+    rows_of_logits = []
+    policy.lm_head.register_forward_hook(lambda head, args, logits: rows_of_logits.append(logits.shape[1]))
     policy.train()
     batches = list(stream_hidden(policy, rollout, batch_size=5))
     assert policy.training
+    assert rows_of_logits == [1, 1, 1]
     assert [rows.start for rows, _ in batches] == [0, 5, 10]
     hidden = torch.cat([hidden for _, hidden in batches])
     assert not hidden.requires_grad

@@ -190,7 +190,7 @@ def rates_of(trainer, resume_from=None):
     """The learning rates of policy and reward model in each step, times 1 / the config's."""
     rates = {"policy": [], "reward_model": []}
     for name, optimizer, base in (
-        ("policy", trainer.optimizer.optimizer, trainer.config.learning_rate),
+        ("policy", trainer.optimizer, trainer.config.learning_rate),
         ("reward_model", trainer.updater.optimizer, trainer.config.r2m.learning_rate),
     ):
         optimizer.register_step_pre_hook(

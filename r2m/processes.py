@@ -1,0 +1,181 @@
+"""Several processes, each with its share of every round. With one process these functions return what they are given.
+
+Whole groups are dealt: process p of P has the items p, p + P, p + 2 P, ...; so the P shares of a minibatch make up the
+minibatch that one process would have.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def start(timeout_minutes: float) -> PartialState:
+    """Join the processes that `accelerate launch` or torchrun started, if any; only the first of them logs.
+
+    timeout_minutes: how long a process waits for another before it stops with an error. Raises ValueError where
+    accelerate was told to shard the policy itself.
+    """
+    others = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+    asked = [name for name in others if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    if asked:
+        raise ValueError(
+            f"accelerate is configured for {asked[0]}; expected a launch for several GPUs without it, and "
+            "placement.shard_policy=true where the policy is to be sharded (FSDP2)"
+        )
+    state = PartialState(timeout=timedelta(minutes=timeout_minutes))
+    if state.process_index:
+        logging.getLogger("r2m").setLevel(logging.ERROR)
+    return state
+
+
+def stop() -> None:
+    if number() > 1:
+        dist.destroy_process_group()
+
+
+def number() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def index() -> int:
+    return dist.get_rank() if number() > 1 else 0
+
+
+# ---- shares ----
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This process's items. All get the same number: where it does not come out even, the first items come again at the
+    end, and `gather(...)[: len(items)]` is without them."""
+    size, rank = number(), index()
+    return [items[(i * size + rank) % len(items)] for i in range(-(-len(items) // size))]
+
+
+def gather(rows: Tensor, group: int = 1) -> Tensor:
+    """The rows [b, ...] of all processes in the order that one process would have; `group` rows belong to an item."""
+    if number() == 1:
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(number())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack([part.unflatten(0, (-1, group)) for part in parts], 1).flatten(0, 2)
+
+
+def gather_items(items: list[T], group: int = 1) -> list[T]:
+    """The items of all processes, ordered as `gather` orders rows."""
+    parts = _all(items)
+    return [x for i in range(0, len(items), group) for part in parts for x in part[i : i + group]]
+
+
+def mean(values: Mapping[str, float]) -> dict[str, float]:
+    parts = _all(dict(values))
+    return {name: sum(part[name] for part in parts) / len(parts) for name in values}
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over processes."""
+    if number() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def anywhere(flag: bool) -> bool:
+    return any(_all(flag))
+
+
+def wait() -> None:
+    if number() > 1:
+        dist.barrier()
+
+
+def from_first(value: T) -> T:
+    """What the first process has."""
+    if number() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _all(value: T) -> list[T]:
+    if number() == 1:
+        return [value]
+    values: list[Any] = [None] * number()
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ---- weights ----
+
+
+def keep_equal(module: nn.Module) -> None:
+    """Copies that start as the first process's and average their gradients: after equal steps they are still equal."""
+    if number() == 1:
+        return
+    for tensor in module.state_dict().values():
+        dist.broadcast(tensor, src=0)
+    for p in module.parameters():
+        p.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def _average_gradient(p: Tensor) -> None:
+    assert p.grad is not None
+    dist.all_reduce(p.grad)
+    p.grad /= dist.get_world_size()
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """`model`, or a wrapper around it whose backward passes average gradients over processes (DDP)."""
+    if number() == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy of the gradients
+
+
+def shard(model: Any) -> None:
+    """Shard a transformers model in place (FSDP2): between uses a process holds its part of every weight."""
+    mesh = init_device_mesh(model.device.type, (number(),))
+    blocks = set(model._no_split_modules or ())  # names of the classes that transformers keeps whole on a device
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(value: Any) -> Any:
+    """Tensors, in nested dicts and lists, without sharding. All processes take part; a sharded one comes to the host,
+    and only in the first process."""
+    if isinstance(value, DTensor):
+        full = value.full_tensor()
+        return full.cpu() if index() == 0 else full.new_empty(0)
+    if isinstance(value, dict):
+        return {key: whole(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [whole(inner) for inner in value]
+    return value
+
+
+def like(value: Tensor, p: Tensor) -> Tensor:
+    """`value`, whole and the same in all processes, sharded as `p` is."""
+    return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+
+
+def shard_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """After `load_state_dict` with whole tensors: those of a parameter's shape are sharded as it is."""
+    for p in parameters:
+        state = optimizer.state[p]
+        state.update({name: like(v, p) for name, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape})

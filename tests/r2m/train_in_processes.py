@@ -1,0 +1,75 @@
+"""One process of several, started by test_processes.py: training runs on tiny models, one after another.
+
+Arguments: a folder, the reward model's checkpoint, and {name: options of `train`} in JSON.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from test_trainer import PAIRS, make_config, small_policy, with_adapter
+
+from r2m import R2MTrainer, processes
+
+PROMPTS = ["hello ", "what is it? ", "a b", "xyz", "to be", "q ", "one two", "end."]
+
+
+def respond(prompt_ids, num_generations):
+    """Responses that depend on their prompt and nothing else."""
+    seeds = [random.Random(str((ids, j))) for ids in prompt_ids for j in range(num_generations)]
+    return [[seed.randrange(50, 260) for _ in range(seed.randrange(2, 6))] for seed in seeds]
+
+
+def judge(prompts, responses):
+    return [float(len(prompt) + 3 * len(set(response))) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def train(folder, checkpoint, *, sgd=True, adapter=False, sampled=False, resume=None, killed_in=0, **settings):
+    """The metrics and weights of a run. killed_in: the round in which the second process dies."""
+    if sgd:  # Adam divides rounding by itself
+        adam, torch.optim.AdamW = torch.optim.AdamW, lambda parameters, **_: torch.optim.SGD(parameters, lr=0.02)
+    values = {
+        "prompts_per_round": 4, "micro_batch_size": 4, "r2m": {"standardize": True},
+        "evaluation": {"every": 1}, "checkpoints": {"every": 1, "keep": 9},
+    }  # fmt: skip
+    policy = with_adapter() if adapter else small_policy()
+    trainer = R2MTrainer(
+        policy,
+        tiny.reward_model(checkpoint, policy, standardize=True),
+        tiny.tokenizer(),
+        PROMPTS,
+        make_config(folder, **values | settings),
+        rollout_fn=None if sampled else respond,
+        eval_prompts=PROMPTS[:5],
+        judge=judge,
+        held_out_pairs=PAIRS,
+        sample_metrics=lambda prompts, responses: {"judged": sum(judge(prompts, responses))},
+    )
+    if sgd:
+        torch.optim.AdamW = adam
+    annotate = trainer.annotate
+
+    def annotate_or_die(rollout, t, row, **options):
+        if t == killed_in and processes.index() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return annotate(rollout, t, row, **options)
+
+    trainer.annotate = annotate_or_die
+    history = trainer.train(resume)
+    trainer.save_pretrained(folder)
+    weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in policy.state_dict().items()}
+    texts = trainer.sample(1).completions
+    return {"history": history, "policy": weights, "reward_model": trainer.reward_model.state_dict(), "texts": texts}
+
+
+if __name__ == "__main__":
+    place, checkpoint, cases = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    for name, options in cases.items():
+        result = train(place / name, checkpoint, **options)
+        torch.save(result, place / f"{name}-{processes.index()}.pt")
+    processes.stop()
