@@ -15,6 +15,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 _STRICT = ConfigDict(extra="forbid")
 
+GROUP_METHODS = ("rloo", "grpo")  # algorithms whose baseline is the responses to the same prompt
+
 
 @dataclass
 class Generation:
@@ -35,7 +37,9 @@ class KL:
 
     __pydantic_config__ = _STRICT
     beta: float = 0.05
-    placement: Literal["loss", "reward"] = "loss"  # "reward": r - beta * sequence KL, as TRL's RLOO
+    # "reward": r - beta * sequence KL, as TRL's RLOO; with reinforce++, which takes nothing else, in each token's
+    # return
+    placement: Literal["loss", "reward"] = "loss"
     estimator: Literal["k2", "k3"] = "k3"  # per token, for placement "loss"
 
 
@@ -56,7 +60,12 @@ class R2M:
     """Policy feedback and the update of the reward model (method, equations 1-6)."""
 
     __pydantic_config__ = _STRICT
-    feedback: Literal["none", "frozen", "trained"] = "trained"  # none: the fixed reward model; frozen: no update
+    # none: the fixed reward model; frozen: no update; head: no feedback (w = 1), GREBT trains phi alone, as the paper's
+    # Iterative RM-head
+    feedback: Literal["none", "frozen", "trained", "head"] = "trained"
+    # Whose hidden states are the feedback: the policy's; for ablation those of its frozen start, or Gaussian noise with
+    # the mean and variance of the policy's, per sequence and feature, drawn at every use (the paper's R2M w/ Noise).
+    source: Literal["policy", "reference", "noise"] = "policy"
     floor: float = 0.6  # Omega: w(t) never falls below it
     alpha: float = 0.3  # (1 - alpha) BT + alpha GRE
     eps: float = 1e-2  # in z = (r - mean) / (std + eps); bounds the gradient at about 0.2 / eps
@@ -69,6 +78,16 @@ class R2M:
     num_heads: int = 1
     standardize: bool = False  # RTE and hidden states per feature, statistics taken once, before training
     zero_output: bool = False  # start exactly at the vanilla reward model
+
+    @property
+    def attends(self) -> bool:
+        """Whether rewards depend on hidden states; else they are the score at w = 1."""
+        return self.feedback in ("frozen", "trained")
+
+    @property
+    def trains(self) -> bool:
+        """Whether GREBT moves weights of the reward model."""
+        return self.feedback in ("trained", "head")
 
 
 @dataclass
@@ -125,8 +144,8 @@ class R2MConfig:
 
     rounds: int = 100  # T
     prompts_per_round: int = 64  # n
-    num_generations: int = 8  # K
-    algorithm: Literal["rloo", "grpo"] = "rloo"
+    num_generations: int = 8  # K; 1 does where nothing compares the responses of a group
+    algorithm: Literal["rloo", "grpo", "remax", "reinforce++"] = "rloo"
     epochs: int = 2  # k, passes of the policy over a round
     minibatches: int = 1  # optimizer steps per epoch
     micro_batch_size: int = 8  # sequences in one forward pass
@@ -150,13 +169,23 @@ class R2MConfig:
     placement: Placement = field(default_factory=Placement)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "prompts_per_round", "epochs", "minibatches", "micro_batch_size"):
+        for name in ("rounds", "prompts_per_round", "num_generations", "epochs", "minibatches", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.num_generations < 2:
+        comparing = [self.algorithm] * (self.algorithm in GROUP_METHODS) + ["GREBT"] * self.r2m.trains
+        if self.num_generations == 1 and comparing:
             raise ValueError(
-                f"num_generations is {self.num_generations}; {self.algorithm} and GREBT compare the responses of a "
-                "group: expected at least 2"
+                f"num_generations is 1; the responses of a group are compared by {' and '.join(comparing)}: "
+                "expected at least 2"
+            )
+        if self.algorithm == "reinforce++" and self.kl.placement == "loss":
+            raise ValueError(
+                "kl.placement is 'loss'; reinforce++ has its KL in the return of each token: expected 'reward'"
+            )
+        if self.r2m.source != "policy" and not self.r2m.attends:
+            raise ValueError(
+                f"r2m.source is {self.r2m.source!r}, and r2m.feedback {self.r2m.feedback!r} uses no hidden states; "
+                "expected feedback frozen or trained"
             )
         for name, value, least in (
             ("generation.batch_size", 1 if self.generation.batch_size is None else self.generation.batch_size, 1),

@@ -119,7 +119,7 @@ def write_policy_card(folder: str | Path, config: R2MConfig, history: list[dict[
         kind="An adapter of" if is_adapter else "Fine-tuned from",
         policy=shown(config.policy),
         algorithm=config.algorithm.upper(),
-        method=_METHOD[config.r2m.feedback],
+        method=_METHOD[config.r2m.feedback].format(hidden=_HIDDEN[config.r2m.source]),
         reward_model=shown(config.reward_model),
         reward_model_folder=_REWARD_MODEL if (folder / "reward_model").is_dir() else "",
         loader="peft" if is_adapter else "transformers",
@@ -196,11 +196,17 @@ def _warn_about_local_names(folder: Path) -> None:
 
 _METHOD = {
     "none": "The reward model is fixed.",
-    "frozen": "The reward model reads the policy's own hidden states (R2M); its small trainable part is not trained.",
+    "frozen": "The reward model reads {hidden} (R2M); its small trainable part is not trained.",
     "trained": (
-        "The reward model reads the policy's own hidden states, and its small trainable part is trained in step with "
-        "the policy (R2M)."
+        "The reward model reads {hidden}, and its small trainable part is trained in step with the policy (R2M)."
     ),
+    "head": "The linear head of the reward model is trained on the policy's samples; it reads no hidden states.",
+}
+
+_HIDDEN = {
+    "policy": "the policy's own hidden states",
+    "reference": "the hidden states of the policy as it was at the start",
+    "noise": "noise in place of the policy's hidden states",
 }
 
 _REWARD_MODEL = (

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r2m import processes
 from r2m.data import Preference
-from r2m.hidden_states import HiddenStateTap, policy_backbone
+from r2m.hidden_states import HiddenStateTap, noise_like, policy_backbone
 from r2m.models import cache_dir
 from r2m.plots import plot_calibration
 from r2m.reward_model import R2MRewardModel
@@ -401,16 +401,24 @@ def feature_statistics(hidden: Iterator[tuple[slice, Tensor]], rollout: Rollout)
 
 
 @torch.no_grad()
-def score_pairs(
-    reward_model: R2MRewardModel, policy: nn.Module, rte: Tensor, rollout: Rollout, weight: float
+def score_rollout(
+    reward_model: R2MRewardModel,
+    policy: nn.Module,
+    rte: Tensor,
+    rollout: Rollout,
+    weight: float,
+    *,
+    batch_size: int = 32,
+    noise: bool = False,
 ) -> Tensor:
-    """Rewards [2 N] of tokenised pairs with the feedback of the policy as it is now."""
-    return torch.cat(
-        [
-            reward_model.score(rte[rows], hidden, weight=weight, mask=rollout.feedback_mask[rows])
-            for rows, hidden in stream_hidden(policy, rollout)
-        ]
-    )
+    """Rewards [B] of tokenised texts with the feedback of `policy` as it is now, or with noise in its place (see
+    `noise_like`); rte [B, D_rm]. batch_size: sequences in one forward pass."""
+    parts = []
+    for rows, hidden in stream_hidden(policy, rollout, batch_size):
+        mask = rollout.feedback_mask[rows]
+        hidden = noise_like(hidden, mask) if noise else hidden
+        parts.append(reward_model.score(rte[rows], hidden, weight=weight, mask=mask))
+    return torch.cat(parts)
 
 
 # ---- Bradley-Terry ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -44,6 +45,23 @@ class HiddenStateTap:
         if isinstance(hidden, DTensor):  # of a model with tensor parallelism
             hidden = hidden.full_tensor()
         self.consumer(hidden.detach(), kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+
+
+def noise_like(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Gaussian noise in place of hidden states, of which it keeps mean and variance: the paper's R2M w/ Noise.
+
+    hidden [B, S, D_p]; mask bool [B, S], True at the feedback positions. Mean and population variance of every sequence
+    and feature are over its feedback positions; what stands elsewhere is meaningless and finite. Beside the result, in
+    shape and dtype of `hidden`, memory is taken for 128 features at a time, from the default random generator.
+    """
+    noise, valid = torch.empty_like(hidden), mask[..., None]
+    count = valid.sum(1, keepdim=True).clamp_min(1)  # [B, 1, 1]
+    for part, out in zip(hidden.split(128, -1), noise.split(128, -1), strict=True):
+        x = torch.where(valid, part, 0).to(torch.promote_types(part.dtype, torch.float32))
+        mean = x.sum(1, keepdim=True) / count
+        std = (x.sub_(mean).mul_(valid).square_().sum(1, keepdim=True) / count).sqrt()
+        out.copy_(x.normal_().mul_(std).add_(mean))
+    return noise
 
 
 def policy_backbone(model: Any) -> nn.Module:

@@ -35,7 +35,7 @@ from transformers.generation.logits_process import InfNanRemoveLogitsProcessor, 
 from r2m.config import Placement, R2MConfig, require_keys
 from r2m.policy import add_adapter, policy_device
 from r2m.reward_model import R2MRewardModel, RewardModelConfig, saved_config
-from r2m.rollout import Annotations, causal_lm, collate, generate
+from r2m.rollout import Annotations, Rollout, causal_lm, collate, generate, sample
 from r2m.trainer import R2MTrainer
 from r2m.updater import R2MUpdater
 
@@ -131,7 +131,6 @@ def _trainer(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int]) -
         parts[part] = parts.get(part, 0) + tracker.live - before
         return result
 
-    response = [0] * config.generation.max_new_tokens
     policy = made("policy weights", lambda: _policy(config))
     settings = _reward_config(config, policy.config.get_text_config().hidden_size)
     classifier = made("reward model backbone", lambda: _classifier(config, settings, tracker))
@@ -145,13 +144,12 @@ def _trainer(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int]) -
             tokenizer,
             [f"{_WORD} " * config.generation.max_prompt_tokens],
             short,
-            rollout_fn=lambda prompt_ids, responses: [response] * (len(prompt_ids) * responses),
         ),
     )
     parts["gradients"] = sum(p.nbytes for p in trainer.parameters)
     for part, optimizer, steps in (
         ("optimizer state", trainer.optimizer, True),
-        ("R2M part", trainer.updater.optimizer, config.r2m.feedback == "trained"),
+        ("R2M part", trainer.updater.optimizer, config.r2m.trains),
     ):
         if steps:
             made(part, partial(_first_step, optimizer))
@@ -193,7 +191,9 @@ def _run_round(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int],
     total = config.prompts_per_round * config.num_generations
     kept = _kept(config, tracker, trainer, total)
     parts["R2M part"] += kept
-    rollout, row = trainer.sample(1), dict[str, float]()
+    rollout, row = _longest(trainer, trainer.config.num_generations), dict[str, float]()
+    if config.algorithm == "remax":
+        rollout.greedy = _longest(trainer, 1)
     embedded, lying, first_epoch = min(total, _EMBEDDED_AT_ONCE), tracker.live, trainer.scores_in_first_epoch
     texts = rollout.prompts[:1] * embedded, rollout.completions[:1] * embedded
     _, embed = tracker.peak_of(lambda: trainer.reward_model.embed(*texts))
@@ -210,6 +210,21 @@ def _run_round(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int],
     others = kept - _kept(config, tracker, trainer, len(rollout.prompts))
     peaks = {"rollout": sample, "annotate": max(embed, annotate), "policy": optimize, "reward_model": align}
     return {phase: peak + others for phase, peak in peaks.items()}
+
+
+def _longest(trainer: R2MTrainer, responses: int) -> Rollout:
+    """So many responses of the greatest length to each of a round's prompts; nothing is generated."""
+    settings = trainer.config.generation
+    ids = [[0] * settings.max_new_tokens]
+    return sample(
+        trainer.policy,
+        trainer.tokenizer,
+        trainer.prompts_of_round(1),
+        responses,
+        settings,
+        positions=trainer.config.r2m.positions,
+        rollout_fn=lambda prompt_ids, each: ids * (len(prompt_ids) * each),
+    )
 
 
 def _same(a: torch.device, b: torch.device) -> bool:
@@ -360,7 +375,7 @@ def _kept(config: R2MConfig, tracker: MemoryTracker, trainer: R2MTrainer, rows: 
     rollout = collate([""] * rows, [""] * rows, prompts, responses, pad_id=0)
     rte = torch.zeros(rows, trainer.reward_model.head.weight.shape[0])
     updater = R2MUpdater(trainer.reward_model, config.r2m, total_steps=config.rounds, num_generations=rows)
-    if config.r2m.feedback != "none":
+    if config.r2m.attends:
         updater.begin_round(rte, 1)
     batch = Annotations.blank(rollout, rte[:, 0])
     size = tracker.live - before

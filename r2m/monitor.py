@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from r2m import processes
-from r2m.config import R2MConfig, config_items
+from r2m.config import GROUP_METHODS, R2MConfig, config_items
 from r2m.rollout import Annotations, Rollout
 from r2m_kernels import grebt_loss, time_weight
 
@@ -108,19 +108,20 @@ def phase(name: str, row: dict[str, float], device: torch.device) -> Iterator[No
 
 
 def warn_about_settings(config: R2MConfig) -> None:
-    if config.minibatches == 1 and config.micro_batch_size % config.num_generations:
+    whole_groups = config.micro_batch_size % config.num_generations == 0
+    if config.algorithm in GROUP_METHODS and config.minibatches == 1 and not whole_groups:
         logger.info(
             "micro_batch_size = %d is no multiple of num_generations = %d: scoring takes a forward pass of its own, "
             "which the first epoch could have saved",
             config.micro_batch_size,
             config.num_generations,
         )
-    if config.r2m.feedback == "none":
-        return
-    if config.epochs == 1 and config.minibatches == 1:
-        logger.warning("epochs = 1 with one minibatch: the refreshed hidden states equal the sampled ones")
-    if config.num_generations == 2:
+    if config.num_generations == 2 and config.r2m.feedback != "none":
         logger.warning("num_generations = 2: group reward entropy is constant, so GREBT is Bradley-Terry alone")
+    if not config.r2m.attends:
+        return
+    if config.epochs == 1 and config.minibatches == 1 and config.r2m.source == "policy":
+        logger.warning("epochs = 1 with one minibatch: the refreshed hidden states equal the sampled ones")
     # Above this, nine tenths of a reward are the initial model's and the attention hardly shows.
     visible = [t for t in range(1, config.rounds + 1) if time_weight(t, config.rounds, config.r2m.floor) < 0.9]
     if not visible:
@@ -135,7 +136,7 @@ def warn_about_settings(config: R2MConfig) -> None:
 
 def report_start(row: dict[str, float], config: R2MConfig) -> None:
     """How the policy feedback relates to the reward model as it came, in the first round."""
-    if config.r2m.feedback != "none":
+    if config.r2m.attends:
         logger.info(
             "policy feedback: at w = %.2f the fused reward correlates %.2f with the initial one; "
             "the attention spreads over %.1f tokens",
@@ -150,6 +151,8 @@ def warn_about_drift(first: dict[str, float], row: dict[str, float]) -> None:
     before, now = first.get("rm/pair_accuracy"), row.get("rm/pair_accuracy")
     if before is not None and now is not None and now < before - 0.05:
         logger.warning("round %d: held-out pair accuracy fell from %.3f to %.3f", row["round"], before, now)
+    if "reward/group_std" not in row:  # one response to a prompt
+        return
     ratio = row["reward/group_std"] / max(first["reward/group_std"], 1e-12)
     if not 0.5 < ratio < 2:
         logger.warning(
@@ -162,6 +165,8 @@ def warn_about_drift(first: dict[str, float], row: dict[str, float]) -> None:
 
 def warn_about_degenerate_groups(history: list[dict[str, float]]) -> None:
     """Groups whose responses all get one reward teach neither policy nor reward model: said when most become so."""
+    if "reward/degenerate_share" not in history[-1]:  # one response to a prompt
+        return
     before, now = ([0.0] + [row["reward/degenerate_share"] for row in history])[-2:]
     if before <= 0.5 < now:
         logger.warning(

@@ -58,11 +58,11 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each sequence (equation 7): minus the clipped objective, plus `beta` times the KL to the reference.
 
-    log_probs, old_log_probs, reference_log_probs [B, R] of the sampled tokens; advantages [B]; mask bool [B, R], True
-    on response tokens (the end-of-sequence token included).
+    log_probs, old_log_probs, reference_log_probs [B, R] of the sampled tokens; advantages [B], or [B, R] where each
+    token has its own; mask bool [B, R], True on response tokens (the end-of-sequence token included).
 
-    * "rloo": one importance ratio per sequence; the KL is summed over tokens.
-    * "grpo": one ratio per token; objective and KL are means over the tokens of a sequence.
+    * "rloo", "remax": one importance ratio per sequence; the KL is summed over tokens.
+    * "grpo", "reinforce++": one ratio per token; objective and KL are means over the tokens of a sequence.
 
     KL per token, with d = reference - policy: "k2" d^2 / 2, "k3" exp(d) - d - 1. It stays outside the clipping.
     Returns (loss [B], {"ratio", "clip_share"} [B]); the caller takes the mean over sequences.
@@ -70,14 +70,15 @@ def policy_loss(
     log_ratio = (log_probs - old_log_probs) * mask
     difference = (reference_log_probs - log_probs) * mask
     kl = 0.5 * difference.square() if estimator == "k2" else difference.exp() - difference - 1  # [B, R], 0 where masked
-    if algorithm == "rloo":
+    of_sequences = algorithm in ("rloo", "remax")
+    if of_sequences:
         ratio, weight = log_ratio.sum(-1).exp(), advantages  # [B]
     else:
-        ratio, weight = log_ratio.exp(), advantages[:, None]  # [B, R]
+        ratio, weight = log_ratio.exp(), advantages.view(len(advantages), -1)  # [B, R] and [B, 1] or [B, R]
     unclipped, clipped = ratio * weight, ratio.clamp(1 - clip_range, 1 + clip_range) * weight
     objective = torch.minimum(unclipped, clipped)
     is_clipped = (clipped < unclipped).float()
-    if algorithm == "rloo":
+    if of_sequences:
         loss = -objective + beta * kl.sum(-1)
         stats = {"ratio": ratio, "clip_share": is_clipped}
     else:

@@ -39,6 +39,7 @@ class Rollout:
     completion_mask: Tensor  # [B, R] bool, the end-of-sequence token included
     feedback_mask: Tensor  # [B, P + R] bool: the positions whose hidden states are the policy feedback
     finished: Tensor  # [B] bool: ended by itself
+    greedy: Rollout | None = None  # ReMax: the most likely response to each of the n prompts
 
     @property
     def completion_ids(self) -> Tensor:  # [B, R]
@@ -56,7 +57,8 @@ class Annotations:
     rewards: Tensor  # [B] of the reward model
     initial: Tensor  # [B] of the reward model as it was at the start, without feedback
     scores: Tensor  # [B] rewards less the penalty for an unfinished response: they pick the pairs
-    advantages: Tensor  # [B]
+    advantages: Tensor  # [B]; REINFORCE++: [B, R]
+    baseline: Tensor | None = None  # [B] ReMax: the score of the greedy response to the same prompt
     # Sums of the first epoch's loss and statistics, where scoring was its pass too; its gradients wait in the policy.
     first_epoch: dict[str, Tensor] | None = None
 
@@ -78,16 +80,18 @@ def sample(
     prompt_ids: list[list[int]] | None = None,
     positions: str = "all",
     rollout_fn: RolloutFn | None = None,
+    greedy: bool = False,
 ) -> Rollout:
     """K responses to each of n prompts from the current policy, by `rollout_fn` or by transformers' generate.
 
     prompt_ids: the token ids of `prompts`, for a caller that has them already.
+    greedy: the most likely token at every step, by generate: a `rollout_fn` only samples.
     """
     if prompt_ids is None:
         prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     eos_ids = end_of_sequence_ids(policy, tokenizer, settings)
-    if rollout_fn is None:
-        completion_ids = generate(policy, tokenizer, prompt_ids, num_generations, settings, eos_ids)
+    if rollout_fn is None or greedy:
+        completion_ids = generate(policy, tokenizer, prompt_ids, num_generations, settings, eos_ids, greedy=greedy)
     else:
         completion_ids = rollout_fn(prompt_ids, num_generations)
         if len(completion_ids) != len(prompts) * num_generations:
@@ -158,18 +162,19 @@ def generate(
     num_generations: int,
     settings: Generation,
     eos_ids: list[int],
+    *,
+    greedy: bool = False,
 ) -> list[list[int]]:
-    """Sample with temperature only; returns n * K lists of ids, each up to and including its end-of-sequence token.
+    """Sample with temperature only, or, with `greedy`, take the most likely token at every step; returns n * K lists of
+    ids, each up to and including its end-of-sequence token.
 
     `generate` fills every unset field from the checkpoint's generation config (top_k, top_p, repetition_penalty,
     suppressed tokens, ...), so an empty one takes its place during the call: scoring must see the same distribution.
     """
     model: Any = causal_lm(policy)
+    drawing: dict[str, Any] = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     sampling = GenerationConfig(
-        do_sample=True,
-        temperature=settings.temperature,
-        top_k=0,
-        top_p=1.0,
+        **({"do_sample": False} if greedy else drawing),
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=eos_ids,
         pad_token_id=tokenizer.pad_token_id,

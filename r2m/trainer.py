@@ -1,4 +1,4 @@
-"""RLOO and GRPO with R2M: the training round of the paper's Algorithm 1, one function a phase.
+"""RLOO, GRPO, ReMax and REINFORCE++ with R2M: the training round of the paper's Algorithm 1, one function a phase.
 
 sample              K responses to each of n prompts from the current policy
 annotate            rewards with policy feedback (equations 1-3), log-probabilities, advantages
@@ -33,7 +33,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m import processes
-from r2m.advantages import ADVANTAGES
+from r2m.advantages import assign_credit, less_unfinished
 from r2m.checkpoint import (
     append_metrics,
     best_round,
@@ -46,11 +46,11 @@ from r2m.checkpoint import (
     origin_of,
     save_checkpoint,
 )
-from r2m.config import R2MConfig, config_to_yaml
+from r2m.config import GROUP_METHODS, R2MConfig, config_to_yaml
 from r2m.data import Preference, Prompt
 from r2m.evaluation import Judge, mean_score
 from r2m.export import write_policy_card
-from r2m.fitting import embed_pairs, feature_statistics, pair_accuracy, score_pairs, stream_hidden, tokenize_pairs
+from r2m.fitting import embed_pairs, feature_statistics, pair_accuracy, score_rollout, stream_hidden, tokenize_pairs
 from r2m.hidden_states import HiddenStateTap
 from r2m.monitor import (
     check_trackers,
@@ -89,15 +89,15 @@ class R2MTrainer:
         adapter: of the adapter) is the KL reference.
     reward_model: its trainable part on the device of the policy.
     prompts: text or chat messages; those above `generation.max_prompt_tokens` are dropped and counted.
-    rollout_fn: another generator in place of transformers' generate.
+    rollout_fn: another generator in place of transformers' generate; not with ReMax, since it only samples.
     eval_prompts: held-out prompts, sampled once each, every `evaluation.every` rounds.
     judge: (prompts, responses) -> scores, asked on the held-out prompts; the checkpoint it likes best is kept.
     held_out_pairs: human preferences on which the reward model's accuracy is measured as often.
     sample_metrics: extra metrics from the samples of every round.
 
-    Raises ValueError for no prompts, a judge without eval_prompts, a reward model of another width or on another
-    device, or trainable weights that are not float32; ImportError for a tracker that is not installed;
-    FloatingPointError, naming phase and round, as soon as a loss is not finite.
+    Raises ValueError for no prompts, a judge without eval_prompts, ReMax with a rollout_fn, a reward model of another
+    width or on another device, or trainable weights that are not float32; ImportError for a tracker that is not
+    installed; FloatingPointError, naming phase and round, as soon as a loss is not finite.
     """
 
     def __init__(
@@ -121,6 +121,11 @@ class R2MTrainer:
         config.check_processes(processes.number())
         if judge is not None and not eval_prompts:
             raise ValueError("judge is given without eval_prompts; expected the held-out prompts it is asked about")
+        if config.algorithm == "remax" and rollout_fn is not None:
+            raise ValueError(
+                "algorithm is 'remax' with a rollout_fn, which only samples; "
+                "expected none, so that the greedy responses can be generated too"
+            )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         limit = config.generation.max_prompt_tokens
@@ -149,7 +154,7 @@ class R2MTrainer:
             weight_decay=config.weight_decay,
             fused=self.parameters[0].is_cuda or None,  # the default there makes temporaries of the size of all weights
         )
-        stepping = [optimizer, self.updater.optimizer] if config.r2m.feedback == "trained" else [optimizer]
+        stepping = [optimizer, self.updater.optimizer] if config.r2m.trains else [optimizer]
         self.schedules = [
             LambdaLR(steps, partial(lr_factor, config.lr_schedule, config.warmup_rounds, config.rounds))
             for steps in stepping
@@ -164,8 +169,9 @@ class R2MTrainer:
         processes.keep_equal(reward_model)
         self.initial_head = copy.deepcopy(reward_model.head)  # its score is comparable across rounds and runs
         # With one optimizer step an epoch, all of the first epoch runs on the weights that sampled: its forward passes
-        # are the scoring pass, if the groups in each of them are whole, so that it knows their advantages.
-        self.scores_in_first_epoch = config.minibatches == 1 and config.micro_batch_size % config.num_generations == 0
+        # are the scoring pass, if each knows its advantages: of whole groups, of ReMax, whose baseline is known before.
+        whole_groups = config.algorithm in GROUP_METHODS and config.micro_batch_size % config.num_generations == 0
+        self.scores_in_first_epoch = config.minibatches == 1 and (whole_groups or config.algorithm == "remax")
         self.history: list[dict[str, float]] = []
         self.held_out: tuple[Tensor, Rollout] | None = None
         if held_out_pairs:
@@ -216,15 +222,20 @@ class R2MTrainer:
         return self.history
 
     def sample(self, t: int) -> Rollout:
-        """Step 1: K responses to each of n prompts, by temperature alone; each process samples its share of them."""
+        """Step 1: K responses to each of n prompts, by temperature alone; for ReMax the greedy one to each as well.
+
+        Each of several processes takes its share of the prompts.
+        """
         picked = processes.share(self._picked(t))
-        return self._sample(
-            [self.prompts[i] for i in picked], self.config.num_generations, [self.prompt_ids[i] for i in picked]
-        )
+        prompts, prompt_ids = [self.prompts[i] for i in picked], [self.prompt_ids[i] for i in picked]
+        rollout = self._sample(prompts, self.config.num_generations, prompt_ids)
+        if self.config.algorithm == "remax":
+            rollout.greedy = self._sample(prompts, 1, prompt_ids, greedy=True)
+        return rollout
 
     @torch.no_grad()
     def annotate(self, rollout: Rollout, t: int, row: dict[str, float], *, first_epoch: bool = False) -> Annotations:
-        """Steps 2 and 3: rewards with policy feedback, and advantages inside each group.
+        """Steps 2 and 3: rewards with policy feedback, and advantages.
 
         One forward pass of the policy gives old log-probabilities and, on the way, the hidden states that the rewards
         need. With `first_epoch` (see `scores_in_first_epoch`) it is that epoch's pass too: as soon as a micro-batch has
@@ -233,6 +244,8 @@ class R2MTrainer:
         config = self.config
         micro_batches = list(chain(*self._minibatches(len(rollout.prompts))))
         batch = self._blank_annotations(rollout, t, micro_batches)
+        if config.algorithm == "remax":
+            batch.baseline = self._greedy_scores(rollout).repeat_interleave(config.num_generations)
         refreshes = first_epoch and config.epochs == 1
         self.policy.train(first_epoch)  # decides gradient checkpointing, and nothing else: dropout is off
         totals: dict[str, Tensor] = {}
@@ -240,15 +253,15 @@ class R2MTrainer:
             with torch.set_grad_enabled(first_epoch), self._averages_gradients(rows is micro_batches[-1]):
                 log_probs = self._score(rollout, batch, rows, refreshes)
                 if first_epoch:
-                    self._credit(rollout, batch, rows)
+                    assign_credit(rollout, batch, config, rows)
                     self._accumulate(log_probs, rollout, batch, rows, totals)
         self._check_finite(batch, t)
         if first_epoch:
             batch.first_epoch = totals
         else:
-            self._credit(rollout, batch, slice(None))
+            assign_credit(rollout, batch, config)
         row |= describe_samples(rollout, batch, config)
-        if config.r2m.feedback != "none":
+        if config.r2m.attends:
             row |= {"weight": self.updater.weight, "reward/correlation": self.updater.alignment(batch.initial).item()}
         return batch
 
@@ -263,7 +276,7 @@ class R2MTrainer:
             row["policy/grad_norm"] = self._step_policy(t, 1)
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + t)  # one for all processes
         for epoch in range(1 if batch.first_epoch is None else 2, config.epochs + 1):
-            refresh = epoch == config.epochs and config.r2m.feedback != "none"
+            refresh = epoch == config.epochs and self._taps_policy
             for i in torch.randperm(len(minibatches), generator=order).tolist():
                 for rows in minibatches[i]:
                     with self._averages_gradients(rows is minibatches[i][-1]):
@@ -288,7 +301,12 @@ class R2MTrainer:
     # ---- forward passes ----
 
     def _sample(
-        self, prompts: list[Prompt], num_generations: int, prompt_ids: list[list[int]] | None = None
+        self,
+        prompts: list[Prompt],
+        num_generations: int,
+        prompt_ids: list[list[int]] | None = None,
+        *,
+        greedy: bool = False,
     ) -> Rollout:
         settings = self.config.generation
         if settings.batch_size is None:  # held-out prompts may be more than a round's, whose cache fits
@@ -304,21 +322,26 @@ class R2MTrainer:
                 prompt_ids=prompt_ids,
                 positions=self.config.r2m.positions,
                 rollout_fn=self.rollout_fn,
+                greedy=greedy,
             )
 
     def _blank_annotations(self, rollout: Rollout, t: int, micro_batches: list[slice]) -> Annotations:
-        """The initial reward model's scores and the reference's log-probabilities; the rest NaN, to be filled in. The
-        updater is ready for round t."""
+        """The initial reward model's scores, the reference's log-probabilities, and rewards that need no pass of the
+        policy; the rest NaN, to be filled in. The updater is ready for round t."""
         rte = self._embed(rollout.prompts, rollout.completions)
         if self.reward_model.needs_statistics:
             self._take_statistics(rte, rollout)
         if self.config.r2m.feedback != "none":
             self.updater.begin_round(rte, t)
         initial = self.initial_head(self.reward_model.standardized(rte))
-        batch = Annotations.blank(rollout, initial)
+        batch, consume = Annotations.blank(rollout, initial), None
+        if not self.config.r2m.attends:
+            batch.rewards.copy_(self.reward_model.vanilla_score(rte))
+        elif not self._taps_policy:
+            consume = self._feed(batch, collect=True)  # the reference never changes: one pass scores and refreshes
         with self.reference() as reference:
             for rows in micro_batches:
-                logits = self._logits(reference, rollout, rows)
+                logits = self._logits(reference, rollout, rows, consume)
                 batch.reference_log_probs[rows] = token_log_probs(
                     logits, rollout.completion_ids[rows], self.config.generation.temperature
                 )
@@ -326,16 +349,7 @@ class R2MTrainer:
 
     def _score(self, rollout: Rollout, batch: Annotations, rows: slice, refreshes: bool = False) -> Tensor:
         """Fill in rewards, log-probabilities and entropy of `rows`; returns the log-probabilities with their graph."""
-        consume: Consume | None = None
-        if self.config.r2m.feedback == "none":
-            batch.rewards[rows] = batch.initial[rows]
-        else:
-
-            def consume(rows: slice, hidden: Tensor, feedback_mask: Tensor) -> None:
-                batch.rewards[rows] = self.updater.score(rows, hidden, feedback_mask)
-                if refreshes:
-                    self.updater.collect(rows, hidden, feedback_mask)
-
+        consume = self._feed(batch, collect=refreshes) if self._taps_policy else None
         temperature = self.config.generation.temperature
         model = self.wrapped if torch.is_grad_enabled() else self.policy
         logits = self._logits(model, rollout, rows, consume)
@@ -343,16 +357,44 @@ class R2MTrainer:
         batch.log_probs[rows], batch.entropy[rows] = log_probs.detach(), token_entropy(logits, temperature)
         return log_probs
 
-    def _credit(self, rollout: Rollout, batch: Annotations, rows: slice) -> None:
-        """Scores, KL and advantages of `rows`, whole groups, from their rewards and log-probabilities."""
-        config, mask = self.config, rollout.completion_mask[rows]
-        scores = batch.rewards[rows]
-        if config.missing_eos_penalty is not None:
-            scores = scores - config.missing_eos_penalty * (~rollout.finished[rows])
-        kl = sequence_kl(batch.log_probs[rows], batch.reference_log_probs[rows], mask)
-        penalised = scores - config.kl.beta * kl if config.kl.placement == "reward" else scores
-        advantages = ADVANTAGES[config.algorithm](penalised.view(-1, config.num_generations)).flatten()
-        batch.scores[rows], batch.kl[rows], batch.advantages[rows] = scores, kl, advantages
+    @property
+    def _taps_policy(self) -> bool:
+        return self.config.r2m.attends and self.config.r2m.source != "reference"
+
+    def _feed(self, batch: Annotations, *, collect: bool) -> Consume:
+        """Turns hidden states into rewards, and with `collect` into what the reward model's update needs."""
+
+        def consume(rows: slice, hidden: Tensor, feedback_mask: Tensor) -> None:
+            batch.rewards[rows] = self.updater.score(rows, hidden, feedback_mask)
+            if collect:
+                self.updater.collect(rows, hidden, feedback_mask)
+
+        return consume
+
+    def _greedy_scores(self, rollout: Rollout) -> Tensor:
+        """ReMax: rewards [n] of the greedy responses by the reward model, feedback and w(t) of their round's samples.
+
+        As any response one pays for not ending by itself. None pays for its KL: of a sequence that was not sampled the
+        log-ratio estimates no KL, and a baseline is unbiased whatever it leaves out.
+        """
+        greedy = rollout.greedy
+        if greedy is None:
+            raise ValueError("rollout.greedy is None; expected the greedy responses, as R2MTrainer.sample makes them")
+        rte = self._embed(greedy.prompts, greedy.completions)
+        weight = self.updater.weight if self.config.r2m.attends else 1.0
+        rewards = self._score_apart(rte, greedy, weight, self.config.micro_batch_size)
+        return less_unfinished(rewards, greedy.finished, self.config.missing_eos_penalty)
+
+    def _score_apart(self, rte: Tensor, rollout: Rollout, weight: float, batch_size: int = 32) -> Tensor:
+        """Rewards [B] of texts that are no samples of the round, in passes of their own where w < 1 needs them."""
+        if weight == 1:
+            return self.reward_model.vanilla_score(rte)
+        source = self.config.r2m.source
+        feedback_of = self.reference() if source == "reference" else nullcontext(self.policy)
+        with feedback_of as model, self.autocast():
+            return score_rollout(
+                self.reward_model, model, rte, rollout, weight, batch_size=batch_size, noise=source == "noise"
+            )
 
     def _accumulate(
         self, log_probs: Tensor, rollout: Rollout, batch: Annotations, rows: slice, totals: dict[str, Tensor]
@@ -452,19 +494,17 @@ class R2MTrainer:
     def held_out_accuracy(self, weight: float | None = None) -> float:
         """Accuracy of the reward model on the held-out pairs with the feedback of the policy as it is now.
 
-        weight: the fusion weight w, by default 1 without feedback and Omega with it.
+        weight: the fusion weight w, by default 1 without feedback (where nothing else is possible) and Omega with it.
         """
         if self.held_out is None:
             raise ValueError("held_out_pairs were not given to the trainer")
         rte, rollout = self.held_out
-        if weight == 1 or self.config.r2m.feedback == "none":
-            rewards = self.reward_model.vanilla_score(rte)
-        else:
-            with self.autocast():
-                weight = self.config.r2m.floor if weight is None else weight
-                rewards = score_pairs(self.reward_model, self.policy, rte, rollout, weight)
-        by_pair = processes.gather(rewards.detach().unflatten(0, (2, -1)).T)[: self.pairs_held_out]
-        return pair_accuracy(by_pair.T.flatten())
+        if not self.config.r2m.attends:
+            weight = 1.0
+        elif weight is None:
+            weight = self.config.r2m.floor
+        by_pair = self._score_apart(rte, rollout, weight).unflatten(0, (2, -1)).T
+        return pair_accuracy(processes.gather(by_pair)[: self.pairs_held_out].T.flatten())
 
     # ---- the run's folder ----
 
@@ -585,6 +625,8 @@ class R2MTrainer:
 
     def _check_finite(self, batch: Annotations, t: int) -> None:
         values = {"reward": batch.rewards, "log-probability": batch.log_probs, "reference": batch.reference_log_probs}
+        if batch.baseline is not None:
+            values["greedy response's reward"] = batch.baseline
         for name, value in values.items():
             if not torch.isfinite(value).all():
                 raise FloatingPointError(f"phase annotate, round {t}: a {name} is not finite")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from r2m import processes
 from r2m.config import R2M
+from r2m.hidden_states import noise_like
 from r2m.reward_model import R2MRewardModel
 from r2m_kernels import attention_pool_dot, attention_pool_with_gradient, grebt_loss, time_weight
 
@@ -26,17 +27,24 @@ class R2MUpdater:
         metrics = updater.step(rewards)                     # pairs, GREBT, one optimizer step
 
     `hidden` [b, S, D_p] goes through one read in either pass; `collect` keeps two float32 vectors of width D_p a
-    sequence. With settings.feedback == "frozen" `step` measures and changes nothing.
+    sequence.
+
+    settings.feedback: "frozen": `step` measures and changes nothing. "head": there are no hidden states, so `score` and
+        `collect` are not called; rewards are `reward_model.vanilla_score(rte)`, and `step` trains phi alone.
+    settings.source: "noise": `score` and `collect` put noise in place of `hidden`. "reference": `hidden` is to be the
+        reference's, in both.
     """
 
     def __init__(self, reward_model: R2MRewardModel, settings: R2M, *, total_steps: int, num_generations: int):
-        reward_model.config.floor = settings.floor  # what w(t) will have been at t = T
+        head_alone = settings.feedback == "head"
+        reward_model.config.floor = 1.0 if head_alone else settings.floor  # what w(t) will have been at t = T
         self.reward_model = reward_model
         self.settings = settings
         self.total_steps = total_steps
         self.num_generations = num_generations
         # GREBT does not see a shift of all rewards: the bias would follow rounding noise, which Adam scales up.
-        trained = [p for p in reward_model.parameters() if p is not reward_model.head.bias]
+        candidates = reward_model.head.parameters() if head_alone else reward_model.parameters()
+        trained = [p for p in candidates if p is not reward_model.head.bias]
         self.optimizer = torch.optim.AdamW(
             trained,
             lr=settings.learning_rate,
@@ -47,6 +55,9 @@ class R2MUpdater:
     @torch.enable_grad()  # scoring runs without gradient; `step` needs the graph that is made here
     def begin_round(self, rte: Tensor, step: int) -> None:
         """Fix w(t) (equation 2) and absorb the weights for every sequence. rte [n * K, D_rm]; step t in 1..T."""
+        if not self.settings.attends:
+            self._rte = rte
+            return
         self.weight = time_weight(step, self.total_steps, self.settings.floor)
         self._absorbed = self.reward_model.absorb(rte, self.weight)
         # What the kernels read; the graph behind `absorbed` waits for `step`.
@@ -64,6 +75,7 @@ class R2MUpdater:
     @torch.no_grad()
     def score(self, rows: Rows, hidden: Tensor, mask: Tensor) -> Tensor:
         """Rewards float32 [b] of the sequences `rows`, for hidden [b, S, D_p] and mask bool [b, S] (True = attend)."""
+        hidden = self._feedback(hidden, mask)
         value, _ = attention_pool_dot(self._query[rows], hidden, self._direction, mask=mask, scale=1.0)
         value = value.sum(-1) if value.ndim == 2 else value  # heads
         self._feedback_value[rows] = value + self._offset
@@ -72,6 +84,7 @@ class R2MUpdater:
     @torch.no_grad()
     def collect(self, rows: Rows, hidden: Tensor, mask: Tensor) -> None:
         """Keep the pool of each sequence and its gradient, from the hidden states of the last policy epoch."""
+        hidden = self._feedback(hidden, mask)
         pooled, gradient, lse = attention_pool_with_gradient(
             self._query[rows], hidden, self._direction, mask=mask, scale=1.0
         )
@@ -84,10 +97,17 @@ class R2MUpdater:
         annotated [n * K]: the rewards the policy was trained with, which pick the pairs by default. Returns metrics.
         Raises RuntimeError if a sequence was never collected, FloatingPointError if the loss is not finite.
         """
-        missing = int((~self._collected).sum())
-        if missing:
-            raise RuntimeError(f"{missing} of {len(self._collected)} sequences of this round were never collected")
-        rewards = self.reward_model.reward(self._absorbed, self._pooled, self._gradient, self.weight)
+        metrics = {}
+        if self.settings.attends:
+            missing = int((~self._collected).sum())
+            if missing:
+                raise RuntimeError(f"{missing} of {len(self._collected)} sequences of this round were never collected")
+            metrics["rm/attended_tokens"] = self._attended_tokens().item()
+            if self.num_generations == 1:  # frozen; GREBT measures groups
+                return metrics
+            rewards = self.reward_model.reward(self._absorbed, self._pooled, self._gradient, self.weight)
+        else:
+            rewards = self.reward_model.vanilla_score(self._rte)
         groups, annotated = rewards.view(-1, self.num_generations), annotated.view(-1, self.num_generations)
         picked_by = {"annotated": annotated, "recomputed": groups.detach()}
         source = self.settings.pair_source
@@ -96,16 +116,15 @@ class R2MUpdater:
         with torch.no_grad():
             _, other_stats = self._grebt(groups, picked_by[other])
         flips = (stats["winner"] != other_stats["winner"]) | (stats["loser"] != other_stats["loser"])
-        metrics = {
+        metrics |= {
             "grebt/loss": loss.item(),
             "grebt/bt": stats["bt"].mean().item(),
             "grebt/entropy": stats["entropy"].mean().item(),
             "grebt/pair_flips": flips.float().mean().item(),
-            "rm/attended_tokens": self._attended_tokens().item(),
         }
         if not torch.isfinite(loss):
             raise FloatingPointError(f"GREBT loss is {loss.item()}: a reward of this round is not finite")
-        if self.settings.feedback == "trained":
+        if self.settings.trains:
             metrics["rm/grad_norm"] = self._optimize(loss)
         return metrics
 
@@ -122,6 +141,9 @@ class R2MUpdater:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def _feedback(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return noise_like(hidden, mask) if self.settings.source == "noise" else hidden
 
     def _grebt(self, rewards: Tensor, pair_scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return grebt_loss(

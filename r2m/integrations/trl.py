@@ -54,7 +54,8 @@ def r2m_reward(
     """The reward function and the callback that make a trainer of TRL train `reward_model` along with its policy.
 
     num_generations: K, that of the trainer's arguments.
-    settings: fields that describe a new reward model do not apply; "none" for `feedback` is refused.
+    settings: fields that describe a new reward model do not apply; `feedback` has to be "trained" or "frozen", and
+        `source` "policy".
     capture: where the hidden states for the rewards come from.
         "scoring": the trainer's pass for the old log-probabilities, at no cost in time. The texts are known only when
             rewards are asked for, so the hidden states of a process's share of the rollout wait until then: sequences x
@@ -80,11 +81,13 @@ def r2m_reward(
         raise ValueError(f"update_every is {update_every!r}; expected 'rollout'")
     if capture not in ("scoring", "forward"):
         raise ValueError(f"capture is {capture!r}; expected 'scoring' or 'forward'")
-    if settings.feedback == "none":
+    if not settings.attends:
         raise ValueError(
-            "settings.feedback is 'none'; expected 'trained' or 'frozen': without feedback, give TRL the "
-            "reward checkpoint itself as reward_funcs"
+            f"settings.feedback is {settings.feedback!r}; expected 'trained' or 'frozen': without feedback, give TRL "
+            "the reward checkpoint itself as reward_funcs"
         )
+    if settings.source != "policy":
+        raise ValueError(f"settings.source is {settings.source!r}; expected 'policy', whose passes TRL makes anyway")
     if reward_model.needs_statistics:
         raise ValueError(
             "reward_model standardises its inputs and has no statistics yet; expected one that "

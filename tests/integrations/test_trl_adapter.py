@@ -488,6 +488,8 @@ def test_no_trl(monkeypatch, run):
         ({"update_every": "step"}, "update_every is 'step'; expected 'rollout'"),
         ({"capture": "generation"}, "capture is 'generation'; expected 'scoring' or 'forward'"),
         ({"settings": R2M(feedback="none")}, "settings.feedback is 'none'"),
+        ({"settings": R2M(feedback="head")}, "settings.feedback is 'head'"),
+        ({"settings": R2M(source="noise")}, "settings.source is 'noise'; expected 'policy'"),
     ],
 )
 def test_arguments_out_of_range(reward_checkpoint, options, message):

@@ -36,8 +36,12 @@ def test_what_a_run_writes_reads_back_equal(tmp_path):
         ("offload_reference=true", r"did you mean 'placement.offload_reference'\?"),
         ("zzzz=1", "unknown key 'zzzz'; known keys: policy"),
         ("rounds=many", r"rounds: .*integer.*given 'many'"),
-        ("r2m.feedback=on", "r2m.feedback: .*'none', 'frozen' or 'trained'"),
-        ("num_generations=1", r"num_generations is 1; rloo and GREBT compare .* at least 2"),
+        ("r2m.feedback=on", "r2m.feedback: .*'none', 'frozen', 'trained' or 'head'"),
+        ("r2m.source=none", "r2m.source: .*'policy', 'reference' or 'noise'"),
+        ("algorithm=ppo", r"algorithm: .*'rloo', 'grpo', 'remax' or 'reinforce\+\+'"),
+        ("algorithm=reinforce++", r"kl.placement is 'loss'; reinforce\+\+ has its KL .* expected 'reward'"),
+        ("num_generations=1", r"num_generations is 1; .* compared by rloo and GREBT: expected at least 2"),
+        ("num_generations=0", "num_generations is 0; expected at least 1"),
         ("r2m.floor=1.5", "r2m.floor is 1.5; expected a value between 0 and 1"),
         ("generation.temperature=0", "temperature is 0.*more than 0"),
         ("minibatches=7", "minibatches is 7; expected a divisor .* 512"),
@@ -59,6 +63,40 @@ def test_what_a_run_writes_reads_back_equal(tmp_path):
 def test_a_mistake_is_one_clear_error(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "feedback", "compared_by"),
+    [
+        ("rloo", "none", "rloo"),
+        ("grpo", "frozen", "grpo"),
+        ("rloo", "head", "rloo and GREBT"),
+        ("remax", "trained", "GREBT"),
+        ("remax", "head", "GREBT"),
+        ("reinforce++", "trained", "GREBT"),
+        ("remax", "none", None),
+        ("remax", "frozen", None),
+        ("reinforce++", "none", None),
+        ("reinforce++", "frozen", None),
+    ],
+)
+def test_one_response_to_a_prompt_does_where_nothing_compares_the_responses_of_a_group(
+    algorithm, feedback, compared_by
+):
+    settings = [f"algorithm={algorithm}", f"r2m.feedback={feedback}", "kl.placement=reward", "num_generations=1"]
+    if compared_by is None:
+        assert load_config(None, settings).num_generations == 1
+    else:
+        with pytest.raises(ValueError, match=f"are compared by {compared_by}: expected at least 2"):
+            load_config(None, settings)
+
+
+@pytest.mark.parametrize("feedback", ["none", "head"])
+@pytest.mark.parametrize("source", ["reference", "noise"])
+def test_a_source_of_hidden_states_that_nothing_reads_is_an_error(feedback, source):
+    message = f"r2m.source is '{source}', and r2m.feedback '{feedback}' uses no hidden states"
+    with pytest.raises(ValueError, match=message):
+        load_config(None, [f"r2m.feedback={feedback}", f"r2m.source={source}"])
 
 
 def test_a_file_that_is_no_mapping_is_named(tmp_path):

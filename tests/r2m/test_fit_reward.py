@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from r2m import Preference, R2MRewardModel, fit_reward, fitting, run
 from r2m.cli import app
-from r2m.fitting import embed_pairs, pair_accuracy, reliability, score_pairs, tokenize_pairs
+from r2m.fitting import embed_pairs, pair_accuracy, reliability, score_rollout, tokenize_pairs
 from r2m.run import fit_reward_from_files
 
 WORDS = ["film", "story", "plot", "cast", "music", "ending", "scene", "joke"]
@@ -100,7 +100,7 @@ def test_the_folder_scores_alike_in_transformers_and_in_r2m(
 
     rte, rollout = embed_pairs(model, held_out), tokenize_pairs(policy, tokenizer, held_out)
     assert report["accuracy_vanilla"] == pair_accuracy(model.vanilla_score(rte))
-    assert report["accuracy_fused"] == pair_accuracy(score_pairs(model, policy, rte, rollout, 0.7))
+    assert report["accuracy_fused"] == pair_accuracy(score_rollout(model, policy, rte, rollout, 0.7))
     assert (report["training_pairs"], report["held_out_pairs"], report["dropped_pairs"]) == (60, 12, 0)
     assert json.loads((moved / "fit.json").read_text()) == report
     assert (moved / "calibration.png").is_file()

@@ -13,7 +13,7 @@ from r2m.fitting import (
     fit_head,
     pack_hidden,
     pair_accuracy,
-    score_pairs,
+    score_rollout,
     stream_hidden,
     tokenize_pairs,
     warm_start,
@@ -154,8 +154,8 @@ def test_a_reward_model_fitted_on_texts_ranks_held_out_texts(reward_checkpoint, 
     rte, rollout = embed_pairs(reward_model, HELD_OUT), tokenize_pairs(policy, tokenizer, HELD_OUT)
     vanilla = reward_model.vanilla_score(rte)
     assert report["accuracy_vanilla"] == pair_accuracy(vanilla) == 1
-    assert report["accuracy_fused"] == pair_accuracy(score_pairs(reward_model, policy, rte, rollout, 0.6)) == 1
-    torch.testing.assert_close(score_pairs(reward_model, policy, rte, rollout, 1.0), vanilla, rtol=1e-4, atol=1e-4)
+    assert report["accuracy_fused"] == pair_accuracy(score_rollout(reward_model, policy, rte, rollout, 0.6)) == 1
+    torch.testing.assert_close(score_rollout(reward_model, policy, rte, rollout, 1.0), vanilla, rtol=1e-4, atol=1e-4)
     rewards = reward_model.vanilla_score(embed_pairs(reward_model, PAIRS))
     assert rewards.mean().item() == pytest.approx(0, abs=1e-4)
     assert rewards.std().item() == pytest.approx(1, abs=1e-4)
@@ -245,7 +245,7 @@ def test_packed_and_padded_scores_of_pairs_agree(reward_model, policy, tokenizer
     assert cu_seqlens.dtype == torch.int32
     assert cu_seqlens.diff().tolist() == rollout.feedback_mask.sum(-1).tolist()
     packed = reward_model.score(rte, hidden, weight=0.4, cu_seqlens=cu_seqlens)
-    padded = score_pairs(reward_model, policy, rte, rollout, 0.4)
+    padded = score_rollout(reward_model, policy, rte, rollout, 0.4)
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
 
 

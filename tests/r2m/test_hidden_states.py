@@ -4,7 +4,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from r2m.hidden_states import HiddenStateTap
+from r2m.hidden_states import HiddenStateTap, noise_like
+from r2m.memory import MemoryTracker
 
 
 @pytest.fixture
@@ -81,3 +82,48 @@ def test_the_hook_is_removed_when_the_block_raises(inputs):
 def test_a_model_without_a_decoder_is_an_error():
     with pytest.raises(TypeError, match="model is a Linear; expected a transformers language model"):
         HiddenStateTap(nn.Linear(2, 2), print)
+
+
+# ---- noise in their place ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_noise_has_the_mean_and_variance_of_each_sequences_feedback_positions(dtype):
+    torch.manual_seed(0)
+    length, features = 20_000, 130  # more than one block of features
+    scale = torch.rand(2, 1, features, dtype=torch.float64) * 3
+    shift = 5 * torch.randn(2, 1, features, dtype=torch.float64)
+    hidden = (torch.rand(2, length, features, dtype=torch.float64) * scale + shift).to(dtype)
+    mask = torch.rand(2, length) < 0.5
+    hidden[~mask] = torch.nan
+    noise = noise_like(hidden, mask)
+    assert (noise.dtype, noise.shape) == (dtype, hidden.shape)
+    assert torch.isfinite(noise).all()
+    for original, drawn, valid in zip(hidden.double(), noise.double(), mask, strict=True):
+        mean, std = original[valid].mean(0), original[valid].std(0)
+        error = std / (int(valid.sum()) ** 0.5)  # of a mean
+        assert ((drawn[valid].mean(0) - mean).abs() < 5 * error + 1e-3 * mean.abs()).all()
+        torch.testing.assert_close(drawn[valid].std(0), std, rtol=0.05, atol=1e-2)
+        centred = (drawn[valid] - drawn[valid].mean(0)) / drawn[valid].std(0)
+        assert centred.pow(4).mean() == pytest.approx(
+            3, abs=0.1
+        )  # Gaussian, where these hidden states are uniform: 1.8
+        assert (centred * (original[valid] - mean) / std).mean().abs() < 0.01
+
+
+def test_noise_is_drawn_anew_and_of_a_sequence_without_feedback_it_is_nothing():
+    hidden = torch.randn(3, 5, 7)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1] = False
+    first, second = noise_like(hidden, mask), noise_like(hidden, mask)
+    assert not torch.equal(first[0], second[0])
+    assert first[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_takes_one_tensor_of_the_hidden_states_size_and_a_block_of_features(dtype):
+    hidden, mask = torch.randn(2, 64, 4096).to(dtype), torch.ones(2, 64, dtype=torch.bool)
+    with MemoryTracker() as tracker:
+        tracker.add(hidden)
+        _, peak = tracker.peak_of(lambda: noise_like(hidden, mask))
+    assert hidden.nbytes <= peak - hidden.nbytes < 1.2 * hidden.nbytes

@@ -88,6 +88,18 @@ def peaks_of_round(trainer, tracker, t):
         {"precision": "bf16", "gradient_checkpointing": True},
         {"precision": "float32", "micro_batch_size": 2},
         {"precision": "bf16", "minibatches": 2, "micro_batch_size": 3, "epochs": 1, "kl": {"placement": "reward"}},
+        {"precision": "float32", "algorithm": "remax", "micro_batch_size": 3},
+        {
+            "precision": "bf16",
+            "algorithm": "reinforce++",
+            "kl": {"placement": "reward"},
+            "num_generations": 1,
+            "prompts_per_round": 16,
+            "r2m": {"feedback": "frozen", "inner_width": 64},
+        },
+        {"precision": "bf16", "r2m": {"feedback": "head", "inner_width": 64}},
+        {"precision": "float32", "r2m": {"source": "noise", "inner_width": 64}},
+        {"precision": "float32", "r2m": {"source": "reference", "inner_width": 64}},
     ],
     ids=str,
 )

@@ -95,7 +95,13 @@ def test_nothing_is_said_where_the_attention_shows_from_the_first_round_or_is_no
 
 
 @pytest.mark.parametrize(
-    ("values", "said"), [({}, False), ({"micro_batch_size": 12}, True), ({"minibatches": 2}, False)]
+    ("values", "said"),
+    [
+        ({}, False),
+        ({"micro_batch_size": 12}, True),
+        ({"minibatches": 2}, False),
+        ({"micro_batch_size": 12, "algorithm": "remax"}, False),
+    ],
 )
 def test_micro_batches_that_split_groups_cost_a_pass_and_are_mentioned(caplog, values, said):
     caplog.set_level(logging.INFO)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from r2m.advantages import grpo_advantages, rloo_advantages
+from r2m.advantages import grpo_advantages, reinforce_plus_plus_advantages, rloo_advantages
 from r2m.policy_loss import policy_loss, sequence_kl, token_entropy, token_log_probs
 
 
@@ -19,6 +19,31 @@ def test_grpo_advantage_divides_by_the_sample_deviation():
     assert grpo_advantages(torch.tensor([[1.0, 3.0]])).tolist()[0] == pytest.approx(
         [-(1 / (2**0.5 + 1e-4)), 1 / (2**0.5 + 1e-4)]
     )
+
+
+def test_reinforce_plus_plus_normalises_the_returns_of_all_tokens():
+    """By hand: returns 1 - 0.5 * (what is to come of -1, 2, 1), then -3 - 0.5 * 4."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    token_kl = torch.tensor([[-1.0, 2.0, 1.0], [4.0, 99.0, 99.0]])
+    returns = torch.tensor([0.0, -0.5, 0.5, -5.0], dtype=torch.float64)
+    expected = (returns - returns.mean()) / (returns.std(correction=0) + 1e-4)
+    actual = reinforce_plus_plus_advantages(torch.tensor([1.0, -3.0]), token_kl, mask, beta=0.5)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual[mask].double(), expected, rtol=1e-6, atol=1e-6)
+    assert actual[~mask].tolist() == [0, 0]
+
+
+def test_reinforce_plus_plus_of_returns_far_from_zero_and_all_alike():
+    torch.manual_seed(0)
+    mask = torch.arange(50) < torch.randint(1, 51, (200, 1))
+    scores, token_kl = 1e4 + torch.randn(200), 0.1 * torch.randn(200, 50)
+    to_come = (token_kl * mask).double().flip(1).cumsum(1).flip(1)
+    returns = (scores.double()[:, None] - 0.3 * to_come)[mask]
+    actual = reinforce_plus_plus_advantages(scores, token_kl, mask, beta=0.3)[mask]
+    # float32 holds scores of 1e4 to 1e-3
+    torch.testing.assert_close(actual.double(), (returns - returns.mean()) / returns.std(), rtol=1e-3, atol=2e-3)
+    alike = reinforce_plus_plus_advantages(torch.full((200,), 0.1), token_kl, mask, beta=0.0)
+    assert alike.abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("advantages", [rloo_advantages, grpo_advantages])
@@ -65,19 +90,23 @@ def batch():
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["rloo", "remax", "grpo", "reinforce++"])
 def test_the_loss_is_the_one_written_out_by_hand(batch, algorithm, estimator):
     beta, clip = 0.1, 0.2
+    of_tokens = algorithm in ("grpo", "reinforce++")
+    if algorithm == "reinforce++":
+        batch["advantages"] = torch.tensor([[1.0, -2.0, 0.5, 3.0], [-1.0, 2.0, 9.0, 9.0], [0.7, 9.0, 9.0, 9.0]])
     loss, _ = policy_loss(**batch, algorithm=algorithm, clip_range=clip, beta=beta, estimator=estimator)
     for i, length in enumerate([4, 2, 1]):
         log_probs, old, reference = (
             batch[k][i, :length] for k in ("log_probs", "old_log_probs", "reference_log_probs")
         )
         advantage, d = batch["advantages"][i], reference - log_probs
+        advantage = advantage[:length] if algorithm == "reinforce++" else advantage
         kl = d**2 / 2 if estimator == "k2" else d.exp() - 1 - d
-        ratio = (log_probs - old).exp() if algorithm == "grpo" else (log_probs - old).sum().exp()
+        ratio = (log_probs - old).exp() if of_tokens else (log_probs - old).sum().exp()
         objective = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-        expected = beta * kl.sum() - objective if algorithm == "rloo" else (beta * kl - objective).mean()
+        expected = (beta * kl - objective).mean() if of_tokens else beta * kl.sum() - objective
         torch.testing.assert_close(loss[i], expected)
 
 

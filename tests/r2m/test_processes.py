@@ -26,6 +26,9 @@ CASES = {
     "copies": {},
     "minibatches": {"minibatches": 2, "micro_batch_size": 3},
     "grpo": {"algorithm": "grpo", "r2m": {"standardize": True, "pair_source": "recomputed"}},
+    "reinforce++": {"algorithm": "reinforce++", "kl": {"placement": "reward"}},
+    "head": {"r2m": {"feedback": "head"}},
+    "reference": {"r2m": {"standardize": True, "source": "reference"}},
     "adapter": {"adapter": True},
     "sharded": SHARDED,
 }

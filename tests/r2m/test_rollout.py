@@ -59,6 +59,23 @@ def test_the_checkpoints_own_sampling_defaults_do_not_leak_in(policy, tokenizer)
     assert policy.generation_config.to_dict() == before
 
 
+def test_greedy_decoding_takes_the_most_likely_token_whatever_the_checkpoints_defaults(policy, tokenizer):
+    policy.generation_config.repetition_penalty = 5.0
+    policy.generation_config.suppress_tokens = list(range(2, 200))
+    policy.generation_config.do_sample = True
+    before = policy.generation_config.to_dict()
+    settings = Generation(max_new_tokens=6, temperature=0.3)
+    r = sample(policy, tokenizer, ["hello there", "x"], 1, settings, greedy=True)
+    assert policy.generation_config.to_dict() == before
+    for i, prompt in enumerate(["hello there", "x"]):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        for _ in range(6):
+            ids = torch.cat([ids, policy(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+            if ids[0, -1] == tokenizer.eos_token_id:
+                break
+        assert r.input_ids[i][r.attention_mask[i]].tolist() == ids[0].tolist()
+
+
 def test_generation_and_scoring_agree_on_the_log_probs(policy, tokenizer, monkeypatch):
     """Left padding, positions, temperature and cache: the logits that were sampled from are those the update sees."""
     steps, generate = [], policy.generate

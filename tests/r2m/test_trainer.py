@@ -15,7 +15,7 @@ from r2m import Preference, R2MRewardModel, R2MTrainer, load_config
 from r2m.advantages import grpo_advantages, rloo_advantages
 from r2m.checkpoint import checkpoints
 from r2m.config import Lora, config_from_dict
-from r2m.fitting import embed_pairs, pair_accuracy, score_pairs, tokenize_pairs
+from r2m.fitting import embed_pairs, pair_accuracy, score_rollout, tokenize_pairs
 from r2m.monitor import sample_table, warn_about_drift
 from r2m.policy import add_adapter
 from r2m.policy_loss import sequence_kl
@@ -579,7 +579,7 @@ def test_held_out_accuracy_is_measured_at_omega_in_the_rounds_asked_for(make):
     assert [row["round"] for row in rows if "rm/pair_accuracy" in row] == [1, 3, 5]
     model, policy = trainer.reward_model, trainer.policy
     rte = embed_pairs(model, PAIRS)
-    fused = score_pairs(model, policy, rte, tokenize_pairs(policy, trainer.tokenizer, PAIRS), 0.2)
+    fused = score_rollout(model, policy, rte, tokenize_pairs(policy, trainer.tokenizer, PAIRS), 0.2)
     assert rows[-1]["rm/pair_accuracy"] == trainer.held_out_accuracy() == pair_accuracy(fused)
     assert trainer.held_out_accuracy(weight=1) == pair_accuracy(model.vanilla_score(rte))
 
@@ -740,6 +740,9 @@ def test_settings_that_take_the_point_out_of_the_method_are_warned_about(make, c
         {"epochs": 1, "minibatches": 2},
         {"epochs": 1, "r2m": {"feedback": "none"}},
         {"num_generations": 2, "r2m": {"feedback": "none"}},
+        {"epochs": 1, "r2m": {"feedback": "head"}},
+        {"epochs": 1, "r2m": {"source": "reference"}},
+        {"epochs": 1, "r2m": {"source": "noise"}},
     ],
 )
 def test_other_settings_are_not(make, caplog, settings):
