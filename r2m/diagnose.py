@@ -223,8 +223,8 @@ def _hidden_states(depths: Sequence[int], pooled: Tensor, vanilla: Tensor, outpu
         if gap.is_above(0)
         else f"The policy's last hidden states, averaged over a text, do not tell the preference (gap {gap}): feedback "
         "may have little to give here, or the pairs are too few to see it.",
-        f"Texts with like hidden states get {'like rewards' if correlation.is_below(0) else 'no more like rewards'}: "
-        f"Spearman {correlation} of cosine and distance.",
+        f"Texts with like hidden states {'get' if correlation.is_below(0) else 'do not get'} like rewards: Spearman "
+        f"{correlation} of the cosine with the distance of rewards.",
     ]
     text = [
         "## Hidden states and preferences",
@@ -250,20 +250,23 @@ def _hidden_states(depths: Sequence[int], pooled: Tensor, vanilla: Tensor, outpu
 
 def _cross_attention(before: Observed, after: Observed, steps: int, floor: float, output: Path) -> Part:
     """What the cross-attention learns from the pairs, and how its rewards relate to the vanilla ones."""
-    states = {"as it comes": before, f"after {steps} steps": after}
+    untrained, trained = "as it comes", f"after {steps} steps"
+    states = {untrained: before, trained: after}
     right = {name: accuracies(state, floor) for name, state in states.items()}
     aligned = {name: alignment(state, floor) for name, state in states.items()}
     change = {
         "fused": accuracy_change(before.reward(floor), after.reward(floor)),
         "aggregated": accuracy_change(before.aggregated, after.aggregated),
+        "feedback": accuracy_change(after.vanilla, after.reward(floor)),
     }
     rewards = {f"Cross-attention {name}": state.reward(floor).tolist() for name, state in states.items()}
     plot_alignment(before.vanilla.tolist(), rewards, output / "alignment.png", floor=floor)
 
-    alone, start = accuracies(after, floor)["aggregated"], alignment(before, floor)
+    alone, vanilla, start = right[trained]["aggregated"], right[trained]["vanilla"], aligned[untrained]
     findings = [
         f"Trained, the attention alone ranks {alone} of the pairs right, "
-        f"{'more' if alone.is_above(0.5) else 'no more'} than chance; training changed that by {change['aggregated']}."
+        f"{'more' if alone.is_above(0.5) else 'no more'} than chance; training changed that by {change['aggregated']}.",
+        f"At w = {floor:g} it changes the share that the reward model ranks right, {vanilla}, by {change['feedback']}.",
     ]
     if start["pearson"].value < LOW_CORRELATION:
         findings.append(
@@ -278,7 +281,7 @@ def _cross_attention(before: Observed, after: Observed, steps: int, floor: float
     if start["attended_tokens"].value < FEW_TOKENS:
         findings.append(
             f"The attention reads {start['attended_tokens']} tokens of a text, as it does where some hidden states are "
-            "much larger than others: set r2m.standardize: true."
+            "much larger than others: set r2m.standardize: true, or fit with --standardize."
         )
     text = [
         "## The cross-attention, trained alone",
@@ -287,10 +290,10 @@ def _cross_attention(before: Observed, after: Observed, steps: int, floor: float
             ["", f"fused, w = {floor:g}", "attention alone, w = 0"],
             [
                 *([name, str(values["fused"]), str(values["aggregated"])] for name, values in right.items()),
-                ["change", *map(str, change.values())],
+                ["change", str(change["fused"]), str(change["aggregated"])],
             ],
         ),
-        f"Without feedback, w = 1: {right['as it comes']['vanilla']}",
+        f"Without feedback, w = 1: {vanilla}; the fused reward after training less that: {change['feedback']}",
         "## Fused and vanilla reward",
         f"At w = {floor:g}, over the held-out texts. `alignment.png`",
         _table(
