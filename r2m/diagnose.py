@@ -223,8 +223,8 @@ def _hidden_states(depths: Sequence[int], pooled: Tensor, vanilla: Tensor, outpu
         if gap.is_above(0)
         else f"The policy's last hidden states, averaged over a text, do not tell the preference (gap {gap}): feedback "
         "may have little to give here, or the pairs are too few to see it.",
-        f"Texts with like hidden states {'get' if correlation.is_below(0) else 'do not get'} like rewards: Spearman "
-        f"{correlation} of the cosine with the distance of rewards.",
+        f"{'Texts' if correlation.is_below(0) else 'It does not show that texts'} with like hidden states get like "
+        f"rewards: Spearman {correlation} of the cosine with the distance of rewards.",
     ]
     text = [
         "## Hidden states and preferences",
