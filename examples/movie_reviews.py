@@ -1,7 +1,7 @@
 """Data and judge of docs/training.md: movie reviews as files for `r2m`, and a classifier for evaluation.judge.
 
-As a script, writes pairs.jsonl, held_out_pairs.jsonl, prompts.jsonl and eval_prompts.jsonl. As a judge it is a linear
-classifier, fitted once a process, on reviews that none of these files contains.
+As a script, writes pairs.jsonl, held_out_pairs.jsonl, test_pairs.jsonl, prompts.jsonl and eval_prompts.jsonl. As a
+judge it is a linear classifier, fitted once a process, on reviews that none of these files contains.
 """
 
 import argparse
@@ -39,12 +39,13 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the four files")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the five files")
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     dealt = splits()
     write(folder / "pairs.jsonl", map(vars, dealt.pairs))
     write(folder / "held_out_pairs.jsonl", map(vars, dealt.validation_pairs[:24]))
+    write(folder / "test_pairs.jsonl", map(vars, dealt.test_pairs))
     write(folder / "prompts.jsonl", ({"prompt": prompt} for prompt in dealt.prompts))
     write(folder / "eval_prompts.jsonl", ({"prompt": prompt} for prompt in dealt.eval_prompts[:12]))
 

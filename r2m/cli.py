@@ -164,6 +164,36 @@ def plot(run: Annotated[Path, typer.Argument(help="The output_dir of a run.")]) 
 
 
 @app.command()
+def diagnose(
+    source: Annotated[str, typer.Argument(help="YAML file or preset of a run to come, or output_dir of one that ran.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, dots reach into blocks: r2m.floor=0.7")
+    ] = None,
+    pairs: Annotated[str | None, typer.Option(help="Preference pairs, needed for a run to come.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Pairs to measure on; default: a random half.")] = None,
+    max_pairs: Annotated[int | None, typer.Option(min=10, help="Drawn from either where more; default 1024.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: diagnosis in the run's output_dir.")] = None,
+) -> None:
+    """Before a run: what policy feedback does on your models and pairs. After it: whether rewards degenerated."""
+    with _clear_errors():
+        from r2m import diagnose as diagnoses
+        from r2m.config import load_config
+        from r2m.presets import resolve_config_source
+
+        given = {"held_out": held_out, "max_pairs": max_pairs}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if Path(source).is_dir():
+            if overrides or pairs is not None or options:
+                raise ValueError(f"{source} is a run's folder: it takes --output alone; pairs are for a config")
+            typer.echo(diagnoses.diagnose_run(source, output))
+        elif pairs is None:
+            raise ValueError(f"--pairs is missing; {source} is no folder of a run, and a config needs preference pairs")
+        else:
+            settings = load_config(resolve_config_source(source), overrides)
+            typer.echo(diagnoses.diagnose_config(settings, pairs, output, **options))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The output_dir of a run.")],
     output: Annotated[Path, typer.Option(help="New folder: policy, tokenizer, model card and reward_model.")],

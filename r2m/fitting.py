@@ -40,6 +40,7 @@ from r2m.tokenization import encode_prompt
 logger = logging.getLogger(__name__)
 
 STATISTICS_PAIRS = 4096  # the hidden states of so many pairs, a million tokens or more, give their mean and deviation
+HIDDEN_BUDGET = 4 << 30  # bytes; see `fit_reward`
 CACHED_TEXTS = 4096  # RTEs in one file of the cache: what an interruption loses at most
 
 # RTEs [2 N, D_rm], hidden states packed [total, D_p], cu_seqlens int32 [2 N + 1]; chosen rows first
@@ -60,7 +61,7 @@ def fit_reward(
     lora_rank: int = 0,
     learning_rate: float = 1e-4,
     batch_size: int = 16,
-    hidden_budget: int = 4 << 30,
+    hidden_budget: int = HIDDEN_BUDGET,
     cache: bool = False,
     calibration_plot: str | Path | None = None,
 ) -> dict[str, float]:
@@ -96,9 +97,7 @@ def fit_reward(
 
     train_rte, held_out_rte = embed(cache)
     if policy is not None and reward_model.needs_statistics:
-        some = pairs if len(pairs) <= STATISTICS_PAIRS else random.Random(0).sample(pairs, STATISTICS_PAIRS)
-        rollout = tokenize_pairs(policy, tokenizer, some)
-        reward_model.set_statistics(train_rte, *feature_statistics(stream_hidden(policy, rollout), rollout))
+        take_statistics(reward_model, policy, tokenizer, pairs, train_rte)
     report = fit_head(reward_model, train_rte, held_out_rte)
     if lora_rank:
         report |= fit_lora(
@@ -309,12 +308,14 @@ def feedback_batches(
     *,
     batch_size: int,
     hidden_budget: int,
+    positions: str = "all",
 ) -> Batches:
     """The pairs as `Feedback`: one batch, kept, if the hidden states take at most `hidden_budget` bytes, else shuffled
-    minibatches of `batch_size` pairs for which the policy runs again in every epoch. rte [2 N, D_rm], chosen first."""
+    minibatches of `batch_size` pairs for which the policy runs again in every epoch. rte [2 N, D_rm], chosen first;
+    positions: see `collate`."""
 
     def batch_of(indices: list[int]) -> Feedback:
-        rollout = tokenize_pairs(policy, tokenizer, [pairs[i] for i in indices])
+        rollout = tokenize_pairs(policy, tokenizer, [pairs[i] for i in indices], positions)
         return rte.unflatten(0, (2, -1))[:, indices].flatten(0, 1), *pack_hidden(policy, rollout)
 
     indices: list[int] = list(range(len(pairs)))
@@ -337,8 +338,10 @@ def _count_tokens(tokenizer: Any, pair: Preference) -> int:
     return 2 * len(encode_prompt(tokenizer, pair.prompt)) + sum(map(len, completions))
 
 
-def tokenize_pairs(policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pairs: list[Preference]) -> Rollout:
-    """The pairs as the policy would have sampled them, 2 N sequences, chosen first."""
+def tokenize_pairs(
+    policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pairs: list[Preference], positions: str = "all"
+) -> Rollout:
+    """The pairs as the policy would have sampled them, 2 N sequences, chosen first. positions: see `collate`."""
     if tokenizer is None:
         raise ValueError("tokenizer is None; expected the policy's tokenizer beside the policy")
     prompts = [pair.prompt for pair in pairs] * 2
@@ -349,6 +352,7 @@ def tokenize_pairs(policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None,
         [encode_prompt(tokenizer, prompt) for prompt in prompts],
         tokenizer(completions, add_special_tokens=False).input_ids,
         pad_id=tokenizer.pad_token_id or 0,  # any id will do behind a mask
+        positions=positions,
         device=next(policy.parameters()).device,
     )
 
@@ -378,6 +382,19 @@ def pack_hidden(policy: nn.Module, rollout: Rollout) -> tuple[Tensor, Tensor]:
     packed = torch.cat([hidden[rollout.feedback_mask[rows]] for rows, hidden in stream_hidden(policy, rollout)])
     lengths = rollout.feedback_mask.sum(-1)
     return packed, F.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def take_statistics(
+    reward_model: R2MRewardModel,
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pairs: list[Preference],
+    rte: Tensor,
+) -> None:
+    """Fix a reward model's standardisation by the RTEs [2 N, D_rm] of the pairs and by the hidden states of some."""
+    some = pairs if len(pairs) <= STATISTICS_PAIRS else random.Random(0).sample(pairs, STATISTICS_PAIRS)
+    rollout = tokenize_pairs(policy, tokenizer, some)
+    reward_model.set_statistics(rte, *feature_statistics(stream_hidden(policy, rollout), rollout))
 
 
 def feature_statistics(hidden: Iterator[tuple[slice, Tensor]], rollout: Rollout) -> tuple[Tensor, Tensor]:

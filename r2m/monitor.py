@@ -21,6 +21,11 @@ from r2m_kernels import grebt_loss, time_weight
 
 logger = logging.getLogger(__name__)
 
+# When to warn, here while a run goes on and in r2m.diagnostics when it is over.
+ACCURACY_LOSS = 0.05  # fall of the accuracy on held-out pairs
+SPREAD_RATIOS = (0.5, 2.0)  # deviation of the rewards inside groups, as a multiple of what it was
+DEGENERATE_SHARE = 0.5  # of one round's groups, which are few
+
 
 def describe_samples(
     rollout: Rollout,
@@ -149,12 +154,12 @@ def report_start(row: dict[str, float], config: R2MConfig) -> None:
 def warn_about_drift(first: dict[str, float], row: dict[str, float]) -> None:
     """Self-labelled training can lose what the reward model knew, or inflate its scale: a row against the first."""
     before, now = first.get("rm/pair_accuracy"), row.get("rm/pair_accuracy")
-    if before is not None and now is not None and now < before - 0.05:
+    if before is not None and now is not None and now < before - ACCURACY_LOSS:
         logger.warning("round %d: held-out pair accuracy fell from %.3f to %.3f", row["round"], before, now)
     if "reward/group_std" not in row:  # one response to a prompt
         return
     ratio = row["reward/group_std"] / max(first["reward/group_std"], 1e-12)
-    if not 0.5 < ratio < 2:
+    if not SPREAD_RATIOS[0] < ratio < SPREAD_RATIOS[1]:
         logger.warning(
             "round %d: rewards spread %.2f times as wide inside groups as in round %d",
             row["round"],
@@ -168,7 +173,7 @@ def warn_about_degenerate_groups(history: list[dict[str, float]]) -> None:
     if "reward/degenerate_share" not in history[-1]:  # one response to a prompt
         return
     before, now = ([0.0] + [row["reward/degenerate_share"] for row in history])[-2:]
-    if before <= 0.5 < now:
+    if before <= DEGENERATE_SHARE < now:
         logger.warning(
             "round %d: in %.0f %% of the groups all responses get the same reward; nothing can be learned from them",
             history[-1]["round"],

@@ -1,5 +1,5 @@
-"""Figures of training runs, from their metrics.jsonl: what was logged, round by round, nothing smoothed; and of a
-reward model's calibration."""
+"""Figures of training runs, from their metrics.jsonl: what was logged, round by round, nothing smoothed; of a reward
+model's calibration; and of what `r2m diagnose` measures."""
 
 from __future__ import annotations
 
@@ -163,6 +163,50 @@ def plot_calibration(bins: Mapping[str, Sequence[tuple[float, float, int]]], out
     above.set_title("Held-out pairs", fontsize=9.5, pad=10 + 12 * (len(bins) + 1))
     below.set_axisbelow(True)
     below.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    _save(figure, out_png)
+
+
+def plot_depths(depths: Sequence[int], lines: Mapping[str, Sequence[tuple[float, float]]], out_png: str | Path) -> None:
+    """Draw mean cosines of texts against depth on the left, same-preference and cross-preference ones, and on the right
+    their gap, raw and centred. lines: "same", "cross", "gap", "gap_centred", a (value, standard error) for each depth.
+    """
+    figure, (left, right) = _grid(2)
+    labels = {"same": "same preference", "cross": "cross preference", "gap": "raw", "gap_centred": "mean removed"}
+    for number, (name, label) in enumerate(labels.items()):
+        values, errors = zip(*lines[name], strict=True)
+        ax, style = left if number < 2 else right, _style(number)
+        style["linestyle"] = "--" if name == "cross" else "-"  # it lies on the other where the gap is small
+        ax.errorbar(depths, values, yerr=errors, label=label, capsize=2, elinewidth=0.8, **style)
+    right.axhline(0, color="0.5", linestyle=":", linewidth=1)
+    dress(left, "Mean cosine of texts", "depth (layers)", "cosine")
+    dress(right, "Same less cross preference", "depth (layers)", "gap of the cosines")
+    for ax in (left, right):
+        ax.legend(fontsize=7.5, frameon=False)
+    _save(figure, out_png)
+
+
+def plot_similarity(panels: Mapping[str, tuple[Sequence[float], Sequence[float], str]], out_png: str | Path) -> None:
+    """Draw how many pairs of texts have which cosine and distance of rewards: {title: (cosines, distances, note)}."""
+    figure, axes = _grid(len(panels))
+    for ax, (title, (cosines, distances, note)) in zip(axes, panels.items(), strict=True):
+        cells = ax.hexbin(cosines, distances, gridsize=24, mincnt=1, cmap="Blues", linewidths=0.2)
+        bar = figure.colorbar(cells, ax=ax)
+        bar.set_label("pairs of texts", fontsize=8)
+        bar.ax.tick_params(labelsize=7.5)
+        dress(ax, f"{title}\n{note}", "cosine of two texts", "|difference of rewards|")
+    _save(figure, out_png)
+
+
+def plot_alignment(
+    vanilla: Sequence[float], fused: Mapping[str, Sequence[float]], out_png: str | Path, *, floor: float
+) -> None:
+    """Draw rewards at w = floor, {title: one for each text}, against those at w = 1; dotted where they are equal."""
+    figure, axes = _grid(len(fused))
+    ends = [min(vanilla), max(vanilla)]
+    for number, (ax, (title, values)) in enumerate(zip(axes, fused.items(), strict=True)):
+        ax.plot(ends, ends, color="0.5", linestyle=":", linewidth=1.2)
+        ax.plot(vanilla, values, **(_style(number) | {"linestyle": "none", "markersize": 2, "alpha": 0.6}))
+        dress(ax, title, "vanilla reward, w = 1", f"reward, w = {floor:g}")
     _save(figure, out_png)
 
 

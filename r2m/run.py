@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m import processes
 from r2m.checkpoint import best_round, check_unused, checkpoint_to_resume, claim, find_checkpoint, load_checkpoint
@@ -59,8 +60,18 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
 
     Raises the errors of `load_data`, and the same for models.
     """
-    place, data = config.placement, load_data(config) if data is None else data
-    config = _with_saved_part(config)
+    data = load_data(config) if data is None else data
+    config = with_saved_part(config)
+    policy, reward_model, tokenizer = load_models(config)
+    pairs = data["held_out_pairs"]
+    if pairs is not None:
+        data = data | {"held_out_pairs": usable_pairs(tokenizer, pairs, reward_model.config.max_length)}
+    return R2MTrainer(policy, reward_model, tokenizer, config=config, **data)
+
+
+def load_models(config: R2MConfig) -> tuple[PreTrainedModel | PeftModel, R2MRewardModel, PreTrainedTokenizerBase]:
+    """What a run of this config starts with: policy, reward model, the policy's tokenizer. Errors name the key."""
+    place = config.placement
     torch.manual_seed(config.seed)  # of an adapter's and a cross-attention's fresh weights
     device = policy_device(config)
     tokenizer = _load(
@@ -89,14 +100,10 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
         standardize=config.r2m.standardize,
         zero_output=config.r2m.zero_output,
     )
-    policy = load_policy(config, device)
-    pairs = data["held_out_pairs"]
-    if pairs is not None:
-        data = data | {"held_out_pairs": usable_pairs(tokenizer, pairs, reward_model.config.max_length)}
-    return R2MTrainer(policy, reward_model, tokenizer, config=config, **data)
+    return load_policy(config, device), reward_model, tokenizer
 
 
-def _with_saved_part(config: R2MConfig) -> R2MConfig:
+def with_saved_part(config: R2MConfig) -> R2MConfig:
     """The config with what the reward model has decided already, where it is a saved R2M reward model."""
     saved = _load("reward_model", saved_config, config.reward_model, revision=config.reward_model_revision)
     if saved is None:
@@ -120,7 +127,7 @@ def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
     if resume_from is None:
         check_unused(config.output_dir)
     data = load_data(config)
-    config = _with_saved_part(config)
+    config = with_saved_part(config)
     if resume_from is not None:
         checkpoint_to_resume(config, resume_from)
     folder = Path(config.output_dir)
@@ -306,7 +313,12 @@ def fit_reward_from_files(
     loaded = len(training) + len(validation or [])
     training = usable(training)
     if validation is None:
-        training, validation = _split(training, seed, source=pairs)
+        if len(training) < 10:
+            raise ValueError(
+                f"pairs: {pairs} has {len(training)} that can be used, of which a tenth is held out; "
+                "expected at least 10, or a file of held-out pairs"
+            )
+        training, validation = split_pairs(training, seed, len(training) // 10)
     else:
         validation = usable(validation)
     report = {
@@ -356,22 +368,17 @@ def _check_output(output: Path, reward_model: str | Path) -> None:
         raise OSError(f"output {output} cannot be written: {error}") from error
 
 
-def _split(pairs: list[Preference], seed: int, *, source: str | Path) -> tuple[list[Preference], list[Preference]]:
-    """All but a random tenth, and the tenth; the pairs of one prompt stay together where prompts are many."""
-    if len(pairs) < 10:
-        raise ValueError(
-            f"pairs: {source} has {len(pairs)} that can be used, of which a tenth is held out; "
-            "expected at least 10, or a file of held-out pairs"
-        )
+def split_pairs(pairs: list[Preference], seed: int, count: int) -> tuple[list[Preference], list[Preference]]:
+    """All but a random `count`, and these; the pairs of one prompt stay together where prompts are many."""
     by_prompt: dict[str, list[Preference]] = {}
     for pair in pairs:
         by_prompt.setdefault(json.dumps(pair.prompt), []).append(pair)
     groups = list(by_prompt.values())
-    if min(map(len, groups)) > len(pairs) // 10:  # few prompts for all pairs: they say nothing
+    if min(map(len, groups)) > count:  # few prompts for all pairs: they say nothing
         groups = [[pair] for pair in pairs]
     random.Random(seed).shuffle(groups)
     training: list[Preference] = []
     held_out: list[Preference] = []
     for group in groups:
-        (held_out if len(held_out) + len(group) <= len(pairs) // 10 else training).extend(group)
+        (held_out if len(held_out) + len(group) <= count else training).extend(group)
     return training, held_out

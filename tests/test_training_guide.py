@@ -137,12 +137,15 @@ def test_every_command_runs_and_leaves_what_the_guide_says(tmp_path, monkeypatch
     config = load_config("run.yaml")
     assert walk.variables["POLICY"] == str(tmp_path / "cache" / "smollm2-135m-instruct")
     sizes = {path.stem: len(path.read_text().splitlines()) for path in Path("data").iterdir()}
-    assert sizes == {"pairs": 64, "held_out_pairs": 24, "prompts": 400, "eval_prompts": 12}
+    assert sizes == {"pairs": 64, "held_out_pairs": 24, "test_pairs": 256, "prompts": 400, "eval_prompts": 12}
     assert "cpu: impl=" in walk.printed["r2m doctor"]
     for folder in ("reward_model", "reward_model_lora"):
         fit = json.loads(Path(folder, "fit.json").read_text())
         assert (fit["training_pairs"], fit["held_out_pairs"], fit["dropped_pairs"]) == (64, 24, 0)
         assert Path(folder, "calibration.png").stat().st_size > 0
+    measured = json.loads(Path("diagnosis", "diagnostics.json").read_text())
+    assert measured["pairs"] == {"training": 48, "stopping": 16, "measured": 256}
+    assert "mean over the" in walk.output_of("diagnose", "runs/first") and (run / "diagnosis" / "report.md").is_file()
     assert "GiB at the peak" in walk.output_of("doctor", "--config")
     assert "one round of 2 prompts x 8 responses" in walk.output_of("--dry-run")
     rows = read_metrics(run)
@@ -168,7 +171,7 @@ def test_the_judge_sees_no_text_of_the_files(tmp_path, monkeypatch):
     example = runpy.run_path(str(ROOT / "examples" / "movie_reviews.py"))
     dealt = example["splits"]()
     seen = "\n".join(review.text for review in dealt.judge_train)
-    pairs = [*dealt.pairs, *dealt.validation_pairs]
+    pairs = [*dealt.pairs, *dealt.validation_pairs, *dealt.test_pairs]
     openings = [text.strip() for pair in pairs for text in (pair.chosen, pair.rejected)]
     openings += [prompt.removeprefix("Movie review: ") for prompt in (*dealt.prompts, *dealt.eval_prompts)]
     assert len(openings) > 500 and not any(f"\n{opening}" in f"\n{seen}" for opening in openings)

@@ -298,13 +298,13 @@ def test_a_cache_that_cannot_be_written_is_an_error(reward_checkpoint, policy, t
 @pytest.mark.parametrize("per_prompt", [1, 3, 50])
 def test_a_tenth_is_held_out_and_prompts_stay_together_where_they_can(per_prompt):
     pairs = [Preference(f"prompt {i // per_prompt}", f"a{i}", f"b{i}") for i in range(100)]
-    training, held_out = run._split(pairs, 0, source="file")
+    training, held_out = run.split_pairs(pairs, 0, 10)
     assert sorted(p.chosen for p in training + held_out) == sorted(p.chosen for p in pairs)
     assert 8 <= len(held_out) <= 10
     if per_prompt == 3:
         assert not {p.prompt for p in training} & {p.prompt for p in held_out}
-    assert run._split(pairs, 0, source="file") == (training, held_out)
-    assert run._split(pairs, 1, source="file") != (training, held_out)
+    assert run.split_pairs(pairs, 0, 10) == (training, held_out)
+    assert run.split_pairs(pairs, 1, 10) != (training, held_out)
 
 
 def test_reliability_counts_confidence_against_what_came_true():
