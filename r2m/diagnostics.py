@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2m.fitting import pair_accuracy, stream_hidden
-from r2m.hidden_states import gaussian_like, policy_backbone
+from r2m.hidden_states import noise_like, policy_backbone
 from r2m.monitor import ACCURACY_LOSS, DEGENERATE_SHARE, SPREAD_RATIOS
 from r2m.reward_model import R2MRewardModel
 from r2m.rollout import Rollout
@@ -197,7 +197,7 @@ class Observed:
 
     vanilla: Tensor  # rewards at w = 1
     aggregated: Tensor  # rewards at w = 0: the cross-attention alone
-    noise: Tensor  # those with `gaussian_like` in the place of the hidden states
+    noise: Tensor  # those with `noise_like` in the place of the hidden states
     attended_tokens: Tensor  # exp of the attention's entropy, mean over the heads
     prompt_attention: Tensor  # share of the attention on the prompt
     prompt_positions: Tensor  # the prompt's share of the feedback positions, which an even attention would give it
@@ -226,7 +226,7 @@ def observe(
             torch.stack(
                 [
                     reward_model.score(rte[rows], hidden, weight=0.0, mask=mask),
-                    reward_model.score(rte[rows], gaussian_like(hidden, mask), weight=0.0, mask=mask),
+                    reward_model.score(rte[rows], noise_like(hidden, mask), weight=0.0, mask=mask),
                     torch.special.entr(weights).sum(-1).exp().mean(-1),
                     weights[..., :width_p].sum(-1).mean(-1),
                     mask[:, :width_p].sum(-1) / mask.sum(-1).clamp_min(1),

@@ -72,17 +72,3 @@ def policy_backbone(model: Any) -> nn.Module:
     if not hasattr(model, "get_decoder"):
         raise TypeError(f"model is a {type(model).__name__}; expected a transformers language model with get_decoder()")
     return model.get_decoder()
-
-
-def gaussian_like(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Gaussian noise in the place of hidden states (the paper's ablation "w/ Noise"): [B, S, D], of the same dtype.
-
-    hidden [B, S, D], mask bool [B, S]. Mean and variance are, for every sequence and feature, those of `hidden` over
-    the positions in the mask; what stands at the others is not read. Draws from torch's global generator.
-    """
-    inside = mask.unsqueeze(-1)
-    count = inside.sum(1, keepdim=True).clamp_min(1)
-    mean = hidden.float().masked_fill(~inside, 0).sum(1, keepdim=True) / count
-    centred = (hidden - mean).masked_fill(~inside, 0)
-    deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
-    return (mean + deviation * torch.randn_like(centred)).to(hidden.dtype)

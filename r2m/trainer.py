@@ -177,7 +177,7 @@ class R2MTrainer:
         if held_out_pairs:
             self.pairs_held_out = len(held_out_pairs)
             own = processes.share(held_out_pairs)
-            self.held_out = self._embed_pairs(own), tokenize_pairs(policy, tokenizer, own)
+            self.held_out = self._embed_pairs(own), tokenize_pairs(policy, tokenizer, own, config.r2m.positions)
         warn_about_settings(config)
 
     # ---- Algorithm 1 ----

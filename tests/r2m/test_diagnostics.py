@@ -36,7 +36,6 @@ from r2m.diagnostics import (
     thirds,
 )
 from r2m.fitting import embed_pairs, score_pairs, tokenize_pairs
-from r2m.hidden_states import gaussian_like
 from r2m.reward_model import R2MRewardModel
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -51,31 +50,6 @@ def rollout(policy, tokenizer):
 @pytest.fixture(params=[1, 2], ids=["one head", "two heads"])
 def reward_model(request, reward_checkpoint, policy):
     return tiny.reward_model(reward_checkpoint, policy, num_heads=request.param)
-
-
-# ---- noise ----
-
-
-def test_noise_has_the_mean_and_variance_of_each_sequence_and_feature():
-    torch.manual_seed(0)
-    location, scale = torch.randn(2, 1, 3), torch.rand(2, 1, 3) + 0.5
-    hidden, mask = location + scale * torch.randn(2, 20_000, 3), torch.ones(2, 20_000, dtype=torch.bool)
-    mask[1, 5000:] = False
-    hidden[1, 5000:] = math.nan  # nothing there is read
-    noise = gaussian_like(hidden, mask)
-    for b, kept in ((0, 20_000), (1, 5000)):
-        expected, actual = hidden[b, :kept], noise[b]
-        torch.testing.assert_close(actual.mean(0), expected.mean(0), rtol=0, atol=0.05)
-        torch.testing.assert_close(actual.std(0), expected.std(0), rtol=0.05, atol=0)
-    assert abs(pearson(hidden[0, :, 0], noise[0, :, 0])) < 0.05
-
-
-def test_noise_of_a_single_position_is_that_position_and_the_dtype_stays():
-    hidden, mask = torch.randn(2, 4, 3, dtype=torch.bfloat16), torch.zeros(2, 4, dtype=torch.bool)
-    mask[0, 2] = True
-    noise = gaussian_like(hidden, mask)
-    assert noise.dtype == torch.bfloat16
-    assert torch.equal(noise[0], hidden[0, 2].expand(4, 3)) and torch.equal(noise[1], torch.zeros_like(noise[1]))
 
 
 # ---- statistics ----
