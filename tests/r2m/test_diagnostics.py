@@ -35,7 +35,7 @@ from r2m.diagnostics import (
     text_pairs,
     thirds,
 )
-from r2m.fitting import embed_pairs, score_pairs, tokenize_pairs
+from r2m.fitting import embed_pairs, score_rollout, tokenize_pairs
 from r2m.reward_model import R2MRewardModel
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -173,7 +173,7 @@ def test_rewards_are_those_of_the_reward_model_at_any_weight(reward_model, polic
     rte = embed_pairs(reward_model, PAIRS)
     seen = observe(reward_model, policy, rte, rollout, batch_size=7)
     for weight in (0.0, 0.3, 0.6, 1.0):
-        expected = score_pairs(reward_model, policy, rte, rollout, weight)
+        expected = score_rollout(reward_model, policy, rte, rollout, weight)
         torch.testing.assert_close(seen.reward(weight), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import tiny
 import torch
@@ -29,29 +30,31 @@ def judge(prompts, responses):
     return [float(len(prompt) + 3 * len(set(response))) for prompt, response in zip(prompts, responses, strict=True)]
 
 
+def stochastic_gradient_descent(parameters, **_):
+    return torch.optim.SGD(parameters, lr=0.02)
+
+
 def train(folder, checkpoint, *, sgd=True, adapter=False, sampled=False, resume=None, killed_in=0, **settings):
     """The metrics and weights of a run. killed_in: the round in which the second process dies."""
-    if sgd:  # Adam divides rounding by itself
-        adam, torch.optim.AdamW = torch.optim.AdamW, lambda parameters, **_: torch.optim.SGD(parameters, lr=0.02)
     values = {
         "prompts_per_round": 4, "micro_batch_size": 4, "r2m": {"standardize": True},
         "evaluation": {"every": 1}, "checkpoints": {"every": 1, "keep": 9},
     }  # fmt: skip
     policy = with_adapter() if adapter else small_policy()
-    trainer = R2MTrainer(
-        policy,
-        tiny.reward_model(checkpoint, policy, standardize=True),
-        tiny.tokenizer(),
-        PROMPTS,
-        make_config(folder, **values | settings),
-        rollout_fn=None if sampled else respond,
-        eval_prompts=PROMPTS[:5],
-        judge=judge,
-        held_out_pairs=PAIRS,
-        sample_metrics=lambda prompts, responses: {"judged": sum(judge(prompts, responses))},
-    )
-    if sgd:
-        torch.optim.AdamW = adam
+    steps = stochastic_gradient_descent if sgd else torch.optim.AdamW  # Adam divides rounding by itself
+    with patch.object(torch.optim, "AdamW", steps):
+        trainer = R2MTrainer(
+            policy,
+            tiny.reward_model(checkpoint, policy, standardize=True),
+            tiny.tokenizer(),
+            PROMPTS,
+            make_config(folder, **values | settings),
+            rollout_fn=None if sampled else respond,
+            eval_prompts=PROMPTS[:5],
+            judge=judge,
+            held_out_pairs=PAIRS,
+            sample_metrics=lambda prompts, responses: {"judged": sum(judge(prompts, responses))},
+        )
     annotate = trainer.annotate
 
     def annotate_or_die(rollout, t, row, **options):
