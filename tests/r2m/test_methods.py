@@ -123,7 +123,7 @@ def test_a_run_can_be_resumed_and_every_metric_is_finite(make, settings, new_pol
     for row in rows:
         assert [name for name, value in row.items() if not math.isfinite(value)] == []
         assert row.keys() >= {"grebt/loss", "rm/grad_norm", "reward/group_std", "policy/kl"}
-        assert row["policy/grad_norm"] > 0 or row["policy/clip_share"] == 0.5  # all of the second epoch's
+        assert row["policy/grad_norm"] > 0 or row["policy/clip_share"] > 0  # all of the last step's
     resumed = make(policy=new_policy(), held_out_pairs=PAIRS, **settings)
     again = resumed.train(resume_from=straight.output_dir / "checkpoint-1")
     assert without_costs(again[-2:]) == without_costs(rows[-2:])
