@@ -82,6 +82,7 @@ def gather_items(items: list[T], group: int = 1) -> list[T]:
 
 
 def mean(values: Mapping[str, float]) -> dict[str, float]:
+    """The mean of each value over processes."""
     parts = _all(dict(values))
     return {name: sum(part[name] for part in parts) / len(parts) for name in values}
 
