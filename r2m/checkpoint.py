@@ -26,7 +26,6 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from r2m import processes
 from r2m.config import R2MConfig, config_items, config_to_yaml, load_config
@@ -224,7 +223,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     them whole."""
     digest = hashlib.sha256()
     for name, p in weights:
-        values = (p.full_tensor() if isinstance(p, DTensor) else p).detach().reshape(-1)
+        values = processes.full(p).detach().reshape(-1)
         picked = values[:: max(1, len(values) // 64)][:64].float().cpu()
         digest.update(f"{name} {tuple(p.shape)} ".encode() + picked.numpy().tobytes())
     return digest.hexdigest()

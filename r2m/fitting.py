@@ -360,12 +360,11 @@ def tokenize_pairs(
 @torch.no_grad()
 def stream_hidden(policy: nn.Module, rollout: Rollout, batch_size: int = 32) -> Iterator[tuple[slice, Tensor]]:
     """The policy's last hidden states [b, S, D_p], a micro-batch of rows at a time; one row of each gets logits."""
-    was_training = policy.training
+    was_training, taken = policy.training, list[Tensor]()
     policy.eval()
     for start in range(0, len(rollout.prompts), batch_size):
         rows = slice(start, start + batch_size)
-        taken: list[Tensor] = []
-        with HiddenStateTap(policy, lambda hidden, _, taken=taken: taken.append(hidden)):  # type: ignore[misc]
+        with HiddenStateTap(policy, lambda hidden, _: taken.append(hidden)):
             policy(  # as a whole: where it is sharded, only then are its weights at hand
                 input_ids=rollout.input_ids[rows],
                 attention_mask=rollout.attention_mask[rows],
@@ -414,7 +413,7 @@ def feature_statistics(hidden: Iterator[tuple[slice, Tensor]], rollout: Rollout)
     everywhere = processes.total(size)
     overall = processes.total(size * mean) / everywhere
     square = processes.total(square + size * (mean - overall).square())
-    return overall.float(), (square / everywhere).sqrt().float()
+    return overall.float(), (square / everywhere).float().sqrt()
 
 
 @torch.no_grad()

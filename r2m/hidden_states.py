@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from r2m import processes
 
 Consumer = Callable[[Tensor, "Tensor | None"], Any]
 
@@ -42,9 +43,8 @@ class HiddenStateTap:
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             return  # a generation step
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        if isinstance(hidden, DTensor):  # of a model with tensor parallelism
-            hidden = hidden.full_tensor()
-        self.consumer(hidden.detach(), kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+        hidden = processes.full(hidden.detach())  # sharded where a model with tensor parallelism leaves it so
+        self.consumer(hidden, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
 
 
 def noise_like(hidden: Tensor, mask: Tensor) -> Tensor:

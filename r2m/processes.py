@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -49,7 +50,7 @@ def stop() -> None:
 
 
 def number() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def index() -> int:
@@ -157,12 +158,23 @@ def shard(model: Any) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def averages_gradients(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Around a forward and a backward pass of `replicate`'s result: only with the `last` before a step the gradients
+    summed so far are averaged. A sharded model, which has room for its part of them alone, does so in every pass."""
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def full(value: Tensor) -> Tensor:
+    """A tensor that may be sharded, as a whole. All processes take part."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def whole(value: Any) -> Any:
     """Tensors, in nested dicts and lists, without sharding. All processes take part; a sharded one comes to the host,
     and only in the first process."""
     if isinstance(value, DTensor):
-        full = value.full_tensor()
-        return full.cpu() if index() == 0 else full.new_empty(0)
+        gathered = full(value)
+        return gathered.cpu() if index() == 0 else gathered.new_empty(0)
     if isinstance(value, dict):
         return {key: whole(inner) for key, inner in value.items()}
     if isinstance(value, list):

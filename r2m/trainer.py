@@ -25,8 +25,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -250,7 +248,8 @@ class R2MTrainer:
         self.policy.train(first_epoch)  # decides gradient checkpointing, and nothing else: dropout is off
         totals: dict[str, Tensor] = {}
         for rows in micro_batches:
-            with torch.set_grad_enabled(first_epoch), self._averages_gradients(rows is micro_batches[-1]):
+            last = rows is micro_batches[-1]
+            with torch.set_grad_enabled(first_epoch), processes.averages_gradients(self.wrapped, last):
                 log_probs = self._score(rollout, batch, rows, refreshes)
                 if first_epoch:
                     assign_credit(rollout, batch, config, rows)
@@ -279,7 +278,7 @@ class R2MTrainer:
             refresh = epoch == config.epochs and self._taps_policy
             for i in torch.randperm(len(minibatches), generator=order).tolist():
                 for rows in minibatches[i]:
-                    with self._averages_gradients(rows is minibatches[i][-1]):
+                    with processes.averages_gradients(self.wrapped, rows is minibatches[i][-1]):
                         logits = self._logits(self.wrapped, rollout, rows, self.updater.collect if refresh else None)
                         ids = rollout.completion_ids[rows]
                         log_probs = token_log_probs(logits, ids, config.generation.temperature)
@@ -444,8 +443,7 @@ class R2MTrainer:
         return [slice(i, min(i + micro, stop)) for i in range(start, stop, micro)]
 
     def _step_policy(self, t: int, epoch: int) -> float:
-        total = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        norm = processes.full(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)).item()
         if not norm < float("inf"):  # NaN too
             raise FloatingPointError(f"phase policy, round {t}, epoch {epoch}: the gradient norm is {norm}")
         self.optimizer.step()
@@ -601,12 +599,6 @@ class R2MTrainer:
     def _set_seed(self, seed: int) -> None:
         """Every process draws numbers of its own."""
         set_seed((seed * processes.number() + processes.index()) % 2**32)
-
-    def _averages_gradients(self, last: bool) -> AbstractContextManager[None]:
-        """Around a forward and a backward pass: with the last before a step, the sum so far is averaged over processes.
-        A sharded policy, which has room for its part of the gradients only, does that in every pass."""
-        wrapped = self.wrapped
-        return nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
 
     def prompts_of_round(self, t: int) -> list[Prompt]:
         """n prompts: the t-th slice of an endless sequence of shuffled passes, a function of the seed and t alone."""

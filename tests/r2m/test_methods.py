@@ -6,26 +6,16 @@ import math
 import pytest
 import tiny
 import torch
+from test_trainer import PAIRS, K, N, changed, copies, hidden_states, small_policy, with_adapter, without_costs
 
-from r2m import Preference, R2MTrainer, fitting, updater
-from r2m.config import Lora, config_from_dict
+from r2m import R2MTrainer, fitting, updater
+from r2m.config import config_from_dict
 from r2m.fitting import embed_pairs, pair_accuracy, tokenize_pairs
-from r2m.policy import add_adapter
 from r2m.reward_model import saved_config
 from r2m_kernels.grebt import reference as grebt_reference
 
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz"]
-PAIRS = [Preference("hello ", "there", "no"), Preference("a", "bc", "yes, why?"), Preference("q ", "x", "y")]
-N, K, BETA = 2, 4, 0.3
-
-
-def small_policy():
-    return tiny.policy(num_hidden_layers=1)
-
-
-def with_adapter():
-    torch.manual_seed(7)
-    return add_adapter(small_policy(), Lora(rank=2))
+BETA = 0.3
 
 
 @pytest.fixture
@@ -65,24 +55,6 @@ def move(policy):
                 p += 0.05 * torch.randn_like(p)
 
 
-def copies(module):
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def changed(module, before):
-    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def hidden_states(model, rollout):
-    with torch.no_grad():
-        return model(
-            input_ids=rollout.input_ids,
-            attention_mask=rollout.attention_mask,
-            position_ids=rollout.position_ids,
-            output_hidden_states=True,
-        ).hidden_states[-1]
-
-
 def log_probs_of(model, rollout):
     logits = model(
         input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids
@@ -96,10 +68,6 @@ def rewards_of(trainer, rollout, weight, model=None):
     rte = trainer.reward_model.embed(rollout.prompts, rollout.completions)
     hidden = hidden_states(trainer.policy if model is None else model, rollout)
     return trainer.reward_model.score(rte, hidden, weight=weight, mask=rollout.feedback_mask).detach()
-
-
-def without_costs(rows):
-    return [{name: value for name, value in row.items() if not name.startswith(("seconds", "memory"))} for row in rows]
 
 
 # ---- every one of them runs ----

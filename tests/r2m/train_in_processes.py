@@ -65,7 +65,7 @@ def train(folder, checkpoint, *, sgd=True, adapter=False, sampled=False, resume=
     trainer.annotate = annotate_or_die
     history = trainer.train(resume)
     trainer.save_pretrained(folder)
-    weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in policy.state_dict().items()}
+    weights = {name: processes.full(p) for name, p in policy.state_dict().items()}
     texts = trainer.sample(1).completions
     return {"history": history, "policy": weights, "reward_model": trainer.reward_model.state_dict(), "texts": texts}
 
