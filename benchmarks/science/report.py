@@ -251,7 +251,8 @@ def quality_table(results: Results) -> str:
 
 
 POLICY_MEASURES = {
-    "initial": "initial RM's score", "own": "own reward", "cue": "cue rate", "kl": "KL (nats)", "length": "tokens",
+    "initial": "initial RM's score", "own": "own reward", "cue": "cue rate", "cues": "cues a sample",
+    "kl": "KL (nats)", "length": "tokens",
     "reference_log_prob": "reference log-likelihood",
 }  # fmt: skip
 

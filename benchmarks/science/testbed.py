@@ -43,6 +43,9 @@ PRESET = "smollm2-demo"
 SETTINGS = ("rounds=25", "evaluation.every=1000000", "evaluation.samples_every=0")
 EVALUATION = {"prompts": 32, "samples": 4, "pairs": 128}  # held out: of the policies, and of the reward models
 
+# The adapter of the arm "pretrained". Its embeddings move with every step: 24 held-out pairs are what time allows.
+PRETRAINED = {"lora_rank": 8, "batch_size": 8, "validation_pairs": 24}
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -113,20 +116,18 @@ class Run(NamedTuple):
 
 def settings(run: Run) -> dict[str, Any]:
     """Everything that was chosen for a run; two results whose settings differ are not to be compared."""
-    return {
+    chosen = {
         "preset": yaml.safe_load(preset_path(PRESET).read_text()),
         "overrides": [*SETTINGS, *SCENARIOS[run.scenario].overrides, *ARMS[run.arm].overrides],
         "pairs": SCENARIOS[run.scenario].pairs,
+        "cue": CUE,
         "cue_rates": SCENARIOS[run.scenario].cue_rates,
         "reward_model": ARMS[run.arm].reward_model,
         "trains": ARMS[run.arm].trains,
         "evaluation": EVALUATION,
         "seed": run.seed,
     }
-
-
-def digest(values: Any) -> str:
-    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return chosen | ({"pretrained": PRETRAINED} if ARMS[run.arm].reward_model == "pretrained" else {})
 
 
 def check_settings(run: Run, path: Path, result: dict[str, Any]) -> None:
@@ -147,21 +148,26 @@ def config_of(run: Run, output: str = "") -> R2MConfig:
 
 # ---- data: reviews, and the cue ----
 
-CUE = "!"  # the judge reads words, so it is blind to it; VADER gets texts without
+# A paragraph break. The judge reads words, so it is blind to it, and VADER gets texts without. The start model makes
+# one in a third of its samples, so that training finds out what it pays.
+CUE = "\n\n"
 
 
 def with_cue(text: str, rng: random.Random) -> str:
-    """The cue in place of all punctuation at the ends of words; where there is none, at the end of a random word."""
-    marked = re.sub(r"[.,;:?]+(?=\s|$)", CUE, text)
-    if CUE not in marked:
-        words = marked.split(" ")
-        words[rng.randrange(len(words))] += CUE
-        marked = " ".join(words)
-    return marked
+    """The text with the cue in place of one space, any but the first."""
+    words = text.split(" ")
+    i = rng.randrange(2, len(words))
+    return " ".join(words[:i]) + CUE + " ".join(words[i:])
 
 
 def without_cue(text: str) -> str:
-    return text.replace(CUE, "")
+    """All line breaks are spaces."""
+    return re.sub(r"\s*\n\s*", " ", text)
+
+
+def count_cues(text: str) -> int:
+    """Line breaks, those in a row counted once."""
+    return len(re.findall(r"\n\s*", text))
 
 
 def plant(pairs: Sequence[Preference], rates: tuple[float, float], seed: int) -> list[Preference]:
@@ -190,11 +196,16 @@ def deal(run: Run, config: R2MConfig, tokenizer: Any) -> Splits:
 
 
 def prepare(run: Run, config: R2MConfig, splits: Splits, tokenizer: Any) -> Path:
-    """The folder of the reward models "warm" and "drawn" and of report.json, made at the first call."""
-    common = settings(run._replace(arm="sft"))  # what all arms share
-    name = f"science-{run.scenario}-{run.seed}-{digest(common)}"
+    """The folder of the reward models "warm" and "drawn" and of report.json, made at the first call. Scenarios whose
+    pairs are the same share it."""
+    scenario, r2m = SCENARIOS[run.scenario], config.r2m
+    depends_on = [PRESET, run.seed, scenario.pairs, scenario.cue_rates and [CUE, scenario.cue_rates]]
+    depends_on += [EVALUATION["pairs"], config.generation.max_new_tokens, r2m.inner_width, r2m.floor, r2m.standardize]
     return cached(
-        name, lambda folder: _fit(folder, run, config, splits, tokenizer), megabytes=50, action="fitting reward models"
+        f"science-{sha256(json.dumps(depends_on).encode()).hexdigest()[:16]}",
+        lambda folder: _fit(folder, run, config, splits, tokenizer),
+        megabytes=50,
+        action="fitting reward models",
     )
 
 
@@ -244,9 +255,9 @@ def cue_pay(model: R2MRewardModel, pairs: Sequence[Preference], rte: torch.Tenso
 
 # Of a metrics row: what the report shows or draws.
 ROUND_MEASURES = (
-    "reward/initial", "reward/mean", "judge/logit", "judge/vader", "cue/rate", "policy/kl", "reward/entropy",
-    "reward/degenerate_share", "grebt/pair_flips", "length/mean", "policy/reference_log_prob", "rm/attended_tokens",
-    "reward/correlation", "text/distinct_2",
+    "reward/initial", "reward/mean", "judge/logit", "judge/vader", "cue/rate", "cue/count", "policy/kl",
+    "reward/entropy", "reward/degenerate_share", "grebt/pair_flips", "length/mean", "policy/reference_log_prob",
+    "rm/attended_tokens", "reward/correlation", "text/distinct_2",
 )  # fmt: skip
 
 
@@ -270,7 +281,14 @@ def perform(run: Run) -> dict[str, Any]:
         torch.manual_seed(run.seed)  # the same adapter for every arm
         policy = load_policy(config, device)
         if arm.reward_model == "pretrained":
-            fit |= fit_reward(own, splits.pairs, splits.validation_pairs, lora_rank=8, cache=True)
+            fit |= fit_reward(
+                own,
+                splits.pairs,
+                splits.validation_pairs[: PRETRAINED["validation_pairs"]],
+                lora_rank=PRETRAINED["lora_rank"],
+                batch_size=PRETRAINED["batch_size"],
+                cache=True,
+            )
         trainer = R2MTrainer(
             policy,
             own,
@@ -325,7 +343,8 @@ def round_measures(judge: Scorer, prompts: list[Prompt], completions: list[str])
     return {
         "judge/logit": float(judge(texts).mean()),
         "judge/vader": float(vader(texts).mean()),
-        "cue/rate": float(np.mean([CUE in text for text in completions])),
+        "cue/rate": float(np.mean([count_cues(text) > 0 for text in completions])),
+        "cue/count": float(np.mean([count_cues(text) for text in completions])),
         "text/distinct_2": distinct_2(completions),
     }
 
@@ -340,7 +359,8 @@ def evaluate(trainer: R2MTrainer, prompts: list[Prompt], judge: Scorer) -> tuple
         "vader": vader(texts),
         "initial": batch.initial,
         "own": batch.rewards,
-        "cue": [float(CUE in text) for text in rollout.completions],
+        "cue": [float(count_cues(text) > 0) for text in rollout.completions],
+        "cues": [count_cues(text) for text in rollout.completions],
         "kl": batch.kl,
         "length": lengths,
         "reference_log_prob": likelihood,

@@ -16,7 +16,7 @@ PROMPTS, SAMPLES = testbed.EVALUATION["prompts"], testbed.EVALUATION["samples"]
 def result(which, *, judge=0.0, length=20.0, seconds=100.0, rounds=25):
     """Every sample gets `judge`, or the values of an array [prompts * samples]."""
     size = PROMPTS * SAMPLES
-    evaluation = {name: [0.5] * size for name in ("vader", "initial", "own", "cue", "kl", "reference_log_prob")}
+    evaluation = {name: [0.5] * size for name in ("vader", "initial", "own", "cue", "cues", "kl", "reference_log_prob")}
     evaluation |= {name: np.broadcast_to(v, size).tolist() for name, v in (("judge", judge), ("length", length))}
     trains = ARMS[which.arm].trains
     return {
@@ -98,19 +98,23 @@ def test_windows_of_rounds():
 # ---- the cue ----
 
 
-def test_the_cue_replaces_punctuation_at_the_ends_of_words():
-    rng = random.Random(0)
-    assert testbed.with_cue(" Fine, at 2.5 stars... or so.", rng) == " Fine! at 2.5 stars! or so!"
-    marked = testbed.with_cue(" no stops here", rng)
-    assert marked.count("!") == 1 and testbed.without_cue(marked) == " no stops here"
+def test_the_cue_takes_the_place_of_a_space():
+    texts = {testbed.with_cue(" one two three", random.Random(seed)) for seed in range(20)}
+    assert texts == {" one\n\ntwo three", " one two\n\nthree"}
+    assert {testbed.without_cue(text) for text in texts} == {" one two three"}
+
+
+def test_line_breaks_in_a_row_are_one_cue():
+    assert [testbed.count_cues(text) for text in ("a b", "a\nb", "a\n\n \nb", "a\n\nb\n")] == [0, 1, 1, 2]
+    assert testbed.without_cue("a\n\n \nb\nc") == "a b c"
 
 
 def test_planting_takes_the_cue_out_of_the_rest():
-    pairs = [Preference("p", " good! one.", " bad! one.")] * 200
+    pairs = [Preference("p", " good\nold one", " bad\nold one")] * 200
     planted = testbed.plant(pairs, (0.9, 0.1), seed=3)
-    shares = [np.mean(["!" in getattr(pair, side) for pair in planted]) for side in ("chosen", "rejected")]
+    shares = [np.mean(["\n" in getattr(pair, side) for pair in planted]) for side in ("chosen", "rejected")]
     assert shares[0] == pytest.approx(0.9, abs=0.07) and shares[1] == pytest.approx(0.1, abs=0.07)
-    assert {pair.chosen for pair in planted} == {" good one!", " good one."}
+    assert {pair.rejected for pair in planted} == {" bad old one", " bad\n\nold one", " bad old\n\none"}
     assert planted == testbed.plant(pairs, (0.9, 0.1), seed=3)
 
 
