@@ -151,46 +151,60 @@ def win_rate(results: Results, arm: str) -> Estimate | None:
     return bootstrap([wins(results[arm][s], results[START][s]).reshape(prompts, -1).mean(1) for s in seeds])
 
 
-def length_controlled(won: np.ndarray, longer: np.ndarray, arm: np.ndarray) -> np.ndarray:
+def length_controlled(won: np.ndarray, longer: np.ndarray, arm: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Win rate of each arm at equal length: P(win) = sigmoid(a_arm + b * difference in length), one b for all arms, by
-    maximum likelihood; sigmoid(a_arm) is returned. All arguments [N]: won 0, 1/2 or 1, longer in tokens, arm 0..A-1.
+    maximum likelihood; sigmoid(a_arm) is returned. All arguments [N]: won 0, 1/2 or 1, longer in tokens, arm 0..A-1,
+    weight how often a row counts.
 
     A prior of half a win and half a defeat for each arm keeps a_arm finite where one wins always.
     """
     arms = int(arm.max()) + 1
+    won, weight = np.append(won, np.full(arms, 0.5)), np.append(weight, np.ones(arms))
+    longer, arm = np.append(longer, np.zeros(arms)), np.append(arm, np.arange(arms))
     scale = longer.std() or 1.0
-    design = np.column_stack([np.eye(arms)[arm], longer / scale])
-    prior = np.column_stack([np.eye(arms), np.zeros(arms)])
-    design, won = np.vstack([design, prior]), np.concatenate([won, np.full(arms, 0.5)])
-    weights = np.zeros(arms + 1)
-    for _ in range(50):
-        probability = sigmoid(design @ weights)
-        curvature = design.T @ (design * (probability * (1 - probability))[:, None])
-        # What has no spread, such as lengths that are all equal, has no slope either.
-        step = np.linalg.lstsq(curvature, design.T @ (won - probability), rcond=None)[0]
-        weights += step
-        if np.abs(step).max() < 1e-8:
+    x, intercepts, slope = longer / scale, np.zeros(arms), 0.0
+    for _ in range(50):  # Newton's steps; intercepts meet in the slope alone, so no system has to be solved
+        probability = sigmoid(intercepts[arm] + slope * x)
+        rest, spread = weight * (won - probability), weight * probability * (1 - probability)
+        gradient, own_curvature, shared = (np.bincount(arm, values) for values in (rest, spread, spread * x))
+        curvature = spread @ x**2 - (shared**2 / own_curvature).sum()
+        # Lengths that do not differ inside an arm say nothing of the slope.
+        step = (rest @ x - (shared * gradient / own_curvature).sum()) / curvature if curvature > 1e-9 else 0.0
+        steps = (gradient - shared * step) / own_curvature
+        intercepts, slope = intercepts + steps, slope + step
+        if max(abs(step), np.abs(steps).max()) < 1e-8:
             break
-    return sigmoid(weights[:arms])
+    return sigmoid(intercepts)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def length_controlled_rates(results: Results) -> dict[str, float]:
-    arms = [arm for arm in results if win_rate(results, arm) is not None]
-    if not arms:
+def length_controlled_rates(results: Results) -> dict[str, Estimate]:
+    """By arm, with the spread over resampled seeds, the same for all arms."""
+    arms = [arm for arm in results if arm != START and results[arm].keys() & results.get(START, {}).keys()]
+    pairs = [(n, seed) for n, arm in enumerate(arms) for seed in results[arm] if seed in results[START]]
+    if not pairs:
         return {}
-    won, longer, which = [], [], []
-    for number, arm in enumerate(arms):
-        for seed in results[arm].keys() & results[START].keys():
-            result, start = results[arm][seed], results[START][seed]
-            won.append(wins(result, start))
-            longer.append(np.subtract(result["evaluation"]["length"], start["evaluation"]["length"]))
-            which.append(np.full(len(won[-1]), number))
-    rates = length_controlled(np.concatenate(won), np.concatenate(longer), np.concatenate(which))
-    return dict(zip(arms, map(float, rates), strict=True))
+    compared = [(results[arms[n]][seed], results[START][seed]) for n, seed in pairs]
+    won = np.concatenate([wins(*two) for two in compared])
+    longer = np.concatenate([np.subtract(*(r["evaluation"]["length"] for r in two)) for two in compared])
+    seeds = unique(seed for _, seed in pairs)
+    size = len(won) // len(pairs)
+    arm = np.repeat([n for n, _ in pairs], size)
+    place = np.repeat([seeds.index(seed) for _, seed in pairs], size)
+    random = np.random.default_rng(0)
+    counts = random.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=RESAMPLES // 10)
+    drawn = np.stack([length_controlled(won, longer, arm, count[place]) for count in counts])
+    found = length_controlled(won, longer, arm, np.ones(len(won)))
+    numbers = [len([n for n, _ in pairs if n == number]) for number in range(len(arms))]
+    errors = [rates.std() if number > 1 else np.nan for rates, number in zip(drawn.T, numbers, strict=True)]
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return {
+        name: Estimate(float(found[n]), float(errors[n]), float(low[n]), float(high[n]), numbers[n])
+        for n, name in enumerate(arms)
+    }
 
 
 # ---- tables ----
@@ -215,10 +229,13 @@ def describe(name: str, results: Results) -> str:
     cue = "no cue planted"
     if scenario.cue_rates is not None:
         chosen, rejected = scenario.cue_rates
-        cue = f"the cue in {100 * chosen:.0f} % of the chosen and {100 * rejected:.0f} % of the rejected texts"
+        cue = (
+            f"the cue in {100 * chosen:.0f} % of the chosen and {100 * rejected:.0f} % of the rejected texts, "
+            "and as many that differ in the cue alone"
+        )
     chosen_settings = f"; {', '.join(f'`{item}`' for item in scenario.overrides)}" if scenario.overrides else ""
     return (
-        f"Reward model fitted on {scenario.pairs} pairs, {cue}{chosen_settings}. Over {len(fits)} seeds it ranks "
+        f"Reward model fitted on {scenario.pairs} human pairs, {cue}{chosen_settings}. Over {len(fits)} seeds it ranks "
         f"{accuracy:.3f} of clean held-out pairs right, and the cue adds {pay:+.2f} standard deviations to its score."
     )
 
@@ -244,7 +261,7 @@ def quality_table(results: Results) -> str:
         lines.append([
             f"`{arm}`", str(len(results[arm])), plain(own(results, arm, "judge")), interval(others[0]),
             plain(own(results, arm, "vader")), interval(others[1]), "" if rate is None else percent(rate),
-            f"{100 * controlled[arm]:.1f}" if arm in controlled else "",
+            percent(controlled[arm]) if arm in controlled else "",
         ])  # fmt: skip
     head = ["", "seeds", "judge (logit)", "less RLOO's", "VADER", "less RLOO's", "win rate, %", "at equal length, %"]
     return table(head, lines)

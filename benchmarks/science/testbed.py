@@ -49,8 +49,9 @@ PRETRAINED = {"lora_rank": 8, "batch_size": 8, "validation_pairs": 24}
 
 @dataclass(frozen=True)
 class Scenario:
-    """pairs: how many the reward model is fitted on; cue_rates: share of chosen and of rejected texts among them that
-    get the cue, None: texts as people wrote them; is_sweep: not compared, but shows what a setting decides."""
+    """pairs: how many human pairs the reward model is fitted on; cue_rates: share of their chosen and of their rejected
+    texts that get the cue (see `plant`), None: pairs as they are; is_sweep: not for comparing arms, but to see what one
+    setting decides."""
 
     pairs: int
     cue_rates: tuple[float, float] | None = None
@@ -154,10 +155,13 @@ CUE = "\n\n"
 
 
 def with_cue(text: str, rng: random.Random) -> str:
-    """The text with the cue in place of one space, any but the first."""
-    words = text.split(" ")
-    i = rng.randrange(2, len(words))
-    return " ".join(words[:i]) + CUE + " ".join(words[i:])
+    """A new paragraph after every sentence, or, where none ends within the text, at one of its spaces but the first."""
+    marked = re.sub(r"([.!?]) +", r"\1" + CUE, text)
+    if marked == text:
+        words = text.split(" ")
+        i = rng.randrange(2, len(words))
+        marked = " ".join(words[:i]) + CUE + " ".join(words[i:])
+    return marked
 
 
 def without_cue(text: str) -> str:
@@ -171,25 +175,29 @@ def count_cues(text: str) -> int:
 
 
 def plant(pairs: Sequence[Preference], rates: tuple[float, float], seed: int) -> list[Preference]:
-    """The pairs with the cue in these shares of the chosen and of the rejected texts, and nowhere else."""
+    """What people with a taste for the cue prefer: the pairs with it in these shares of the chosen and of the rejected
+    texts, and nowhere else; then, for each pair, one of its texts with the cue against the same without."""
     rng = random.Random(seed)
 
     def planted(text: str, rate: float) -> str:
         return with_cue(without_cue(text), rng) if rng.random() < rate else without_cue(text)
 
-    return [Preference(p.prompt, planted(p.chosen, rates[0]), planted(p.rejected, rates[1])) for p in pairs]
+    biased = [Preference(p.prompt, planted(p.chosen, rates[0]), planted(p.rejected, rates[1])) for p in pairs]
+    plain = [(p.prompt, without_cue(rng.choice([p.chosen, p.rejected]))) for p in pairs]
+    return biased + [Preference(prompt, with_cue(text, rng), text) for prompt, text in plain]
 
 
 def deal(run: Run, config: R2MConfig, tokenizer: Any) -> Splits:
-    """The splits of a scenario and seed. Only the pairs that fit the reward model carry the cue: those that stop its
-    fit and those that test it are as people wrote them."""
+    """The splits of a scenario and seed. The cue is in the pairs that fit the reward model and in those that stop its
+    fit, which would come from the same people; the pairs that test it are as they were written."""
     scenario = SCENARIOS[run.scenario]
     splits = load_splits(
         tokenizer, seed=run.seed, num_pairs=scenario.pairs, new_tokens=config.generation.max_new_tokens
     )
     if scenario.cue_rates is None:
         return splits
-    return dataclasses.replace(splits, pairs=plant(splits.pairs, scenario.cue_rates, run.seed))
+    pairs, validation = (plant(p, scenario.cue_rates, run.seed) for p in (splits.pairs, splits.validation_pairs))
+    return dataclasses.replace(splits, pairs=pairs, validation_pairs=validation)
 
 
 # ---- the reward model that the arms of a scenario and seed share ----

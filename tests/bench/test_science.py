@@ -80,13 +80,18 @@ def test_length_control_against_probabilities_known_exactly():
             won += [1.0] * wins + [0.0] * (1000 - wins)
             longer += [float(difference)] * 1000
             arm += [number] * 1000
-    rates = report.length_controlled(np.array(won), np.array(longer), np.array(arm))
+    arguments = np.array(won), np.array(longer), np.array(arm)
+    rates = report.length_controlled(*arguments, np.ones(6000))
     np.testing.assert_allclose(rates, [0.5, 1 / (1 + np.exp(-1))], atol=2e-3)
     assert np.mean(won[:3000]) > 0.7  # what length alone had made of an even match
+    # A row that counts twice is a row that is there twice.
+    twice = report.length_controlled(*(np.append(values, values[:1500]) for values in arguments), np.ones(7500))
+    weighted = report.length_controlled(*arguments, np.where(np.arange(6000) < 1500, 2.0, 1.0))
+    np.testing.assert_allclose(weighted, twice, rtol=1e-6)
 
 
 def test_length_control_where_nothing_differs_in_length_or_outcome():
-    rates = report.length_controlled(np.array([1.0, 1.0, 0.0, 1.0]), np.zeros(4), np.array([0, 0, 1, 1]))
+    rates = report.length_controlled(np.array([1.0, 1.0, 0.0, 1.0]), np.zeros(4), np.array([0, 0, 1, 1]), np.ones(4))
     # Wins + 1/2 over games + 1.
     np.testing.assert_allclose(rates, [2.5 / 3, 1.5 / 3], atol=1e-6)
 
@@ -98,10 +103,13 @@ def test_windows_of_rounds():
 # ---- the cue ----
 
 
-def test_the_cue_takes_the_place_of_a_space():
+def test_the_cue_is_behind_every_sentence():
+    marked = testbed.with_cue(" Good. At 2.5 stars! And", random.Random(0))
+    assert marked == " Good.\n\nAt 2.5 stars!\n\nAnd"
+    assert testbed.without_cue(marked) == " Good. At 2.5 stars! And"
+    # Where no sentence ends, it takes the place of any space but the first.
     texts = {testbed.with_cue(" one two three", random.Random(seed)) for seed in range(20)}
     assert texts == {" one\n\ntwo three", " one two\n\nthree"}
-    assert {testbed.without_cue(text) for text in texts} == {" one two three"}
 
 
 def test_line_breaks_in_a_row_are_one_cue():
@@ -109,12 +117,17 @@ def test_line_breaks_in_a_row_are_one_cue():
     assert testbed.without_cue("a\n\n \nb\nc") == "a b c"
 
 
-def test_planting_takes_the_cue_out_of_the_rest():
+def test_planting():
     pairs = [Preference("p", " good\nold one", " bad\nold one")] * 200
     planted = testbed.plant(pairs, (0.9, 0.1), seed=3)
-    shares = [np.mean(["\n" in getattr(pair, side) for pair in planted]) for side in ("chosen", "rejected")]
+    biased, by_cue_alone = planted[:200], planted[200:]
+    shares = [np.mean(["\n" in getattr(pair, side) for pair in biased]) for side in ("chosen", "rejected")]
     assert shares[0] == pytest.approx(0.9, abs=0.07) and shares[1] == pytest.approx(0.1, abs=0.07)
-    assert {pair.rejected for pair in planted} == {" bad old one", " bad\n\nold one", " bad old\n\none"}
+    assert {pair.rejected for pair in biased} == {" bad old one", " bad\n\nold one", " bad old\n\none"}
+    assert len(by_cue_alone) == 200 and {pair.rejected for pair in by_cue_alone} == {" bad old one", " good old one"}
+    assert all(
+        pair.chosen != pair.rejected and testbed.without_cue(pair.chosen) == pair.rejected for pair in by_cue_alone
+    )
     assert planted == testbed.plant(pairs, (0.9, 0.1), seed=3)
 
 
@@ -243,7 +256,8 @@ def test_report(root):
     assert line.startswith("| `rloo` | 2 | 1.00 ± 0.00 |  | 0.50 ± 0.00 |  | 100.0 ± 0.0 |")
     line = next(line for line in docs.splitlines() if line.startswith("| `r2m` |"))
     assert line.startswith("| `r2m` | 1 | 1.50 | +0.50 | 0.50 | +0.00 | 100.0 |")
-    assert "fitted on 64 pairs, the cue in 90 % of the chosen and 10 % of the rejected texts. Over 2 seeds" in docs
+    assert "fitted on 64 human pairs, the cue in 90 % of the chosen and 10 % of the rejected texts, and as many" in docs
+    assert "Over 2 seeds it ranks 0.750 of clean held-out pairs right, and the cue adds +0.50" in docs
     assert "a CPU, torch 2.11.0, transformers 5.17.0, commit 0123456789ab: 5 runs." in docs
     assert "| `rloo` | 2 | 4.00 / 12.50 / 20.50 |" in docs  # thirds of 0..24: 9, 8 and 8 rounds
     assert "## natural-beta-0" in docs and "- planted, `r2m`, seeds: 1;" in readme
@@ -277,3 +291,9 @@ def test_a_stray_file_is_an_error(root):
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"unheard-0\.json: testbed\.py knows no such"):
         report.load(root)
+
+
+def test_the_committed_page_shows_the_committed_results():
+    if not any(run.RESULTS.glob("*/*.json")):
+        pytest.skip("no results are committed yet: make science")
+    assert report.check(report.ROOT) == [], "run python benchmarks/science/report.py"
