@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -332,9 +333,9 @@ def curve_table(results: Results) -> str:
 
 
 def quotes(results: Results) -> str:
-    lines = ["The first seed's samples to its first held-out prompt:"]
+    lines = ["The first seed's samples to its first held-out prompt, ¶ for line breaks:"]
     for arm, of_arm in results.items():
-        text = " ".join(next(iter(of_arm.values()))["samples"][0].split())
+        text = re.sub(r"\s*\n\s*", " ¶ ", next(iter(of_arm.values()))["samples"][0])
         lines.append(f"- `{arm}`: {text}")
     return "\n".join(lines)
 

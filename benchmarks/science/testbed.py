@@ -40,7 +40,7 @@ from r2m.trainer import R2MTrainer
 
 PRESET = "smollm2-demo"
 # Overrides of the preset, for all scenarios and arms.
-SETTINGS = ("rounds=25", "evaluation.every=1000000", "evaluation.samples_every=0")
+SETTINGS = ("rounds=25", "learning_rate=4e-3", "evaluation.every=1000000", "evaluation.samples_every=0")
 EVALUATION = {"prompts": 32, "samples": 4, "pairs": 128}  # held out: of the policies, and of the reward models
 
 # The adapter of the arm "pretrained". Its embeddings move with every step: 24 held-out pairs are what time allows.
@@ -81,8 +81,8 @@ SCENARIOS = {
     "planted": Scenario(64, cue_rates=(0.9, 0.1)),
     "natural": Scenario(16),
     "natural-64-pairs": Scenario(64, is_sweep=True),
-    "natural-lr-1e-3": Scenario(16, overrides=("learning_rate=1e-3",), is_sweep=True),
-    "natural-lr-4e-3": Scenario(16, overrides=("learning_rate=4e-3",), is_sweep=True),
+    "natural-lr-2e-3": Scenario(16, overrides=("learning_rate=2e-3",), is_sweep=True),
+    "natural-lr-6e-3": Scenario(16, overrides=("learning_rate=6e-3",), is_sweep=True),
     "natural-beta-0": Scenario(16, overrides=("kl.beta=0",), is_sweep=True),
 }
 ARMS = {
@@ -332,7 +332,7 @@ def perform(run: Run) -> dict[str, Any]:
         },
         "peak_mib": max((row["memory/policy"] for row in history), default=None),
         "fit": {name: round(value, 4) for name, value in fit.items()},
-        "rm_accuracy": accuracy,
+        "rm_accuracy": {name: round(value, 4) for name, value in accuracy.items()},
         "rounds": {
             name: rounded([row[name] for row in history]) for name in ROUND_MEASURES if history and name in history[0]
         },
