@@ -12,8 +12,9 @@ DEVICE ?= cuda
 IMPLS ?= triton extension
 QUICK ?=
 OUT ?=
+LIMIT ?=
 
-.PHONY: help demo test extension lint types unit trl cpu sanitize emulate interpret gate nvcc-gate bench
+.PHONY: help demo test extension lint types unit trl cpu sanitize emulate interpret gate nvcc-gate bench science
 .PHONY: gpu gpu-test gpu-sanitize format clean
 .DEFAULT_GOAL := help
 
@@ -66,6 +67,10 @@ nvcc-gate: $(STAMP)  ## the same for the CUDA kernels, where there is nvcc
 bench: $(STAMP) extension  ## time everything on this machine beside PyTorch, into benchmarks/results/ (20 minutes on two CPU cores)
 	$(BIN)/pytest -q benchmarks --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/run.py
+
+science: $(STAMP) extension  ## compare the paper's methods on the demo's model over ten seeds; goes on where it stopped, LIMIT= minutes
+	$(BIN)/python benchmarks/science/run.py $(addprefix --minutes ,$(LIMIT))
+	$(BIN)/python benchmarks/science/report.py
 
 # With the packages that are there, on a machine with a CUDA build of torch: PYTHON is the one that has them, and
 # `$(PYTHON) -m r2m_kernels.build` has been run.

@@ -81,13 +81,13 @@ def texts(root: Path) -> dict[Path, str]:
     return {path: between_markers(path, body) for path, body in bodies.items()}
 
 
-def between_markers(path: Path, body: str) -> str:
+def between_markers(path: Path, body: str, begin: str = BEGIN, end: str = END) -> str:
     """The file's text with `body` between the markers."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{path}: expected the markers {BEGIN} and, below, {END}")
-    return f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
+    before, _, rest = path.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{path}: expected the markers {begin} and, below, {end}")
+    return f"{before}{begin}\n\n{body}\n\n{end}{after}"
 
 
 def plots(root: Path) -> dict[Path, tuple[Callable[..., None], Results, str]]:
