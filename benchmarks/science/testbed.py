@@ -28,7 +28,7 @@ from r2m.bench.results import describe
 from r2m.config import R2MConfig, load_config
 from r2m.data import Preference, Prompt
 from r2m.demo import SUFFIX
-from r2m.fitting import embed_pairs, fit_reward, pair_accuracy, score_pairs, tokenize_pairs
+from r2m.fitting import embed_pairs, fit_reward, pair_accuracy, score_rollout, tokenize_pairs
 from r2m.models import cached, smollm2
 from r2m.movie_reviews import Scorer, Splits, distinct_2, fit_judge, load_splits, vader
 from r2m.policy import load_policy, load_tokenizer, policy_device
@@ -242,7 +242,7 @@ def _fit(folder: Path, run: Run, config: R2MConfig, splits: Splits, tokenizer: A
     for name in ("warm", "drawn"):
         if name == "drawn":
             model.attention.load_state_dict(drawn)
-        fused = score_pairs(model, policy, rte, rollout, config.r2m.floor)
+        fused = score_rollout(model, policy, rte, rollout, config.r2m.floor)
         report[f"test_accuracy_{name}"] = pair_accuracy(fused)
         model.save_pretrained(folder / name)
     (folder / "report.json").write_text(json.dumps(report))
@@ -307,6 +307,7 @@ def perform(run: Run) -> dict[str, Any]:
         )
         pairs = splits.test_pairs[: EVALUATION["pairs"]]
         # In place of held_out_pairs=: the frozen backbone's embeddings come from the cache.
+        trainer.pairs_held_out = len(pairs)
         trainer.held_out = (
             embed_pairs(own, pairs, cache=arm.reward_model != "pretrained"),
             tokenize_pairs(policy, tokenizer, pairs),
