@@ -55,6 +55,7 @@ def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> PreTra
             raise
         raise ValueError(f"placement.attention is {attention!r}; {config.policy} cannot use it here: {error}") from None
     model.to(device)
+    compact_head_input(model)
     if config.lora is None:
         return model
     if config.lora.adapter is not None:
