@@ -447,6 +447,7 @@ def draw_differences(results: Results) -> Figure:
             ax.plot(found.mean, place, "o", markersize=4, color=COLORS[0] if arm in CORE else COLORS[1])
         ax.set_yticks(range(len(arms)), arms, fontsize=8)
         ax.set_ylim(len(arms) - 0.5, -0.5)
+        ax.locator_params(axis="x", nbins=5)  # the labels of more would touch
         dress(ax, title, "less RLOO's", "")
     return figure
 

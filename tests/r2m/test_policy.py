@@ -56,6 +56,15 @@ def test_an_adapter_trains_in_float32_on_a_frozen_base_of_the_chosen_precision(c
     assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {dtype}
 
 
+@pytest.mark.parametrize("lora", [None, Lora()])
+def test_the_head_of_a_loaded_policy_gets_a_contiguous_input(checkpoint, lora):
+    policy, seen = load_policy(R2MConfig(policy=str(checkpoint), lora=lora)), []
+    policy.get_output_embeddings().register_forward_hook(lambda head, args, logits: seen.append(args[0]))
+    policy(input_ids=IDS, logits_to_keep=2)
+    assert seen[0].shape[:2] == (2, 2)
+    assert seen[0].is_contiguous()
+
+
 def test_a_fresh_adapter_changes_nothing_yet():
     policy = add_adapter(tiny.policy(), Lora())
     torch.testing.assert_close(logits(policy), logits(tiny.policy()), rtol=0, atol=0)
