@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ BEGIN, END = "<!-- science: begin -->", "<!-- science: end -->"
 BASE, START = "rloo", "sft"
 RESAMPLES = 2000
 WINDOW = 5  # rounds in one point of a plot
+EQUAL_KL = 5.0  # nats: what the learning rate was chosen to reach (docs/results.md, "What was tuned")
 
 Results = dict[str, dict[int, dict[str, Any]]]  # of one scenario: arm -> seed -> result, both in order
 
@@ -219,7 +220,7 @@ def section(name: str, results: Results) -> str:
     if any(against(results, arm, "judge") for arm in results if arm != BASE):
         parts += [f"![Differences to RLOO](results/{name}-differences.png)"]
     parts += [quality_table(results), policy_table(results), reward_model_table(results)]
-    return "\n\n".join([*parts, curve_table(results), quotes(results)])
+    return "\n\n".join([*parts, equal_kl_table(results), curve_table(results), quotes(results)])
 
 
 def describe(name: str, results: Results) -> str:
@@ -301,6 +302,7 @@ def reward_model_table(results: Results) -> str:
             over_seeds([run["fit"]["test_accuracy_vanilla"] for run in runs]),
             over_seeds([run["rm_accuracy"]["after"] for run in runs]),
             *map(over_seeds, accuracy),
+            *(over_seeds([spread(run, reward) for run in runs]) for reward in ("initial", "own")),
             *(over_seeds([np.mean(run["rounds"][name]) if name in run["rounds"] else None for run in runs])
               for name in rounds),
             over_seeds([run["seconds"]["total"] / 60 for run in runs]),
@@ -311,10 +313,48 @@ def reward_model_table(results: Results) -> str:
         "own, w = 1, after",
         "own, first round",
         "own, last round",
+        "initial RM's spread",
+        "own spread",
         *rounds.values(),
         "minutes",
     ]
     return table(head, lines)
+
+
+def spread(result: dict[str, Any], reward: str) -> float:
+    """Standard deviation of a reward over the samples to a prompt, mean over prompts: what the KL's weight is up to."""
+    by_prompt = np.reshape(result["evaluation"][reward], (result["settings"]["evaluation"]["prompts"], -1))
+    return float(by_prompt.std(1, ddof=1).mean())
+
+
+def equal_kl_table(results: Results) -> str:
+    """What the arms have to show for the same distance from the start, which they reach at different times."""
+    measures = {"reward/initial": "initial RM", "judge/logit": "judge", "judge/vader": "VADER", "cue/rate": "cue rate"}
+    lines = []
+    for arm, of_arm in results.items():
+        if not next(iter(of_arm.values()))["rounds"]:
+            continue
+        reached = {seed: found for seed, result in of_arm.items() if (found := at_equal_kl(result, measures))}
+        base = {seed: at_equal_kl(result, measures) for seed, result in results.get(BASE, {}).items()}
+        cells = []
+        for measure in measures:
+            cells.append(over_seeds([found[measure] for found in reached.values()]))
+            both = [found[measure] - base[seed][measure] for seed, found in reached.items() if base.get(seed)]
+            cells.append(interval(bootstrap([np.array([value]) for value in both])) if arm != BASE and both else "")
+        lines.append([f"`{arm}`", f"{len(reached)} of {len(of_arm)}", *cells])
+    head = [f"at a KL of {EQUAL_KL:g} nats", "seeds that reach it"]
+    return table([*head, *(cell for name in measures.values() for cell in (name, "less RLOO's"))], lines)
+
+
+def at_equal_kl(result: dict[str, Any], measures: Iterable[str]) -> dict[str, float] | None:
+    """The measures where a run's KL first passes EQUAL_KL, linearly between windows of rounds; None if it never does."""
+    rounds = result["rounds"]
+    kl = windows([rounds["policy/kl"]])[0]
+    if kl.max() < EQUAL_KL:
+        return None
+    after = int(np.argmax(kl >= EQUAL_KL))
+    near = slice(max(after - 1, 0), after + 1)
+    return {name: float(np.interp(EQUAL_KL, kl[near], windows([rounds[name]])[0][near])) for name in measures}
 
 
 CURVES = {"reward/initial": "initial RM", "judge/logit": "judge", "cue/rate": "cue rate", "policy/kl": "KL"}

@@ -100,6 +100,26 @@ def test_windows_of_rounds():
     np.testing.assert_allclose(report.windows([[1, 2, 3, 4, 5, 6, 8]]), [[3, 7]])
 
 
+@pytest.mark.parametrize(
+    ("kl", "judge", "expected"),
+    [
+        ([1.0, 4.0, 6.0, 2.0, 9.0], [0.0, 1.0, 3.0, 50.0, 70.0], 2.0),  # halfway, at the first of two crossings
+        ([8.0, 9.0, 9.0, 9.0, 9.0], [7.0, 0.0, 0.0, 0.0, 0.0], 7.0),  # past it from the first window on
+        ([1.0, 4.9, 3.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], None),
+    ],
+)
+def test_at_equal_kl(kl, judge, expected):
+    rounds = {"policy/kl": np.repeat(kl, report.WINDOW), "judge/logit": np.repeat(judge, report.WINDOW)}
+    found = report.at_equal_kl({"rounds": rounds}, ["judge/logit"])
+    assert found == (expected if expected is None else {"judge/logit": pytest.approx(expected)})
+
+
+def test_spread_is_inside_prompts():
+    own = np.array([0.0, 0.0, 0.0, 4.0]) + np.repeat(10 * np.arange(PROMPTS), SAMPLES)
+    run = {**result(Run("planted", "r2m", 0)), "evaluation": {"own": own}}
+    assert report.spread(run, "own") == pytest.approx(2.0)
+
+
 # ---- the cue ----
 
 
@@ -260,6 +280,7 @@ def test_report(root):
     assert "Over 2 seeds it ranks 0.750 of clean held-out pairs right, and the cue adds +0.50" in docs
     assert "a CPU, torch 2.11.0, transformers 5.17.0, commit 0123456789ab: 5 runs." in docs
     assert "| `rloo` | 2 | 4.00 / 12.50 / 20.50 |" in docs  # thirds of 0..24: 9, 8 and 8 rounds
+    assert "| `r2m` | 1 of 1 | 5.00 | +0.00 |" in docs  # every measure of a round is its number: 5 at a KL of 5
     assert "## natural-beta-0" in docs and "- planted, `r2m`, seeds: 1;" in readme
     assert "judge less RLOO's +0.50" in readme
     drawn = {path.name for path in (root / "docs" / "results").iterdir()}
