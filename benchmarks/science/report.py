@@ -347,7 +347,7 @@ def equal_kl_table(results: Results) -> str:
 
 
 def at_equal_kl(result: dict[str, Any], measures: Iterable[str]) -> dict[str, float] | None:
-    """The measures where a run's KL first passes EQUAL_KL, linearly between windows of rounds; None if it never does."""
+    """The measures where a run first passes EQUAL_KL, linearly between windows of rounds; None if it never does."""
     rounds = result["rounds"]
     kl = windows([rounds["policy/kl"]])[0]
     if kl.max() < EQUAL_KL:

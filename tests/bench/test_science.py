@@ -115,7 +115,7 @@ def test_at_equal_kl(kl, judge, expected):
 
 
 def test_spread_is_inside_prompts():
-    own = np.array([0.0, 0.0, 0.0, 4.0]) + np.repeat(10 * np.arange(PROMPTS), SAMPLES)
+    own = np.tile([0.0, 0.0, 0.0, 4.0], PROMPTS) + np.repeat(10 * np.arange(PROMPTS), SAMPLES)
     run = {**result(Run("planted", "r2m", 0)), "evaluation": {"own": own}}
     assert report.spread(run, "own") == pytest.approx(2.0)
 
