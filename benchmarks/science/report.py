@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run, check_setting
 from r2m.plots import COLORS, dress  # noqa: E402
 
 BEGIN, END = "<!-- science: begin -->", "<!-- science: end -->"
-BASE, START = "rloo", "sft"
+BASE, START, R2M = "rloo", "sft", "r2m"
 RESAMPLES = 2000
 WINDOW = 5  # rounds in one point of a plot
 EQUAL_KL = 5.0  # nats: what the learning rate was chosen to reach (docs/results.md, "What was tuned")
@@ -220,7 +220,8 @@ def section(name: str, results: Results) -> str:
     if any(against(results, arm, "judge") for arm in results if arm != BASE):
         parts += [f"![Differences to RLOO](results/{name}-differences.png)"]
     parts += [quality_table(results), policy_table(results), reward_model_table(results)]
-    return "\n\n".join([*parts, equal_kl_table(results), curve_table(results), quotes(results)])
+    parts += [equal_kl_table(results), control_table(results), curve_table(results), quotes(results)]
+    return "\n\n".join(filter(None, parts))
 
 
 def describe(name: str, results: Results) -> str:
@@ -327,34 +328,61 @@ def spread(result: dict[str, Any], reward: str) -> float:
     return float(by_prompt.std(1, ddof=1).mean())
 
 
+AT_EQUAL_KL = {"reward/initial": "initial RM", "judge/logit": "judge", "judge/vader": "VADER", "cue/rate": "cue rate"}
+
+
 def equal_kl_table(results: Results) -> str:
     """What the arms have to show for the same distance from the start, which they reach at different times."""
-    measures = {"reward/initial": "initial RM", "judge/logit": "judge", "judge/vader": "VADER", "cue/rate": "cue rate"}
     lines = []
     for arm, of_arm in results.items():
         if not next(iter(of_arm.values()))["rounds"]:
             continue
-        reached = {seed: found for seed, result in of_arm.items() if (found := at_equal_kl(result, measures))}
-        base = {seed: at_equal_kl(result, measures) for seed, result in results.get(BASE, {}).items()}
         cells = []
-        for measure in measures:
-            cells.append(over_seeds([found[measure] for found in reached.values()]))
-            both = [found[measure] - base[seed][measure] for seed, found in reached.items() if base.get(seed)]
-            cells.append(interval(bootstrap([np.array([value]) for value in both])) if arm != BASE and both else "")
-        lines.append([f"`{arm}`", f"{len(reached)} of {len(of_arm)}", *cells])
+        for measure in AT_EQUAL_KL:
+            reached = [at_equal_kl(result, measure) for result in of_arm.values()]
+            less = against_at_equal_kl(results, arm, measure) if arm != BASE else None
+            cells += [over_seeds(reached), interval(less)]
+        lines.append([f"`{arm}`", f"{len([v for v in reached if v is not None])} of {len(of_arm)}", *cells])
     head = [f"at a KL of {EQUAL_KL:g} nats", "seeds that reach it"]
-    return table([*head, *(cell for name in measures.values() for cell in (name, "less RLOO's"))], lines)
+    return table([*head, *(cell for name in AT_EQUAL_KL.values() for cell in (name, "less RLOO's"))], lines)
 
 
-def at_equal_kl(result: dict[str, Any], measures: Iterable[str]) -> dict[str, float] | None:
-    """The measures where a run first passes EQUAL_KL, linearly between windows of rounds; None if it never does."""
-    rounds = result["rounds"]
-    kl = windows([rounds["policy/kl"]])[0]
+def at_equal_kl(result: dict[str, Any], measure: str) -> float | None:
+    """The measure where a run first passes EQUAL_KL, linearly between windows of rounds; None if it never does."""
+    kl, values = (windows([result["rounds"][name]])[0] for name in ("policy/kl", measure))
     if kl.max() < EQUAL_KL:
         return None
     after = int(np.argmax(kl >= EQUAL_KL))
     near = slice(max(after - 1, 0), after + 1)
-    return {name: float(np.interp(EQUAL_KL, kl[near], windows([rounds[name]])[0][near])) for name in measures}
+    return float(np.interp(EQUAL_KL, kl[near], values[near]))
+
+
+def against_at_equal_kl(results: Results, arm: str, measure: str, base: str = BASE) -> Estimate | None:
+    """Arm less base of the seeds in which both reach EQUAL_KL; None if there are none."""
+    seeds = [seed for seed in results[arm] if seed in results.get(base, {})]
+    pairs = [(at_equal_kl(results[arm][seed], measure), at_equal_kl(results[base][seed], measure)) for seed in seeds]
+    differences = [np.array([a - b]) for a, b in pairs if a is not None and b is not None]
+    return bootstrap(differences) if differences else None
+
+
+CONTROLS = ("frozen", "reference", "untrained", "head", "noise", "no-bt", "no-gre")
+
+
+def control_table(results: Results) -> str:
+    """R2M less each of the arms that lack one part of it: at the end, then at equal KL."""
+    lines = []
+    for arm in CONTROLS:
+        if arm in results and R2M in results:
+            ends = [against(results, R2M, measure, base=arm) for measure in ("judge", "vader", "cue", "kl")]
+            equal = [
+                against_at_equal_kl(results, R2M, measure, base=arm)
+                for measure in ("judge/logit", "judge/vader", "cue/rate")
+            ]
+            lines.append([f"less `{arm}`", *map(interval, [*ends, *equal])])
+    if not lines:
+        return ""
+    equal_head = [f"{name} at {EQUAL_KL:g} nats" for name in ("judge", "VADER", "cue rate")]
+    return table(["`r2m`", "judge", "VADER", "cue rate", "KL", *equal_head], lines)
 
 
 CURVES = {"reward/initial": "initial RM", "judge/logit": "judge", "cue/rate": "cue rate", "policy/kl": "KL"}
@@ -415,7 +443,7 @@ def summary(scenarios: dict[str, Results]) -> str:
     for name, results in scenarios.items():
         if SCENARIOS[name].is_sweep or BASE not in results:
             continue
-        for arm in (BASE, "r2m"):
+        for arm in (BASE, R2M):
             if arm not in results:
                 continue
             parts = [f"{label} {plain(own(results, arm, measure))}" for measure, label in

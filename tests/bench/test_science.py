@@ -110,8 +110,19 @@ def test_windows_of_rounds():
 )
 def test_at_equal_kl(kl, judge, expected):
     rounds = {"policy/kl": np.repeat(kl, report.WINDOW), "judge/logit": np.repeat(judge, report.WINDOW)}
-    found = report.at_equal_kl({"rounds": rounds}, ["judge/logit"])
-    assert found == (expected if expected is None else {"judge/logit": pytest.approx(expected)})
+    found = report.at_equal_kl({"rounds": rounds}, "judge/logit")
+    assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_differences_at_equal_kl_are_of_seeds_in_which_both_reach_it():
+    def reaching(kl, judge):
+        return {"rounds": {"policy/kl": [kl] * report.WINDOW, "judge/logit": [judge] * report.WINDOW}}
+
+    results = {"rloo": {0: reaching(6.0, 1.0), 1: reaching(4.0, 9.0), 2: reaching(6.0, 3.0)}}
+    results["r2m"] = {0: reaching(7.0, 5.0), 1: reaching(7.0, 0.0), 3: reaching(7.0, 0.0)}
+    found = report.against_at_equal_kl(results, "r2m", "judge/logit")
+    assert (found.mean, found.seeds) == (4.0, 1)
+    assert report.against_at_equal_kl(results, "rloo", "judge/logit", base="frozen") is None
 
 
 def test_spread_is_inside_prompts():
@@ -281,11 +292,19 @@ def test_report(root):
     assert "a CPU, torch 2.11.0, transformers 5.17.0, commit 0123456789ab: 5 runs." in docs
     assert "| `rloo` | 2 | 4.00 / 12.50 / 20.50 |" in docs  # thirds of 0..24: 9, 8 and 8 rounds
     assert "| `r2m` | 1 of 1 | 5.00 | +0.00 |" in docs  # every measure of a round is its number: 5 at a KL of 5
+    assert "less `frozen`" not in docs
     assert "## natural-beta-0" in docs and "- planted, `r2m`, seeds: 1;" in readme
     assert "judge less RLOO's +0.50" in readme
     drawn = {path.name for path in (root / "docs" / "results").iterdir()}
     assert drawn == {"planted-overoptimisation.png", "planted-differences.png"}
     assert report.check(root) == []
+
+
+def test_r2m_less_its_controls(root):
+    store(root / "benchmarks" / "science" / "results", Run("planted", "frozen", 0), judge=1.0)
+    report.write(root)
+    line = "| less `frozen` | +0.50 | +0.00 | +0.00 | +0.00 | +0.00 | +0.00 | +0.00 |"
+    assert line in (root / "docs" / "results.md").read_text()
 
 
 def test_check_names_what_is_stale(root):
