@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
-from benchmarks.report import between_markers, drawn_from, table, unique  # noqa: E402
-from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run, check_settings  # noqa: E402
-from r2m.plots import COLORS, dress  # noqa: E402
+from benchmarks.report import between_markers, drawn_from, table, unique
+from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run, check_settings
+from r2m.plots import COLORS, dress
 
 BEGIN, END = "<!-- science: begin -->", "<!-- science: end -->"
 BASE, START, R2M = "rloo", "sft", "r2m"

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
-from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run, check_settings  # noqa: E402
+from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run, check_settings
 
 RESULTS = ROOT / "benchmarks" / "science" / "results"
 LOGS = ROOT / "runs" / "science"

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ import torch
 import transformers
 import yaml
 
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
+
+from benchmarks.science.optional import REPLAY_WEIGHT, REPLAYED_PAIRS, AgreementGate, HumanReplay, ScaleAnchor
 from r2m.bench.results import describe
 from r2m.config import R2MConfig, load_config
 from r2m.data import Preference, Prompt
@@ -66,11 +71,13 @@ class Scenario:
 @dataclass(frozen=True)
 class Arm:
     """reward_model: "warm" has a head fitted on the pairs and warm-started attention; "drawn" the same head and
-    attention as it was drawn; "pretrained" was fitted as a whole, backbone included, through an adapter."""
+    attention as it was drawn; "pretrained" was fitted as a whole, backbone included, through an adapter.
+    trainer: of optional.py, where it is not the product's."""
 
     overrides: tuple[str, ...]
     reward_model: Literal["warm", "drawn", "pretrained"] = "warm"
     trains: bool = True
+    trainer: type[R2MTrainer] = R2MTrainer
 
 
 NO_FEEDBACK = ("r2m.feedback=none",)
@@ -102,6 +109,9 @@ ARMS = {
     "noise": Arm(("r2m.source=noise",)),
     "no-bt": Arm(("r2m.alpha=1",)),
     "no-gre": Arm(("r2m.alpha=0",)),
+    "scale-anchor": Arm((), trainer=ScaleAnchor),
+    "human-replay": Arm((), trainer=HumanReplay),
+    "agreement-gate": Arm((), trainer=AgreementGate),
 }
 CORE = ("sft", "rloo", "r2m", "untrained", "frozen", "reference", "head")
 
@@ -128,7 +138,14 @@ def settings(run: Run) -> dict[str, Any]:
         "evaluation": EVALUATION,
         "seed": run.seed,
     }
-    return chosen | ({"pretrained": PRETRAINED} if ARMS[run.arm].reward_model == "pretrained" else {})
+    if ARMS[run.arm].reward_model == "pretrained":
+        chosen["pretrained"] = PRETRAINED
+    trainer = ARMS[run.arm].trainer
+    if trainer is not R2MTrainer:
+        chosen["trainer"] = trainer.__name__
+    if trainer is HumanReplay:
+        chosen["replay"] = [REPLAYED_PAIRS, REPLAY_WEIGHT]
+    return chosen
 
 
 def check_settings(run: Run, path: Path, result: dict[str, Any]) -> None:
@@ -266,6 +283,7 @@ ROUND_MEASURES = (
     "reward/initial", "reward/mean", "judge/logit", "judge/vader", "cue/rate", "cue/count", "policy/kl",
     "reward/entropy", "reward/degenerate_share", "grebt/pair_flips", "length/mean", "policy/reference_log_prob",
     "rm/attended_tokens", "reward/correlation", "text/distinct_2",
+    "optional/scale", "optional/human_loss", "optional/agreement",
 )  # fmt: skip
 
 
@@ -297,13 +315,15 @@ def perform(run: Run) -> dict[str, Any]:
                 batch_size=PRETRAINED["batch_size"],
                 cache=True,
             )
-        trainer = R2MTrainer(
+        replayed = {"human_pairs": splits.pairs} if arm.trainer is HumanReplay else {}
+        trainer = arm.trainer(
             policy,
             own,
             tokenizer,
             list(splits.prompts),
             config,
             sample_metrics=lambda p, c: round_measures(judge, p, c),
+            **replayed,
         )
         pairs = splits.test_pairs[: EVALUATION["pairs"]]
         # In place of held_out_pairs=: the frozen backbone's embeddings come from the cache.
