@@ -11,7 +11,7 @@ import hashlib
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,19 @@ def texts(root: Path) -> dict[Path, str]:
     readme = "\n\n".join([LEGEND, *map(readme_section, devices.values())])
     full = "\n\n".join(full_section(name, device) for name, device in devices.items())
     bodies = {root / "README.md": readme, root / "docs" / "benchmarks.md": full}
-    return {path: between_markers(path, body) for path, body in bodies.items()}
+    return {path: between_markers(path, {(BEGIN, END): body}) for path, body in bodies.items()}
 
 
-def between_markers(path: Path, body: str, begin: str = BEGIN, end: str = END) -> str:
-    """The file's text with `body` between the markers."""
-    before, _, rest = path.read_text().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{path}: expected the markers {begin} and, below, {end}")
-    return f"{before}{begin}\n\n{body}\n\n{end}{after}"
+def between_markers(path: Path, bodies: Mapping[tuple[str, str], str]) -> str:
+    """The file's text with each body between its two markers."""
+    text = path.read_text()
+    for (begin, end), body in bodies.items():
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{path}: expected the markers {begin} and, below, {end}")
+        text = f"{before}{begin}\n\n{body}\n\n{end}{after}"
+    return text
 
 
 def plots(root: Path) -> dict[Path, tuple[Callable[..., None], Results, str]]:

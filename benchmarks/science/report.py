@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -22,26 +22,31 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
 from benchmarks.report import between_markers, drawn_from, table, unique
+from benchmarks.science.claims import CLAIMS, CONTROL_CLAIMS, DURING_TRAINING, Claim, estimates, verdict
+from benchmarks.science.estimates import (
+    BASE,
+    EQUAL_KL,
+    R2M,
+    START,
+    Estimate,
+    Results,
+    against,
+    against_at_equal_kl,
+    at_equal_kl,
+    length_controlled_rates,
+    only,
+    own,
+    paired,
+    spread,
+    student,
+    win_rate,
+)
+from benchmarks.science.figures import draw_curves, draw_differences, draw_overoptimisation
 from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run, check_settings
-from r2m.plots import COLORS, dress
 
-BEGIN, END = "<!-- science: begin -->", "<!-- science: end -->"
-BASE, START, R2M = "rloo", "sft", "r2m"
-RESAMPLES = 2000
-WINDOW = 5  # rounds in one point of a plot
-EQUAL_KL = 5.0  # nats: what the learning rate was chosen to reach (docs/results.md, "What was tuned")
-
-Results = dict[str, dict[int, dict[str, Any]]]  # of one scenario: arm -> seed -> result, both in order
-
-
-class Estimate(NamedTuple):
-    """A mean, its standard error and 95 % interval, both NaN with fewer than two seeds, and the number of seeds."""
-
-    mean: float
-    error: float
-    low: float
-    high: float
-    seeds: int
+TABLES = ("<!-- science: begin -->", "<!-- science: end -->")
+CLAIMED = ("<!-- claims: begin -->", "<!-- claims: end -->")
+OPTIONAL = ("scale-anchor", "human-replay", "agreement-gate")
 
 
 def main() -> None:
@@ -97,131 +102,57 @@ def load(root: Path) -> dict[str, Results]:
 
 
 def texts(root: Path, scenarios: dict[str, Results]) -> dict[Path, str]:
-    bodies = {root / "docs" / "results.md": "\n\n".join(map(section, scenarios, scenarios.values()))}
-    readme = root / "README.md"
-    if readme.exists() and BEGIN in readme.read_text():
-        bodies[readme] = summary(scenarios)
-    return {path: between_markers(path, body, BEGIN, END) for path, body in bodies.items()}
-
-
-# ---- statistics ----
-
-
-def bootstrap(values: Sequence[np.ndarray]) -> Estimate:
-    """Of one array [prompts] a seed: the mean over seeds of the means over prompts. Resampled are seeds, and prompts
-    within each: what another choice of either would have given."""
-    data = np.stack(values)  # [S, P]
-    mean = float(data.mean())
-    if len(data) < 2:
-        return Estimate(mean, np.nan, np.nan, np.nan, len(data))
-    random = np.random.default_rng(0)
-    seeds = random.integers(data.shape[0], size=(RESAMPLES, data.shape[0], 1))
-    prompts = random.integers(data.shape[1], size=(RESAMPLES, *data.shape))
-    means = data[seeds, prompts].mean((1, 2))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(mean, float(means.std()), float(low), float(high), len(data))
-
-
-def by_prompt(result: dict[str, Any], measure: str) -> np.ndarray:
-    """Mean over the samples to each held-out prompt: [prompts]."""
-    return np.reshape(result["evaluation"][measure], (result["settings"]["evaluation"]["prompts"], -1)).mean(1)
-
-
-def own(results: Results, arm: str, measure: str) -> Estimate:
-    return bootstrap([by_prompt(result, measure) for result in results[arm].values()])
-
-
-def against(results: Results, arm: str, measure: str, base: str = BASE) -> Estimate | None:
-    """Arm less base, prompt by prompt of the seeds that both have; None if there are none."""
-    seeds = [seed for seed in results[arm] if seed in results.get(base, {})]
-    if not seeds:
-        return None
-    return bootstrap([by_prompt(results[arm][s], measure) - by_prompt(results[base][s], measure) for s in seeds])
-
-
-def wins(result: dict[str, Any], start: dict[str, Any]) -> np.ndarray:
-    """1 where the judge prefers a sample to the start's sample of the same number to the same prompt, 1/2 for a tie."""
-    difference = np.subtract(result["evaluation"]["judge"], start["evaluation"]["judge"])
-    return (np.sign(difference) + 1) / 2
-
-
-def win_rate(results: Results, arm: str) -> Estimate | None:
-    seeds = [seed for seed in results[arm] if seed in results.get(START, {})]
-    if arm == START or not seeds:
-        return None
-    prompts = results[arm][seeds[0]]["settings"]["evaluation"]["prompts"]
-    return bootstrap([wins(results[arm][s], results[START][s]).reshape(prompts, -1).mean(1) for s in seeds])
-
-
-def length_controlled(won: np.ndarray, longer: np.ndarray, arm: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Win rate of each arm at equal length: P(win) = sigmoid(a_arm + b * difference in length), one b for all arms, by
-    maximum likelihood; sigmoid(a_arm) is returned. All arguments [N]: won 0, 1/2 or 1, longer in tokens, arm 0..A-1,
-    weight how often a row counts.
-
-    A prior of half a win and half a defeat for each arm keeps a_arm finite where one wins always.
-    """
-    arms = int(arm.max()) + 1
-    won, weight = np.append(won, np.full(arms, 0.5)), np.append(weight, np.ones(arms))
-    longer, arm = np.append(longer, np.zeros(arms)), np.append(arm, np.arange(arms))
-    scale = longer.std() or 1.0
-    x, intercepts, slope = longer / scale, np.zeros(arms), 0.0
-    for _ in range(50):  # Newton's steps; intercepts meet in the slope alone, so no system has to be solved
-        probability = sigmoid(intercepts[arm] + slope * x)
-        rest, spread = weight * (won - probability), weight * probability * (1 - probability)
-        gradient, own_curvature, shared = (np.bincount(arm, values) for values in (rest, spread, spread * x))
-        curvature = spread @ x**2 - (shared**2 / own_curvature).sum()
-        # Lengths that do not differ inside an arm say nothing of the slope.
-        step = (rest @ x - (shared * gradient / own_curvature).sum()) / curvature if curvature > 1e-9 else 0.0
-        steps = (gradient - shared * step) / own_curvature
-        intercepts, slope = intercepts + steps, slope + step
-        if max(abs(step), np.abs(steps).max()) < 1e-8:
-            break
-    return sigmoid(intercepts)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def length_controlled_rates(results: Results) -> dict[str, Estimate]:
-    """By arm, with the spread over resampled seeds, the same for all arms."""
-    arms = [arm for arm in results if arm != START and results[arm].keys() & results.get(START, {}).keys()]
-    pairs = [(n, seed) for n, arm in enumerate(arms) for seed in results[arm] if seed in results[START]]
-    if not pairs:
-        return {}
-    compared = [(results[arms[n]][seed], results[START][seed]) for n, seed in pairs]
-    won = np.concatenate([wins(*two) for two in compared])
-    longer = np.concatenate([np.subtract(*(r["evaluation"]["length"] for r in two)) for two in compared])
-    seeds = unique(seed for _, seed in pairs)
-    size = len(won) // len(pairs)
-    arm = np.repeat([n for n, _ in pairs], size)
-    place = np.repeat([seeds.index(seed) for _, seed in pairs], size)
-    random = np.random.default_rng(0)
-    counts = random.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=RESAMPLES // 10)
-    drawn = np.stack([length_controlled(won, longer, arm, count[place]) for count in counts])
-    found = length_controlled(won, longer, arm, np.ones(len(won)))
-    numbers = [len([n for n, _ in pairs if n == number]) for number in range(len(arms))]
-    errors = [rates.std() if number > 1 else np.nan for rates, number in zip(drawn.T, numbers, strict=True)]
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    return {
-        name: Estimate(float(found[n]), float(errors[n]), float(low[n]), float(high[n]), numbers[n])
-        for n, name in enumerate(arms)
-    }
+    docs, readme = root / "docs" / "results.md", root / "README.md"
+    found = {docs: between_markers(docs, {CLAIMED: claims_table(scenarios), TABLES: all_tables(scenarios)})}
+    if readme.exists() and TABLES[0] in readme.read_text():
+        found[readme] = between_markers(readme, {TABLES: summary(scenarios)})
+    return found
 
 
 # ---- tables ----
 
 
+def all_tables(scenarios: dict[str, Results]) -> str:
+    compared = {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
+    parts = [*map(section, compared, compared.values()), sweep(scenarios)]
+    return "\n\n".join(filter(None, parts))
+
+
 def section(name: str, results: Results) -> str:
-    parts = [f"## {name}", describe(name, results), made_by(results)]
-    if SCENARIOS[name].is_sweep:
-        return "\n\n".join([*parts, curve_table(results)])
-    parts += [f"![Proxy, judge and cue against KL](results/{name}-overoptimisation.png)"]
+    core = {arm: of_arm for arm, of_arm in results.items() if arm in CORE}
+    parts = [f"## {name}", describe(name, results), made_by([results])]
+    if is_drawn(core):
+        parts += [
+            f"![Proxy and judge against KL, an arm a panel](results/{name}-overoptimisation.png)",
+            f"![Proxy, judge and cue against KL, all arms](results/{name}-arms.png)",
+        ]
     if any(against(results, arm, "judge") for arm in results if arm != BASE):
         parts += [f"![Differences to RLOO](results/{name}-differences.png)"]
-    parts += [quality_table(results), policy_table(results), reward_model_table(results)]
-    parts += [equal_kl_table(results), control_table(results), curve_table(results), quotes(results)]
+    parts += [*comparison(core), control_table(core)]
+    others = {arm: of_arm for arm, of_arm in results.items() if arm not in CORE}
+    if others:
+        seeds = unique(seed for of_arm in others.values() for seed in of_arm)
+        beside = {arm: only(results[arm], seeds) for arm in CORE if arm in results}
+        numbers = ", ".join(map(str, sorted(seeds)))
+        parts += [f"### {name}: every arm, seeds {numbers}", *comparison(beside | others)]
+        parts += [control_table({R2M: results.get(R2M, {})} | others), optional_table(results)]
+    parts += [quotes(results)]
     return "\n\n".join(filter(None, parts))
+
+
+def is_drawn(core: Results) -> bool:
+    """Whether an arm was trained from a start that was measured."""
+    return any(arm != START and of_arm.keys() & core.get(START, {}).keys() for arm, of_arm in core.items())
+
+
+def comparison(results: Results) -> list[str]:
+    return [
+        quality_table(results),
+        policy_table(results),
+        reward_model_table(results),
+        equal_kl_table(results),
+        thirds_table(results),
+    ]
 
 
 def describe(name: str, results: Results) -> str:
@@ -236,23 +167,26 @@ def describe(name: str, results: Results) -> str:
             f"the cue in {100 * chosen:.0f} % of the chosen and {100 * rejected:.0f} % of the rejected texts, "
             "and as many that differ in the cue alone"
         )
-    chosen_settings = f"; {', '.join(f'`{item}`' for item in scenario.overrides)}" if scenario.overrides else ""
     return (
-        f"Reward model fitted on {scenario.pairs} human pairs, {cue}{chosen_settings}. Over {len(fits)} seeds it ranks "
-        f"{accuracy:.3f} of clean held-out pairs right, and the cue adds {pay:+.2f} standard deviations to its score."
+        f"Reward model fitted on {scenario.pairs} human pairs, {cue}. Over {len(fits)} seeds it ranks {accuracy:.3f} "
+        f"of clean held-out pairs right, and the cue adds {pay:+.2f} standard deviations to its score."
     )
 
 
-def made_by(results: Results) -> str:
-    """One line for each machine and set of versions."""
+def made_by(results: Sequence[Results]) -> str:
+    """Machine, versions and commits, and the time that it took."""
+    runs = [run for of_scenario in results for of_arm in of_scenario.values() for run in of_arm.values()]
+    commits: dict[str, list[str]] = {}
+    for run in runs:
+        machine = run["machine"]
+        where = f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}"
+        commits.setdefault(where, []).append((machine["commit"] or "unknown")[:12])
     made = [
-        "{device}, torch {torch}, transformers {transformers}, commit {commit:.12}".format(
-            **result["machine"] | {"commit": result["machine"]["commit"] or "unknown"}
-        )
-        for arm in results.values()
-        for result in arm.values()
+        f"{where}: {len(of)} runs at commit{'s' * (len(set(of)) > 1)} {', '.join(unique(of))}"
+        for where, of in commits.items()
     ]
-    return "; ".join(f"{what}: {made.count(what)} runs" for what in unique(made)) + "."
+    hours = sum(run["seconds"]["total"] for run in runs) / 3600
+    return f"{'; '.join(made)}. {hours:.1f} hours of such a machine in all."
 
 
 def quality_table(results: Results) -> str:
@@ -291,9 +225,7 @@ def policy_table(results: Results) -> str:
 
 
 def reward_model_table(results: Results) -> str:
-    """Accuracy on clean held-out pairs, and what the rounds say of the reward model; minutes of a run."""
-    rounds = {"reward/degenerate_share": "degenerate groups", "grebt/pair_flips": "pair flips",
-              "rm/attended_tokens": "attended tokens"}  # fmt: skip
+    """Sentiment accuracy, and what the rounds say of the reward model; minutes of a run."""
     lines = []
     for arm, of_arm in results.items():
         runs = list(of_arm.values())
@@ -304,28 +236,21 @@ def reward_model_table(results: Results) -> str:
             over_seeds([run["rm_accuracy"]["after"] for run in runs]),
             *map(over_seeds, accuracy),
             *(over_seeds([spread(run, reward) for run in runs]) for reward in ("initial", "own")),
-            *(over_seeds([np.mean(run["rounds"][name]) if name in run["rounds"] else None for run in runs])
-              for name in rounds),
+            over_seeds([np.mean(run["rounds"].get("rm/attended_tokens", np.nan)) for run in runs]),
             over_seeds([run["seconds"]["total"] / 60 for run in runs]),
         ])  # fmt: skip
     head = [
         "",
-        "shared RM, w = 1",
+        "sentiment accuracy, shared RM",
         "own, w = 1, after",
-        "own, first round",
-        "own, last round",
+        "own, w = Omega, first round",
+        "own, w = Omega, last round",
         "initial RM's spread",
         "own spread",
-        *rounds.values(),
+        "attended tokens",
         "minutes",
     ]
     return table(head, lines)
-
-
-def spread(result: dict[str, Any], reward: str) -> float:
-    """Standard deviation of a reward over the samples to a prompt, mean over prompts: what the KL's weight is up to."""
-    by_prompt = np.reshape(result["evaluation"][reward], (result["settings"]["evaluation"]["prompts"], -1))
-    return float(by_prompt.std(1, ddof=1).mean())
 
 
 AT_EQUAL_KL = {"reward/initial": "initial RM", "judge/logit": "judge", "judge/vader": "VADER", "cue/rate": "cue rate"}
@@ -345,24 +270,6 @@ def equal_kl_table(results: Results) -> str:
         lines.append([f"`{arm}`", f"{len([v for v in reached if v is not None])} of {len(of_arm)}", *cells])
     head = [f"at a KL of {EQUAL_KL:g} nats", "seeds that reach it"]
     return table([*head, *(cell for name in AT_EQUAL_KL.values() for cell in (name, "less RLOO's"))], lines)
-
-
-def at_equal_kl(result: dict[str, Any], measure: str) -> float | None:
-    """The measure where a run first passes EQUAL_KL, linearly between windows of rounds; None if it never does."""
-    kl, values = (windows([result["rounds"][name]])[0] for name in ("policy/kl", measure))
-    if kl.max() < EQUAL_KL:
-        return None
-    after = int(np.argmax(kl >= EQUAL_KL))
-    near = slice(max(after - 1, 0), after + 1)
-    return float(np.interp(EQUAL_KL, kl[near], values[near]))
-
-
-def against_at_equal_kl(results: Results, arm: str, measure: str, base: str = BASE) -> Estimate | None:
-    """Arm less base of the seeds in which both reach EQUAL_KL; None if there are none."""
-    seeds = [seed for seed in results[arm] if seed in results.get(base, {})]
-    pairs = [(at_equal_kl(results[arm][seed], measure), at_equal_kl(results[base][seed], measure)) for seed in seeds]
-    differences = [np.array([a - b]) for a, b in pairs if a is not None and b is not None]
-    return bootstrap(differences) if differences else None
 
 
 CONTROLS = ("frozen", "reference", "untrained", "head", "noise", "no-bt", "no-gre")
@@ -385,19 +292,79 @@ def control_table(results: Results) -> str:
     return table(["`r2m`", "judge", "VADER", "cue rate", "KL", *equal_head], lines)
 
 
-CURVES = {"reward/initial": "initial RM", "judge/logit": "judge", "cue/rate": "cue rate", "policy/kl": "KL"}
-
-
-def curve_table(results: Results) -> str:
-    """Means over seeds of the first, middle and last third of the rounds."""
+def optional_table(results: Results) -> str:
+    """What each optional feature changes of R2M."""
     lines = []
-    for arm, of_arm in results.items():
-        runs = [result["rounds"] for result in of_arm.values()]
-        if runs[0]:
-            thirds = {name: np.array_split(np.mean([run[name] for run in runs], 0), 3) for name in CURVES}
-            cells = (" / ".join(f"{part.mean():.2f}" for part in parts) for parts in thirds.values())
-            lines.append([f"`{arm}`", str(len(runs)), *cells])
-    return table(["thirds of the rounds", "seeds", *CURVES.values()], lines)
+    for arm in OPTIONAL:
+        if arm in results and R2M in results:
+            ends = [against(results, arm, measure, base=R2M) for measure in ("judge", "vader", "cue", "kl")]
+            equal = [against_at_equal_kl(results, arm, m, base=R2M) for m in ("judge/logit", "cue/rate")]
+            of_model = [
+                paired(results, arm, R2M, lambda result: spread(result, "own")),
+                paired(results, arm, R2M, lambda result: result["rm_accuracy"]["last_round"]),
+            ]
+            rounds = [run["rounds"] for run in results[arm].values()]
+            did = {
+                name.removeprefix("optional/").replace("_", " "): np.mean([run[name] for run in rounds])
+                for name in rounds[0]
+                if name.startswith("optional/")
+            }
+            lines.append([
+                f"`{arm}`", str(len(rounds)), *map(interval, [*ends, *equal, *of_model]),
+                ", ".join(f"{name} {value:.2f}" for name, value in did.items()),
+            ])  # fmt: skip
+    at = f"at {EQUAL_KL:g} nats"
+    head = ["less `r2m`'s", "seeds", "judge", "VADER", "cue rate", "KL", f"judge {at}", f"cue rate {at}"]
+    head += ["own spread", "sentiment accuracy, w = Omega, last round", "mean over the rounds"]
+    return table(head, lines) if lines else ""
+
+
+THIRDS = {
+    "reward/initial": "initial RM", "judge/logit": "judge", "cue/rate": "cue rate", "policy/kl": "KL",
+    "reward/entropy": "GRE", "reward/degenerate_share": "degenerate groups", "grebt/pair_flips": "pair flips",
+}  # fmt: skip
+
+
+def thirds_table(results: Results) -> str:
+    """Means over seeds of the first, middle and last third of the rounds."""
+    lines = [thirds(f"`{arm}`", of_arm) for arm, of_arm in results.items() if arm != START]
+    return table(["thirds of the rounds", "seeds", *THIRDS.values(), "overoptimise"], lines) if lines else ""
+
+
+def thirds(label: str, of_arm: dict[int, Any]) -> list[str]:
+    """The last cell is the number of seeds in which the proxy rises and the judge falls from the middle third to the
+    last."""
+    runs = [result["rounds"] for result in of_arm.values()]
+
+    def split(name: str) -> np.ndarray:  # [seeds, 3]
+        return np.stack([[part.mean() for part in np.array_split(run[name], 3)] for run in runs])
+
+    cells = [" / ".join(f"{v:.2f}" for v in split(name).mean(0)) if name in runs[0] else "" for name in THIRDS]
+    proxy, judge = (np.diff(split(name))[:, 1] for name in ("reward/initial", "judge/logit"))
+    return [label, str(len(runs)), *cells, f"{((proxy > 0) & (judge < 0)).sum()} of {len(runs)}"]
+
+
+def sweep(scenarios: dict[str, Results]) -> str:
+    """One setting changed at a time, with the natural scenario on the same seeds for comparison."""
+    names = [name for name in scenarios if SCENARIOS[name].is_sweep]
+    if not names:
+        return ""
+    seeds = unique(seed for name in names for of_arm in scenarios[name].values() for seed in of_arm)
+    lines = []
+    for name in ["natural", *names]:
+        changed = [f"{SCENARIOS[name].pairs} pairs", *(f"`{item}`" for item in SCENARIOS[name].overrides)]
+        for arm in (BASE, R2M):
+            of_arm = only(scenarios.get(name, {}).get(arm, {}), seeds)
+            if of_arm:
+                lines.append(thirds(f"{', '.join(changed)}; `{arm}`", of_arm))
+    head = ["thirds of the rounds", "seeds", *THIRDS.values(), "overoptimise"]
+    parts = [
+        "## natural, one setting changed",
+        made_by([scenarios[name] for name in names]),
+        "The first two rows are `natural` on the same seeds (learning rate 4e-3, beta 0.02).",
+        table(head, lines),
+    ]
+    return "\n\n".join(parts)
 
 
 def quotes(results: Results) -> str:
@@ -425,31 +392,60 @@ def interval(estimate: Estimate | None) -> str:
 
 
 def over_seeds(values: Sequence[float | None]) -> str:
-    """Mean and standard error of one number a seed."""
-    known = np.array([value for value in values if value is not None])
-    if not len(known):
-        return ""
-    return f"{known.mean():.2f}" + (f" ± {known.std(ddof=1) / len(known) ** 0.5:.2f}" if len(known) > 1 else "")
+    """Mean and standard error of one number a seed, as far as seeds have it."""
+    known = [value for value in values if value is not None and not np.isnan(value)]
+    return plain(student(known)) if known else ""
+
+
+# ---- claims ----
+
+
+MEASURED = {"judge": "judge", "cue": "cue rate", "accuracy": "sentiment accuracy"}
+
+
+def claims_table(scenarios: dict[str, Results]) -> str:
+    compared = {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
+
+    def line(claim: Claim) -> list[str]:
+        found = [estimate for name, results in compared.items() for estimate in estimates(claim, name, results)]
+        cells = [f"{interval(e)} {verdict(claim, e)}" if e else "" for e in found]
+        arm, *state = claim.arm.split()
+        what = " ".join([f"`{arm}`", *state, "less", f"`{claim.base}`" if claim.base in ARMS else claim.base])
+        return [claim.text, f"{MEASURED[claim.measure]}, {what.replace('_', ' ')}", *cells]
+
+    head = [cell for name in compared for cell in (f"{name}, at the end", f"at {EQUAL_KL:g} nats")]
+    return "\n\n".join([
+        table(["the paper's claim", "measured", *head], map(line, CLAIMS)),
+        table(["not asked in the paper", "measured", *head], map(line, CONTROL_CLAIMS)),
+    ])  # fmt: skip
 
 
 # ---- README.md ----
 
 
 def summary(scenarios: dict[str, Results]) -> str:
-    """Five lines: what was compared, then two lines for each of the two main scenarios."""
-    runs = sum(len(seeds) for results in scenarios.values() for seeds in results.values())
-    lines = [f"`make science`: {runs} runs so far; every table, interval and caveat is in "
-             "[docs/results.md](docs/results.md)."]  # fmt: skip
-    for name, results in scenarios.items():
-        if SCENARIOS[name].is_sweep or BASE not in results:
+    """Five lines: what was compared; RLOO and R2M in each of the two scenarios; the controls; the claims."""
+    runs = [run for results in scenarios.values() for of_arm in results.values() for run in of_arm.values()]
+    hours = sum(run["seconds"]["total"] for run in runs) / 3600
+    compared = {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
+    lines = [f"`make science`: {len(runs)} runs, {hours:.1f} hours of one CPU core each; R2M less RLOO, with 95 % "
+             "intervals, at the end of training and where both have moved 5 nats from their start:"]  # fmt: skip
+    for name, results in compared.items():
+        if R2M not in results or BASE not in results:
             continue
-        for arm in (BASE, R2M):
-            if arm not in results:
-                continue
-            parts = [f"{label} {plain(own(results, arm, measure))}" for measure, label in
-                     (("initial", "initial RM"), ("judge", "judge"), ("cue", "cue rate"), ("kl", "KL"))]  # fmt: skip
-            less = "" if arm == BASE else f"; judge less RLOO's {interval(against(results, arm, 'judge'))}"
-            lines.append(f"- {name}, `{arm}`, seeds: {len(results[arm])}; {', '.join(parts)}{less}")
+        told = [
+            f"{label} {interval(against(results, R2M, measure))} "
+            f"(at 5 nats {interval(against_at_equal_kl(results, R2M, DURING_TRAINING[measure]))})"
+            for measure, label in (("judge", "judge"), ("cue", "share of samples with the cue"))
+            if measure != "cue" or SCENARIOS[name].cue_rates is not None
+        ]
+        told += [f"KL {interval(against(results, R2M, 'kl'))} nats"]
+        lines.append(f"- **{name}**, {len(results[R2M])} seeds: {', '.join(told)}.")
+    for claim, words in zip(CONTROL_CLAIMS, ("its frozen warm start", "the frozen start's states"), strict=True):
+        ends = {name: estimates(claim, name, results)[0] for name, results in compared.items()}
+        told = [f"{name} {interval(end)}" for name, end in ends.items() if end]
+        if told:
+            lines.append(f"- R2M less R2M with {words}, judge: {', '.join(told)}.")
     return "\n".join(lines)
 
 
@@ -464,60 +460,13 @@ def plots(root: Path, scenarios: dict[str, Results]) -> dict[Path, tuple[Callabl
             continue
         source = hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
         core = {arm: seeds for arm, seeds in results.items() if arm in CORE}
-        path = root / "docs" / "results" / f"{name}-overoptimisation.png"
-        if any(arm != START for arm in core):
-            drawings[path] = (lambda core=core: draw_curves(core), source)
+        folder = root / "docs" / "results"
+        if is_drawn(core):
+            drawings[folder / f"{name}-overoptimisation.png"] = (lambda core=core: draw_overoptimisation(core), source)
+            drawings[folder / f"{name}-arms.png"] = (lambda core=core: draw_curves(core), source)
         if any(against(results, arm, "judge") for arm in results if arm != BASE):
-            path = root / "docs" / "results" / f"{name}-differences.png"
-            drawings[path] = (lambda results=results: draw_differences(results), source)
+            drawings[folder / f"{name}-differences.png"] = (lambda results=results: draw_differences(results), source)
     return drawings
-
-
-def draw_curves(results: Results) -> Figure:
-    """Proxy, judge and cue rate against KL: windows of rounds, means over seeds with a band of one standard error."""
-    figure = Figure(figsize=(11, 3.4), dpi=120, layout="constrained")
-    axes = figure.subplots(1, 3)
-    panels = [("reward/initial", "Initial reward model (proxy)", "score"), ("judge/logit", "Judge", "logit"),
-              ("cue/rate", "Cue", "share of samples")]  # fmt: skip
-    for ax, (measure, title, unit) in zip(axes, panels, strict=True):
-        for number, (arm, seeds) in enumerate((a, s) for a, s in results.items() if a != START):
-            runs = [result["rounds"] for result in seeds.values()]
-            distance = windows([run["policy/kl"] for run in runs]).mean(0)
-            values = windows([run[measure] for run in runs])
-            mean, color = values.mean(0), COLORS[number % len(COLORS)]
-            x = np.sqrt(distance.clip(0))
-            ax.plot(x, mean, marker="o", markersize=3, linewidth=1.3, color=color, label=f"{arm} ({len(runs)})")
-            if len(runs) > 1:
-                error = values.std(0, ddof=1) / len(runs) ** 0.5
-                ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
-        dress(ax, title, "square root of KL to the start (nats)", unit)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=7, frameon=False, fontsize=8)
-    return figure
-
-
-def windows(runs: Sequence[Sequence[float]]) -> np.ndarray:
-    """Means of `WINDOW` rounds each: [seeds, windows]."""
-    starts = range(WINDOW, len(runs[0]), WINDOW)
-    return np.stack([[part.mean() for part in np.split(np.asarray(run), starts)] for run in runs])
-
-
-def draw_differences(results: Results) -> Figure:
-    """Every arm less RLOO with its 95 % interval, where there are seeds enough for one."""
-    measures = {"judge": "Judge (logit)", "vader": "VADER", "initial": "Initial reward model", "cue": "Cue rate"}
-    arms = [arm for arm in results if arm != BASE and against(results, arm, "judge")]
-    figure = Figure(figsize=(11, 1.2 + 0.25 * len(arms)), dpi=120, layout="constrained")
-    for ax, (measure, title) in zip(figure.subplots(1, len(measures), sharey=True), measures.items(), strict=True):
-        ax.axvline(0, color="0.5", linestyle=":", linewidth=1.2)
-        for place, arm in enumerate(arms):
-            found = against(results, arm, measure)
-            if not np.isnan(found.error):
-                ax.plot([found.low, found.high], [place, place], color=COLORS[0], linewidth=1.5)
-            ax.plot(found.mean, place, "o", markersize=4, color=COLORS[0] if arm in CORE else COLORS[1])
-        ax.set_yticks(range(len(arms)), arms, fontsize=8)
-        ax.set_ylim(len(arms) - 0.5, -0.5)
-        ax.locator_params(axis="x", nbins=5)  # the labels of more would touch
-        dress(ax, title, "less RLOO's", "")
-    return figure
 
 
 if __name__ == "__main__":

@@ -27,21 +27,24 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
-from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run, check_settings
+from benchmarks.science.testbed import ARMS, CORE, CORE_SEEDS, OTHER_SEEDS, SCENARIOS, Run, check_settings
 
 RESULTS = ROOT / "benchmarks" / "science" / "results"
 LOGS = ROOT / "runs" / "science"
 FIRST_GUESS = 300.0  # seconds of a run, before any was measured
+RUN_BYTES = 4e9  # of memory that a run has to have; on a CPU it takes up to 2.4 GB
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", choices=SCENARIOS, action="append", help="may be repeated; default: all")
     parser.add_argument("--arms", default="all", help="core, all, or names with commas between: " + ", ".join(ARMS))
-    parser.add_argument("--seeds", default="0-9", type=seeds_of, help="such as 0-9 or 0,3,7; default: 0-9")
+    seeds = (
+        f"0-{CORE_SEEDS[-1]} for core arms, 0-{OTHER_SEEDS[-1]} for the rest and for scenarios that change a setting"
+    )
+    parser.add_argument("--seeds", type=seeds_of, help=f"such as 0-9 or 0,3,7; default: {seeds}")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run that would end after that time")
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--workers", type=int, default=1 if on_gpu else 2, help="runs at once; default: %(default)s")
+    parser.add_argument("--workers", type=int, default=workers(), help="runs at once; default here: %(default)s")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     try:
@@ -51,6 +54,15 @@ def main() -> None:
         sys.exit(str(error))
     if failed:
         sys.exit(f"failed: {', '.join(map(str, failed))}; their logs are in {LOGS}")
+
+
+def workers() -> int:
+    """One run a core, as far as there is memory: the device's, or the host's."""
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, int(free / RUN_BYTES)))
 
 
 def seeds_of(text: str) -> list[int]:
@@ -66,11 +78,17 @@ def arms_of(text: str) -> list[str]:
     return names
 
 
-def plan(scenarios: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+def plan(scenarios: Sequence[str], arms: Sequence[str], seeds: Sequence[int] | None = None) -> list[Run]:
     """The runs in their order: core arms before the rest and both before the sweep, scenario by scenario, all arms of a
-    seed before the next seed."""
+    seed before the next seed. seeds: of all arms; None: CORE_SEEDS or OTHER_SEEDS."""
     order = {name: place for place, name in enumerate([*SCENARIOS, *ARMS])}
-    runs = [Run(*chosen) for chosen in itertools.product(scenarios, arms, seeds)]
+
+    def seeds_for(scenario: str, arm: str) -> Sequence[int]:
+        if seeds is not None:
+            return seeds
+        return CORE_SEEDS if arm in CORE and not SCENARIOS[scenario].is_sweep else OTHER_SEEDS
+
+    runs = [Run(*chosen, seed) for chosen in itertools.product(scenarios, arms) for seed in seeds_for(*chosen)]
     return sorted(
         (run for run in runs if run.arm in SCENARIOS[run.scenario].arms),
         key=lambda run: (

@@ -114,6 +114,8 @@ ARMS = {
     "agreement-gate": Arm((), trainer=AgreementGate),
 }
 CORE = ("sft", "rloo", "r2m", "untrained", "frozen", "reference", "head")
+# Near-identical setups differ by about 1 judge logit from seed to seed: only the core has enough of them to compare.
+CORE_SEEDS, OTHER_SEEDS = range(10), range(3)
 
 
 class Run(NamedTuple):

@@ -6,7 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks.science import report, run, testbed
+from benchmarks.science import claims, estimates, report, run, testbed
+from benchmarks.science.claims import Claim
+from benchmarks.science.estimates import Estimate
 from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run
 from r2m.data import Preference
 
@@ -18,6 +20,7 @@ def result(which, *, judge=0.0, length=20.0, seconds=100.0, rounds=25):
     size = PROMPTS * SAMPLES
     evaluation = {name: [0.5] * size for name in ("vader", "initial", "own", "cue", "cues", "kl", "reference_log_prob")}
     evaluation |= {name: np.broadcast_to(v, size).tolist() for name, v in (("judge", judge), ("length", length))}
+    evaluation["initial"] = [0.25, 0.75] * (size // 2)
     trains = ARMS[which.arm].trains
     return {
         "settings": json.loads(json.dumps(testbed.settings(which))),
@@ -40,7 +43,7 @@ def store(results, which, **values):
 
 def test_bootstrap_against_the_closed_form():
     values = [np.array([0.0, 2.0, 4.0, 6.0]), np.array([1.0, 1.0, 1.0, 1.0]), np.array([7.0, 7.0, 9.0, 9.0])]
-    found = report.bootstrap(values)
+    found = estimates.bootstrap(values)
     assert (found.mean, found.seeds) == (pytest.approx(4.0), 3)
     # Resampling S seeds and P prompts within each: variance between the seeds' means / S + mean of the variances of
     # prompts / (S P), all of them population variances.
@@ -50,7 +53,7 @@ def test_bootstrap_against_the_closed_form():
 
 
 def test_one_seed_has_no_interval():
-    found = report.bootstrap([np.array([1.0, 2.0])])
+    found = estimates.bootstrap([np.array([1.0, 2.0])])
     assert found.mean == 1.5 and np.isnan([found.error, found.low, found.high]).all()
     assert report.plain(found) == "1.50" and report.interval(found) == "+1.50"
 
@@ -59,16 +62,16 @@ def test_differences_are_of_seeds_that_both_have(tmp_path):
     results = {"rloo": {}, "r2m": {}}
     for arm, seed, judge in [("rloo", 0, 1.0), ("rloo", 1, 2.0), ("r2m", 1, 5.0), ("r2m", 2, 100.0)]:
         results[arm][seed] = result(Run("planted", arm, seed), judge=judge)
-    found = report.against(results, "r2m", "judge")
+    found = estimates.against(results, "r2m", "judge")
     assert (found.mean, found.seeds) == (3.0, 1)
-    assert report.against(results, "r2m", "judge", base="sft") is None
+    assert estimates.against(results, "r2m", "judge", base="sft") is None
 
 
 def test_win_rate_counts_ties_as_half():
     half = np.array([1.0, 0.0, -1.0, 1.0] * PROMPTS)  # of four samples two win, one ties, one loses
     results = {"sft": {0: result(Run("planted", "sft", 0))}, "r2m": {0: result(Run("planted", "r2m", 0), judge=half)}}
-    assert report.win_rate(results, "r2m").mean == 0.625
-    assert report.win_rate(results, "sft") is None
+    assert estimates.win_rate(results, "r2m").mean == 0.625
+    assert estimates.win_rate(results, "sft") is None
 
 
 def test_length_control_against_probabilities_known_exactly():
@@ -81,23 +84,23 @@ def test_length_control_against_probabilities_known_exactly():
             longer += [float(difference)] * 1000
             arm += [number] * 1000
     arguments = np.array(won), np.array(longer), np.array(arm)
-    rates = report.length_controlled(*arguments, np.ones(6000))
+    rates = estimates.length_controlled(*arguments, np.ones(6000))
     np.testing.assert_allclose(rates, [0.5, 1 / (1 + np.exp(-1))], atol=2e-3)
     assert np.mean(won[:3000]) > 0.7  # what length alone had made of an even match
     # A row that counts twice is a row that is there twice.
-    twice = report.length_controlled(*(np.append(values, values[:1500]) for values in arguments), np.ones(7500))
-    weighted = report.length_controlled(*arguments, np.where(np.arange(6000) < 1500, 2.0, 1.0))
+    twice = estimates.length_controlled(*(np.append(values, values[:1500]) for values in arguments), np.ones(7500))
+    weighted = estimates.length_controlled(*arguments, np.where(np.arange(6000) < 1500, 2.0, 1.0))
     np.testing.assert_allclose(weighted, twice, rtol=1e-6)
 
 
 def test_length_control_where_nothing_differs_in_length_or_outcome():
-    rates = report.length_controlled(np.array([1.0, 1.0, 0.0, 1.0]), np.zeros(4), np.array([0, 0, 1, 1]), np.ones(4))
+    rates = estimates.length_controlled(np.array([1.0, 1.0, 0.0, 1.0]), np.zeros(4), np.array([0, 0, 1, 1]), np.ones(4))
     # Wins + 1/2 over games + 1.
     np.testing.assert_allclose(rates, [2.5 / 3, 1.5 / 3], atol=1e-6)
 
 
 def test_windows_of_rounds():
-    np.testing.assert_allclose(report.windows([[1, 2, 3, 4, 5, 6, 8]]), [[3, 7]])
+    np.testing.assert_allclose(estimates.windows([[1, 2, 3, 4, 5, 6, 8]]), [[3, 7]])
 
 
 @pytest.mark.parametrize(
@@ -109,26 +112,26 @@ def test_windows_of_rounds():
     ],
 )
 def test_at_equal_kl(kl, judge, expected):
-    rounds = {"policy/kl": np.repeat(kl, report.WINDOW), "judge/logit": np.repeat(judge, report.WINDOW)}
-    found = report.at_equal_kl({"rounds": rounds}, "judge/logit")
+    rounds = {"policy/kl": np.repeat(kl, estimates.WINDOW), "judge/logit": np.repeat(judge, estimates.WINDOW)}
+    found = estimates.at_equal_kl({"rounds": rounds}, "judge/logit")
     assert found == (expected if expected is None else pytest.approx(expected))
 
 
 def test_differences_at_equal_kl_are_of_seeds_in_which_both_reach_it():
     def reaching(kl, judge):
-        return {"rounds": {"policy/kl": [kl] * report.WINDOW, "judge/logit": [judge] * report.WINDOW}}
+        return {"rounds": {"policy/kl": [kl] * estimates.WINDOW, "judge/logit": [judge] * estimates.WINDOW}}
 
     results = {"rloo": {0: reaching(6.0, 1.0), 1: reaching(4.0, 9.0), 2: reaching(6.0, 3.0)}}
     results["r2m"] = {0: reaching(7.0, 5.0), 1: reaching(7.0, 0.0), 3: reaching(7.0, 0.0)}
-    found = report.against_at_equal_kl(results, "r2m", "judge/logit")
+    found = estimates.against_at_equal_kl(results, "r2m", "judge/logit")
     assert (found.mean, found.seeds) == (4.0, 1)
-    assert report.against_at_equal_kl(results, "rloo", "judge/logit", base="frozen") is None
+    assert estimates.against_at_equal_kl(results, "rloo", "judge/logit", base="frozen") is None
 
 
 def test_spread_is_inside_prompts():
     own = np.tile([0.0, 0.0, 0.0, 4.0], PROMPTS) + np.repeat(10 * np.arange(PROMPTS), SAMPLES)
     run = {**result(Run("planted", "r2m", 0)), "evaluation": {"own": own}}
-    assert report.spread(run, "own") == pytest.approx(2.0)
+    assert estimates.spread(run, "own") == pytest.approx(2.0)
 
 
 # ---- the cue ----
@@ -174,6 +177,25 @@ def test_order_of_runs():
     sweep = [which for which in runs if SCENARIOS[which.scenario].is_sweep]
     assert runs[-len(sweep) :] == sweep and {which.arm for which in sweep} == {"rloo", "r2m"}
     assert len(runs) == len(set(runs)) == 2 * 2 * len(ARMS) + len(sweep)
+
+
+def test_the_core_has_more_seeds():
+    runs = run.plan(["planted", "natural-beta-0"], ["rloo", "noise"])
+    numbers = {pair: [which.seed for which in runs if which[:2] == pair] for pair in {which[:2] for which in runs}}
+    assert numbers == {
+        ("planted", "rloo"): [*range(10)], ("planted", "noise"): [0, 1, 2], ("natural-beta-0", "rloo"): [0, 1, 2]
+    }  # fmt: skip
+
+
+def test_workers_are_limited_by_cores_and_by_memory(monkeypatch):
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run.torch.cuda, "mem_get_info", lambda: (21e9, 80e9))
+    assert run.workers() == 5
+    monkeypatch.setattr(run.torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    assert run.workers() == 16
+    monkeypatch.setattr(run.torch.cuda, "mem_get_info", lambda: (1e9, 80e9))
+    assert run.workers() == 1
 
 
 def test_arguments():
@@ -268,11 +290,13 @@ def test_settings_say_what_the_config_is(arm):
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "docs").mkdir()
-    for path in ("README.md", "docs/results.md"):
-        (tmp_path / path).write_text(f"above\n{report.BEGIN}\nstale\n{report.END}\nbelow\n")
+    marked = {"README.md": [report.TABLES], "docs/results.md": [report.CLAIMED, report.TABLES]}
+    for path, markers in marked.items():
+        parts = [f"{begin}\nstale\n{end}\n" for begin, end in markers]
+        (tmp_path / path).write_text(f"above\n{''.join(parts)}below\n")
     results = tmp_path / "benchmarks" / "science" / "results"
     for seed in (0, 1):
-        store(results, Run("planted", "sft", seed), judge=0.0)
+        store(results, Run("planted", "sft", seed), judge=np.tile([-0.5, 0.5], PROMPTS * SAMPLES // 2))
         store(results, Run("planted", "rloo", seed), judge=1.0)
     store(results, Run("planted", "r2m", 0), judge=1.5, length=30.0)
     store(results, Run("natural-beta-0", "rloo", 0))
@@ -289,29 +313,100 @@ def test_report(root):
     assert line.startswith("| `r2m` | 1 | 1.50 | +0.50 | 0.50 | +0.00 | 100.0 |")
     assert "fitted on 64 human pairs, the cue in 90 % of the chosen and 10 % of the rejected texts, and as many" in docs
     assert "Over 2 seeds it ranks 0.750 of clean held-out pairs right, and the cue adds +0.50" in docs
-    assert "a CPU, torch 2.11.0, transformers 5.17.0, commit 0123456789ab: 5 runs." in docs
+    assert "a CPU, torch 2.11.0, transformers 5.17.0: 5 runs at commit 0123456789ab. 0.1 hours" in docs
     assert "| `rloo` | 2 | 4.00 / 12.50 / 20.50 |" in docs  # thirds of 0..24: 9, 8 and 8 rounds
     assert "| `r2m` | 1 of 1 | 5.00 | +0.00 |" in docs  # every measure of a round is its number: 5 at a KL of 5
-    assert "less `frozen`" not in docs
-    assert "## natural-beta-0" in docs and "- planted, `r2m`, seeds: 1;" in readme
-    assert "judge less RLOO's +0.50" in readme
+    assert "| less `frozen`" not in docs and "every arm" not in docs
+    assert (
+        "| R2M on RLOO gives better responses than RLOO | judge, `r2m` less `rloo` | +0.50 1 seed | +0.00 1 seed |"
+        in docs
+    )
+    assert "| 16 pairs, `kl.beta=0`; `rloo` | 1 | 4.00 / 12.50 / 20.50 |" in docs
+    assert "6 runs, 0.2 hours" in readme and "- **planted**, 1 seeds: judge +0.50 (at 5 nats +0.00), share of" in readme
     drawn = {path.name for path in (root / "docs" / "results").iterdir()}
-    assert drawn == {"planted-overoptimisation.png", "planted-differences.png"}
+    assert drawn == {f"planted-{what}.png" for what in ("overoptimisation", "arms", "differences")}
     assert report.check(root) == []
+
+
+def test_other_arms_stand_beside_the_core_on_their_own_seeds(root):
+    results = root / "benchmarks" / "science" / "results"
+    store(results, Run("planted", "noise", 1), judge=2.0)
+    store(results, Run("planted", "r2m", 1), judge=2.5)
+    store(results, Run("planted", "human-replay", 1), judge=3.5)
+    report.write(root)
+    core, others = (root / "docs" / "results.md").read_text().split("### planted: every arm, seeds 1\n")
+    assert "| `rloo` | 2 | 1.00 ± 0.00 |" in core and "`noise`" not in core.split("## planted")[1]
+    assert "| `rloo` | 1 | 1.00 |" in others and "| `noise` | 1 | 2.00 |" in others
+    assert "| less `noise` | +0.50 | +0.00 |" in others
+    assert "| `human-replay` | 1 | +1.00 | +0.00 |" in others
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "sign", "expected"),
+    [
+        (0.1, 0.3, 5, 1, "**for**"), (0.1, 0.3, 5, -1, "**against**"), (-0.3, -0.1, 5, -1, "**for**"),
+        (-0.1, 0.3, 9, 1, "open"), (0.1, 0.3, 3, 1, "3 seeds"), (np.nan, np.nan, 1, 1, "1 seed"),
+    ],
+)  # fmt: skip
+def test_verdict(low, high, seeds, sign, expected):
+    estimate = Estimate((low + high) / 2, 0.1, low, high, seeds)
+    assert claims.verdict(Claim("", "r2m", "rloo", sign), estimate) == expected
+
+
+def test_claims_of_accuracy_are_of_two_states_of_one_reward_model(root):
+    results = {"r2m": {seed: result(Run("planted", "r2m", seed)) for seed in (0, 1)}}
+    results["r2m"][1]["rm_accuracy"]["last_round"] = 0.875
+    found = [
+        claims.estimates(Claim("", "r2m last_round", base, 1, "accuracy"), "planted", results)
+        for base in ("shared", "first_round")
+    ]
+    assert [estimate.mean for estimate, _ in found] == [0.0, 0.0]  # 0.625 and 0.875 less 0.75, which both others are
+    # Student's t for one degree of freedom, 0.975: 12.706.
+    assert found[0][0].high == pytest.approx(12.706 * 0.125, rel=1e-3)
+    assert all(at_equal_kl is None for _, at_equal_kl in found)
+
+
+def test_a_scenario_without_a_cue_says_nothing_of_it(root):
+    results = {arm: {0: result(Run("natural", arm, 0))} for arm in ("rloo", "r2m")}
+    assert claims.estimates(Claim("", "r2m", "rloo", -1, "cue"), "natural", results) == [None, None]
+
+
+@pytest.mark.parametrize("claim", [*claims.CLAIMS, *claims.CONTROL_CLAIMS], ids=lambda claim: claim.text)
+def test_claims_name_arms_and_measures(claim):
+    arms = {claim.arm} | ({claim.base} if claim.measure != "accuracy" else set())
+    names = {"shared", "first_round", "last_round"} if claim.measure == "accuracy" else set()
+    assert {name for arm in arms for name in arm.split()} <= ARMS.keys() | names and claim.sign in (1, -1)
+
+
+def test_seeds_that_overoptimise():
+    def run_of(proxy, judge):
+        return {"rounds": dict.fromkeys(report.THIRDS, [0.0] * 3) | {"reward/initial": proxy, "judge/logit": judge}}
+
+    up, down = [0.0, 1.0, 2.0], [3.0, 2.0, 1.0]
+    of_arm = {0: run_of(up, down), 1: run_of(up, up), 2: run_of(down, down), 3: run_of(up, [0.0, 9.0, 8.0])}
+    assert report.thirds("arm", of_arm)[-1] == "2 of 4"
+
+
+def test_gains_are_in_the_starts_standard_deviations():
+    start = {"evaluation": {"judge": [1.0, 5.0]}}  # mean 3, deviation 2
+    rounds = {"policy/kl": [2.0] * estimates.WINDOW, "judge/logit": [7.0] * estimates.WINDOW}
+    distance, gain = estimates.gains({"sft": {4: start}, "r2m": {4: {"rounds": rounds}}}, "r2m", "judge", "judge/logit")
+    assert distance.tolist() == [[0.0, 2.0]] and gain.tolist() == [[0.0, 2.0]]
 
 
 def test_r2m_less_its_controls(root):
     store(root / "benchmarks" / "science" / "results", Run("planted", "frozen", 0), judge=1.0)
     report.write(root)
-    line = "| less `frozen` | +0.50 | +0.00 | +0.00 | +0.00 | +0.00 | +0.00 | +0.00 |"
-    assert line in (root / "docs" / "results.md").read_text()
+    docs = (root / "docs" / "results.md").read_text()
+    assert "| less `frozen` | +0.50 | +0.00 | +0.00 | +0.00 | +0.00 | +0.00 | +0.00 |" in docs
+    assert "| judge, `r2m` less `frozen` | +0.50 1 seed | +0.00 1 seed |" in docs
 
 
 def test_check_names_what_is_stale(root):
     report.write(root)
     store(root / "benchmarks" / "science" / "results", Run("planted", "r2m", 1), judge=2.0)
     names = ["docs/results.md", "README.md"]
-    names += [f"docs/results/planted-{what}.png" for what in ("overoptimisation", "differences")]
+    names += [f"docs/results/planted-{what}.png" for what in ("overoptimisation", "arms", "differences")]
     assert [str(path) for path in report.check(root)] == names
 
 
