@@ -68,7 +68,7 @@ bench: $(STAMP) extension  ## time everything on this machine beside PyTorch, in
 	$(BIN)/pytest -q benchmarks --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/run.py
 
-science: $(STAMP) extension  ## compare the paper's methods on the demo's model over ten seeds; goes on where it stopped, LIMIT= minutes
+science: $(STAMP) extension  ## compare the paper's methods on the demo's model, for LIMIT= minutes; goes on where it stopped
 	$(BIN)/python benchmarks/science/run.py $(addprefix --minutes ,$(LIMIT))
 	$(BIN)/python benchmarks/science/report.py
 

@@ -186,7 +186,7 @@ def made_by(results: Sequence[Results]) -> str:
         for where, of in commits.items()
     ]
     hours = sum(run["seconds"]["total"] for run in runs) / 3600
-    return f"{'; '.join(made)}. {hours:.1f} hours of such a machine in all."
+    return f"{'; '.join(made)}. {hours:.1f} hours one after another."
 
 
 def quality_table(results: Results) -> str:
@@ -428,7 +428,7 @@ def summary(scenarios: dict[str, Results]) -> str:
     runs = [run for results in scenarios.values() for of_arm in results.values() for run in of_arm.values()]
     hours = sum(run["seconds"]["total"] for run in runs) / 3600
     compared = {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
-    lines = [f"`make science`: {len(runs)} runs, {hours:.1f} hours of one CPU core each; R2M less RLOO, with 95 % "
+    lines = [f"`make science`: {len(runs)} runs, {hours:.1f} hours one after another. R2M less RLOO, with 95 % "
              "intervals, at the end of training and where both have moved 5 nats from their start:"]  # fmt: skip
     for name, results in compared.items():
         if R2M not in results or BASE not in results:
