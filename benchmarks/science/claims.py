@@ -43,7 +43,7 @@ CONTROL_CLAIMS = (
 DURING_TRAINING = {"judge": "judge/logit", "cue": "cue/rate"}  # a measure of the evaluation -> the same of a round
 
 
-def estimates(claim: Claim, name: str, results: Results) -> list[Estimate | None]:
+def evidence(claim: Claim, name: str, results: Results) -> list[Estimate | None]:
     """At the end of training, and at equal KL; None where a scenario cannot say."""
     if claim.measure == "accuracy":
         arm, after = claim.arm.split()

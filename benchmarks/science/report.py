@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
 from benchmarks.report import between_markers, drawn_from, table, unique
-from benchmarks.science.claims import CLAIMS, CONTROL_CLAIMS, DURING_TRAINING, Claim, estimates, verdict
+from benchmarks.science.claims import CLAIMS, CONTROL_CLAIMS, DURING_TRAINING, Claim, evidence, verdict
 from benchmarks.science.estimates import (
     BASE,
     EQUAL_KL,
@@ -42,7 +42,7 @@ from benchmarks.science.estimates import (
     win_rate,
 )
 from benchmarks.science.figures import draw_curves, draw_differences, draw_overoptimisation
-from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run, check_settings
+from benchmarks.science.testbed import ARMS, CORE, EVALUATION, SCENARIOS, Run, check_settings
 
 TABLES = ("<!-- science: begin -->", "<!-- science: end -->")
 CLAIMED = ("<!-- claims: begin -->", "<!-- claims: end -->")
@@ -221,7 +221,7 @@ def policy_table(results: Results) -> str:
         ]
         for arm, of_arm in results.items()
     ]
-    return table(["", *POLICY_MEASURES.values(), "distinct-2", "GRE (nats)"], lines)
+    return table(["", *POLICY_MEASURES.values(), "distinct-2", f"GRE of {EVALUATION['samples']} samples"], lines)
 
 
 def reward_model_table(results: Results) -> str:
@@ -407,7 +407,7 @@ def claims_table(scenarios: dict[str, Results]) -> str:
     compared = {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
 
     def line(claim: Claim) -> list[str]:
-        found = [estimate for name, results in compared.items() for estimate in estimates(claim, name, results)]
+        found = [estimate for name, results in compared.items() for estimate in evidence(claim, name, results)]
         cells = [f"{interval(e)} {verdict(claim, e)}" if e else "" for e in found]
         arm, *state = claim.arm.split()
         what = " ".join([f"`{arm}`", *state, "less", f"`{claim.base}`" if claim.base in ARMS else claim.base])
@@ -424,7 +424,7 @@ def claims_table(scenarios: dict[str, Results]) -> str:
 
 
 def summary(scenarios: dict[str, Results]) -> str:
-    """Five lines: what was compared; RLOO and R2M in each of the two scenarios; the controls; the claims."""
+    """Five lines: what was run; R2M less RLOO in each of the two scenarios; R2M less its two controls in both."""
     runs = [run for results in scenarios.values() for of_arm in results.values() for run in of_arm.values()]
     hours = sum(run["seconds"]["total"] for run in runs) / 3600
     compared = {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
@@ -442,7 +442,7 @@ def summary(scenarios: dict[str, Results]) -> str:
         told += [f"KL {interval(against(results, R2M, 'kl'))} nats"]
         lines.append(f"- **{name}**, {len(results[R2M])} seeds: {', '.join(told)}.")
     for claim, words in zip(CONTROL_CLAIMS, ("its frozen warm start", "the frozen start's states"), strict=True):
-        ends = {name: estimates(claim, name, results)[0] for name, results in compared.items()}
+        ends = {name: evidence(claim, name, results)[0] for name, results in compared.items()}
         told = [f"{name} {interval(end)}" for name, end in ends.items() if end]
         if told:
             lines.append(f"- R2M less R2M with {words}, judge: {', '.join(told)}.")

@@ -357,7 +357,7 @@ def test_claims_of_accuracy_are_of_two_states_of_one_reward_model(root):
     results = {"r2m": {seed: result(Run("planted", "r2m", seed)) for seed in (0, 1)}}
     results["r2m"][1]["rm_accuracy"]["last_round"] = 0.875
     found = [
-        claims.estimates(Claim("", "r2m last_round", base, 1, "accuracy"), "planted", results)
+        claims.evidence(Claim("", "r2m last_round", base, 1, "accuracy"), "planted", results)
         for base in ("shared", "first_round")
     ]
     assert [estimate.mean for estimate, _ in found] == [0.0, 0.0]  # 0.625 and 0.875 less 0.75, which both others are
@@ -368,7 +368,7 @@ def test_claims_of_accuracy_are_of_two_states_of_one_reward_model(root):
 
 def test_a_scenario_without_a_cue_says_nothing_of_it(root):
     results = {arm: {0: result(Run("natural", arm, 0))} for arm in ("rloo", "r2m")}
-    assert claims.estimates(Claim("", "r2m", "rloo", -1, "cue"), "natural", results) == [None, None]
+    assert claims.evidence(Claim("", "r2m", "rloo", -1, "cue"), "natural", results) == [None, None]
 
 
 @pytest.mark.parametrize("claim", [*claims.CLAIMS, *claims.CONTROL_CLAIMS], ids=lambda claim: claim.text)
