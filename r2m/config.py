@@ -78,6 +78,9 @@ class R2M:
     num_heads: int = 1
     standardize: bool = False  # RTE and hidden states per feature, statistics taken once, before training
     zero_output: bool = False  # start exactly at the vanilla reward model
+    # Rewards are scaled to the spread, inside groups, of the initial head's scores of the same samples, as measured a
+    # round before. GREBT widens its own margins, and kl.beta is a weight against the rewards' scale.
+    scale_anchor: bool = False
 
     @property
     def attends(self) -> bool:
@@ -173,6 +176,7 @@ class R2MConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         comparing = [self.algorithm] * (self.algorithm in GROUP_METHODS) + ["GREBT"] * self.r2m.trains
+        comparing += ["r2m.scale_anchor"] * self.r2m.scale_anchor
         if self.num_generations == 1 and comparing:
             raise ValueError(
                 f"num_generations is 1; the responses of a group are compared by {' and '.join(comparing)}: "
@@ -185,6 +189,11 @@ class R2MConfig:
         if self.r2m.source != "policy" and not self.r2m.attends:
             raise ValueError(
                 f"r2m.source is {self.r2m.source!r}, and r2m.feedback {self.r2m.feedback!r} uses no hidden states; "
+                "expected feedback frozen or trained"
+            )
+        if self.r2m.scale_anchor and not self.r2m.attends:
+            raise ValueError(
+                f"r2m.scale_anchor is true, and r2m.feedback {self.r2m.feedback!r} uses no hidden states; "
                 "expected feedback frozen or trained"
             )
         for name, value, least in (

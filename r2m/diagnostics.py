@@ -326,7 +326,10 @@ def degeneration(table: Mapping[str, Sequence[float | None]], eps: float) -> lis
     spread = ends("reward/group_std")
     if spread and spread[0] > 0 and not SPREAD_RATIOS[0] < spread[1] / spread[0] < SPREAD_RATIOS[1]:
         if spread[1] > spread[0]:
-            advice = "the reward model widens its own margins, and the KL penalty weighs less. Lower r2m.learning_rate."
+            advice = (
+                "the reward model widens its own margins, and the KL penalty weighs less. Set r2m.scale_anchor: true, "
+                "or lower r2m.learning_rate."
+            )
         else:
             advice = "samples grow alike. Raise kl.beta or the temperature."
         warnings.append(

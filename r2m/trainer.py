@@ -381,7 +381,7 @@ class R2MTrainer:
             raise ValueError("rollout.greedy is None; expected the greedy responses, as R2MTrainer.sample makes them")
         rte = self._embed(greedy.prompts, greedy.completions)
         weight = self.updater.weight if self.config.r2m.attends else 1.0
-        rewards = self._score_apart(rte, greedy, weight, self.config.micro_batch_size)
+        rewards = self.updater.scale * self._score_apart(rte, greedy, weight, self.config.micro_batch_size)
         return less_unfinished(rewards, greedy.finished, self.config.missing_eos_penalty)
 
     def _score_apart(self, rte: Tensor, rollout: Rollout, weight: float, batch_size: int = 32) -> Tensor:

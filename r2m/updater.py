@@ -31,17 +31,25 @@ class R2MUpdater:
 
     settings.feedback: "frozen": `step` measures and changes nothing. "head": there are no hidden states, so `score` and
         `collect` are not called; rewards are `reward_model.vanilla_score(rte)`, and `step` trains phi alone.
+    settings.scale_anchor: `score` multiplies rewards by `scale`, which `step` sets for the next round.
     settings.source: "noise": `score` and `collect` put noise in place of `hidden`. "reference": `hidden` is to be the
         reference's, in both.
     """
 
     def __init__(self, reward_model: R2MRewardModel, settings: R2M, *, total_steps: int, num_generations: int):
+        if settings.scale_anchor and (num_generations == 1 or not settings.attends):
+            raise ValueError(
+                f"settings.scale_anchor is True with feedback {settings.feedback!r} and num_generations "
+                f"{num_generations}; expected feedback frozen or trained and at least 2 responses to compare"
+            )
         head_alone = settings.feedback == "head"
         reward_model.config.floor = 1.0 if head_alone else settings.floor  # what w(t) will have been at t = T
         self.reward_model = reward_model
         self.settings = settings
         self.total_steps = total_steps
         self.num_generations = num_generations
+        self.scale = 1.0
+        self._initial_weight: Tensor | None = None
         # GREBT does not see a shift of all rewards: the bias would follow rounding noise, which Adam scales up.
         candidates = reward_model.head.parameters() if head_alone else reward_model.parameters()
         trained = [p for p in candidates if p is not reward_model.head.bias]
@@ -65,6 +73,10 @@ class R2MUpdater:
         with torch.no_grad():
             self._vanilla = self._absorbed.rte @ self.reward_model.head.weight  # phi . H [B]
             self._offset = self._absorbed.bias - self.reward_model.head.bias
+            if self.settings.scale_anchor:
+                if self._initial_weight is None:
+                    self._initial_weight = self.reward_model.head.weight.clone()
+                self._initial = self._absorbed.rte @ self._initial_weight
         shape = self._query.shape
         self._feedback_value = self._vanilla.new_full(shape[:1], torch.nan)  # (1 - w) phi . A
         self._pooled = self._query.new_empty(shape)
@@ -79,7 +91,8 @@ class R2MUpdater:
         value, _ = attention_pool_dot(self._query[rows], hidden, self._direction, mask=mask, scale=1.0)
         value = value.sum(-1) if value.ndim == 2 else value  # heads
         self._feedback_value[rows] = value + self._offset
-        return self._feedback_value[rows] + self.weight * self._vanilla[rows] + self.reward_model.head.bias
+        fused = self._feedback_value[rows] + self.weight * self._vanilla[rows] + self.reward_model.head.bias
+        return self.scale * fused
 
     @torch.no_grad()
     def collect(self, rows: Rows, hidden: Tensor, mask: Tensor) -> None:
@@ -105,6 +118,9 @@ class R2MUpdater:
             metrics["rm/attended_tokens"] = self._attended_tokens().item()
             if self.num_generations == 1:  # frozen; GREBT measures groups
                 return metrics
+            if self.settings.scale_anchor:
+                metrics["reward/scale"] = self.scale
+                self._anchor()
             rewards = self.reward_model.reward(self._absorbed, self._pooled, self._gradient, self.weight)
         else:
             rewards = self.reward_model.vanilla_score(self._rte)
@@ -137,13 +153,28 @@ class R2MUpdater:
         return torch.corrcoef(processes.gather(torch.stack([fused, vanilla], -1)).T)[0, 1]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+        if self.settings.scale_anchor:
+            state |= {"scale": self.scale, "initial_weight": self._initial_weight}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.settings.scale_anchor:
+            self.scale, self._initial_weight = state["scale"], state["initial_weight"]
 
     def _feedback(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return noise_like(hidden, mask) if self.settings.source == "noise" else hidden
+
+    @torch.no_grad()
+    def _anchor(self) -> None:
+        """`scale` for the next round, by this round's samples: the deviation inside groups of the initial head's scores
+        over that of the rewards. Groups without any leave it as it is."""
+        fused = self._feedback_value + self.weight * self._vanilla
+        groups = torch.stack([self._initial, fused]).unflatten(1, (-1, self.num_generations))  # [2, n, K]
+        wanted, found = processes.total(groups.var(-1, correction=0).sum(-1)).sqrt().tolist()
+        if wanted != 0 and found != 0:
+            self.scale = wanted / found
 
     def _grebt(self, rewards: Tensor, pair_scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return grebt_loss(

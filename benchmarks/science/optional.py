@@ -1,4 +1,4 @@
-"""Three changes to R2M that the paper does not have, tried as arms of the comparison and no options of the trainer."""
+"""Two changes to R2M that the paper does not have, tried as arms of the comparison and no options of the trainer."""
 
 from __future__ import annotations
 
@@ -10,50 +10,12 @@ from torch import Tensor
 
 from r2m.data import Preference
 from r2m.fitting import embed_pairs, pack_hidden, tokenize_pairs
-from r2m.rollout import Annotations, Rollout
-from r2m.trainer import Consume, R2MTrainer
+from r2m.rollout import Annotations
+from r2m.trainer import R2MTrainer
 from r2m_kernels import grebt_loss
 
 REPLAYED_PAIRS = 8  # human pairs a round, beside the three that the reward model labels itself
 REPLAY_WEIGHT = 1.0  # of their Bradley-Terry loss, beside a GREBT of the same order
-
-
-class ScaleAnchor(R2MTrainer):
-    """Rewards are multiplied by what keeps their standard deviation on a probe, the first round's samples, as it was in
-    that round: GREBT widens its own margins, and the KL's weight stays.
-
-    Costs a pass of the policy over the probe in every round.
-    """
-
-    def __init__(self, *args: Any, **settings: Any):
-        super().__init__(*args, **settings)
-        self.probe: tuple[Tensor, Rollout] | None = None
-        self.scale = 1.0
-
-    def _blank_annotations(self, rollout: Rollout, t: int, micro_batches: list[slice]) -> Annotations:
-        batch = super()._blank_annotations(rollout, t, micro_batches)
-        if self.probe is None:
-            self.probe = self._embed(rollout.prompts, rollout.completions), rollout
-            self.first_spread = self._probe_spread()
-        self.scale = self.first_spread / self._probe_spread()
-        return batch
-
-    def _probe_spread(self) -> float:
-        rte, rollout = self.probe
-        return self._score_apart(rte, rollout, self.updater.weight).std().item()
-
-    def _feed(self, batch: Annotations, *, collect: bool) -> Consume:
-        consume = super()._feed(batch, collect=collect)
-
-        def anchored(rows: slice, hidden: Tensor, feedback_mask: Tensor) -> None:
-            consume(rows, hidden, feedback_mask)
-            batch.rewards[rows] *= self.scale
-
-        return anchored
-
-    def align_reward_model(self, batch: Annotations, t: int, row: dict[str, float]) -> None:
-        super().align_reward_model(batch, t, row)
-        row["optional/scale"] = self.scale
 
 
 class HumanReplay(R2MTrainer):

@@ -28,7 +28,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
-from benchmarks.science.optional import REPLAY_WEIGHT, REPLAYED_PAIRS, AgreementGate, HumanReplay, ScaleAnchor
+from benchmarks.science.optional import REPLAY_WEIGHT, REPLAYED_PAIRS, AgreementGate, HumanReplay
 from r2m.bench.results import describe
 from r2m.config import R2MConfig, load_config
 from r2m.data import Preference, Prompt
@@ -109,7 +109,7 @@ ARMS = {
     "noise": Arm(("r2m.source=noise",)),
     "no-bt": Arm(("r2m.alpha=1",)),
     "no-gre": Arm(("r2m.alpha=0",)),
-    "scale-anchor": Arm((), trainer=ScaleAnchor),
+    "scale-anchor": Arm(("r2m.scale_anchor=true",)),
     "human-replay": Arm((), trainer=HumanReplay),
     "agreement-gate": Arm((), trainer=AgreementGate),
 }
@@ -285,7 +285,7 @@ ROUND_MEASURES = (
     "reward/initial", "reward/mean", "judge/logit", "judge/vader", "cue/rate", "cue/count", "policy/kl",
     "reward/entropy", "reward/degenerate_share", "grebt/pair_flips", "length/mean", "policy/reference_log_prob",
     "rm/attended_tokens", "reward/correlation", "text/distinct_2",
-    "optional/scale", "optional/human_loss", "optional/agreement",
+    "reward/scale", "optional/human_loss", "optional/agreement",
 )  # fmt: skip
 
 

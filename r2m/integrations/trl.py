@@ -185,8 +185,8 @@ class R2MCallback(TrainerCallback):
             if updater is not None:
                 rewards[rows] = updater.score(rows, hidden, feedback)
             else:
-                weight = self.settings.floor
-                rewards[rows] = self.reward_model.score(rte[rows], hidden, weight=weight, mask=feedback)
+                weight, scale = self.settings.floor, 1.0 if self._updater is None else self._updater.scale
+                rewards[rows] = scale * self.reward_model.score(rte[rows], hidden, weight=weight, mask=feedback)
         self._captured.clear()
         if not torch.isfinite(rewards).all():  # TRL would leave the samples out
             raise FloatingPointError(

@@ -99,6 +99,21 @@ def test_a_source_of_hidden_states_that_nothing_reads_is_an_error(feedback, sour
         load_config(None, [f"r2m.feedback={feedback}", f"r2m.source={source}"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["r2m.feedback=head"], "r2m.scale_anchor is true, and r2m.feedback 'head' uses no hidden states"),
+        (
+            ["r2m.feedback=frozen", "num_generations=1", "algorithm=remax"],
+            "are compared by r2m.scale_anchor: expected at least 2",
+        ),
+    ],
+)
+def test_an_anchor_of_what_does_not_change_is_an_error(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, ["r2m.scale_anchor=true", *settings])
+
+
 def test_a_file_that_is_no_mapping_is_named(tmp_path):
     (tmp_path / "list.yaml").write_text(yaml.safe_dump(["rounds", 3]))
     with pytest.raises(ValueError, match=r"list\.yaml holds a list; expected a mapping"):

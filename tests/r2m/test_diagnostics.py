@@ -266,7 +266,7 @@ def test_thirds_are_means_over_the_rounds_that_have_a_metric():
     ("metric", "value", "said"),
     [
         ("reward/degenerate_share", 0.37, r"group std under eps \(0\.01\) in 37% of groups .* 10% over the first"),
-        ("reward/group_std", 1.2, "3.00 times as wide .* Lower r2m.learning_rate"),
+        ("reward/group_std", 1.2, "3.00 times as wide .* Set r2m.scale_anchor: true, or lower"),
         ("reward/group_std", 0.1, "0.25 times as wide .* samples grow alike"),
         ("rm/pair_accuracy", 0.6, "fell from 0.700 to 0.600"),
         ("grebt/pair_flips", 0.6, "in 60% of groups"),

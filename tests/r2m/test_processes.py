@@ -29,6 +29,7 @@ CASES = {
     "reinforce++": {"algorithm": "reinforce++", "kl": {"placement": "reward"}},
     "head": {"r2m": {"feedback": "head"}},
     "reference": {"r2m": {"standardize": True, "source": "reference"}},
+    "anchored": {"r2m": {"standardize": True, "scale_anchor": True}},
     "adapter": {"adapter": True},
     "sharded": SHARDED,
 }

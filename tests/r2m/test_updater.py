@@ -1,5 +1,6 @@
 """The streamed round of the reward model against equations 1-6 written out, with projected keys and values."""
 
+import copy
 import io
 import math
 
@@ -316,15 +317,54 @@ def test_without_weight_on_feedback_the_fused_reward_is_the_vanilla_one(reward_c
     assert updater.alignment(scores).item() == 1
 
 
-def test_a_restored_updater_goes_on_with_the_same_bits(reward_checkpoint, policy):
-    straight = make_updater(reward_checkpoint, policy, dtype=torch.float32)
+@pytest.mark.parametrize("feedback", ["frozen", "trained"])
+def test_anchored_rewards_spread_in_groups_as_the_initial_heads_did_a_round_before(reward_checkpoint, policy, feedback):
+    settings = {"feedback": feedback, "learning_rate": 0.1}
+    anchored = make_updater(reward_checkpoint, policy, scale_anchor=True, **settings)
+    plain = make_updater(reward_checkpoint, policy, **settings)
+    initial_head, scale = copy.deepcopy(plain.reward_model.head), 1.0
+    for step in (7, 8, 9):
+        data = Round(step)
+        for updater in (anchored, plain):
+            updater.begin_round(data.rte, step)
+        rewards, raw = data.score(anchored), data.score(plain)
+        torch.testing.assert_close(rewards, scale * raw)
+        data.collect(anchored), data.collect(plain)
+        row, plain_row = anchored.step(rewards), plain.step(raw)
+        assert row.pop("reward/scale") == pytest.approx(scale)
+        assert row == pytest.approx(plain_row)  # the update of the reward model is that of plain R2M
+        initial = initial_head(data.rte).view(GROUPS, K)
+        variance = [groups.var(1, correction=0).mean() for groups in (initial, raw.view(GROUPS, K))]
+        scale = (variance[0] / variance[1]).sqrt().item()
+        assert abs(scale - 1) > 0.05
+
+
+def test_groups_without_spread_leave_the_scale_as_it_is(reward_checkpoint, policy):
+    updater, data = make_updater(reward_checkpoint, policy, scale_anchor=True), Round()
+    with torch.no_grad():
+        updater.reward_model.head.weight.zero_()
+    assert one_round(updater, data, 5)["reward/scale"] == 1.0 and updater.scale == 1.0
+
+
+@pytest.mark.parametrize(("feedback", "k"), [("frozen", 1), ("none", 4), ("head", 4)])
+def test_an_anchor_of_what_does_not_change_is_an_error(reward_checkpoint, policy, feedback, k):
+    settings = R2M(feedback=feedback, scale_anchor=True)
+    with pytest.raises(ValueError, match=f"scale_anchor is True with feedback '{feedback}' and num_generations {k};"):
+        R2MUpdater(tiny.reward_model(reward_checkpoint, policy), settings, total_steps=2, num_generations=k)
+
+
+@pytest.mark.parametrize("scale_anchor", [False, True])
+def test_a_restored_updater_goes_on_with_the_same_bits(reward_checkpoint, policy, scale_anchor):
+    straight = make_updater(reward_checkpoint, policy, dtype=torch.float32, scale_anchor=scale_anchor)
     for step in (1, 2):
         one_round(straight, Round(step, torch.float32), step)
     file = io.BytesIO()
     torch.save(straight.state_dict(), file)
     model_state = copies(straight.reward_model)
 
-    restored = make_updater(reward_checkpoint, policy, dtype=torch.float32, model={"seed": 9})
+    restored = make_updater(
+        reward_checkpoint, policy, dtype=torch.float32, model={"seed": 9}, scale_anchor=scale_anchor
+    )
     restored.reward_model.load_state_dict(model_state)
     restored.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     for step in (3, 4):
