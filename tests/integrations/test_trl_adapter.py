@@ -96,6 +96,7 @@ class Run:
         given = self.reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         training = self.trainer.model.training
         weight = self.callback._updater.weight if training else self.settings.floor
+        scale = 1.0 if self.callback._updater is None else self.callback._updater.scale
         texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
         call = types.SimpleNamespace(
             training=training, weight=weight, prompts=prompts, texts=texts, completion_ids=completion_ids, rewards=given
@@ -103,7 +104,8 @@ class Run:
         rte, hidden = self.reward_model.embed(prompts, texts), self.hidden(call)
         with torch.no_grad():
             expected = [
-                self.reward_model.score(rte[i : i + 1], h[None], weight=weight).item() for i, h in enumerate(hidden)
+                scale * self.reward_model.score(rte[i : i + 1], h[None], weight=weight).item()
+                for i, h in enumerate(hidden)
             ]
         assert given == pytest.approx(expected, abs=self.tolerance)
         self.calls.append(call)
@@ -259,6 +261,14 @@ def test_frozen_feedback_measures_and_changes_nothing(run):
     one.train()
     assert not moved(before, one.weights())
     assert all("grebt/loss" in row and "rm/grad_norm" not in row for row in one.callback.history)
+
+
+def test_anchored_rewards_are_scaled_and_those_of_held_out_batches_too(run):
+    one = run(settings={"scale_anchor": True}, per_device_eval_batch_size=4).train()  # compares every reward
+    scales = [row["reward/scale"] for row in one.callback.history]
+    assert scales[0] == 1.0 and abs(scales[1] - 1.0) > 0.01
+    one.trainer.evaluate()
+    assert not one.calls[-1].training
 
 
 def test_metrics_reach_the_trainers_log(run):
