@@ -40,6 +40,10 @@ CONTROL_CLAIMS = (
     Claim("training along matters: better than the warm start, frozen", R2M, "frozen", 1),
     Claim("the *policy's* states matter: better than those of the frozen start", R2M, "reference", 1),
 )
+ANCHOR_CLAIMS = (
+    Claim("with its scale held, R2M gives better responses than RLOO", "scale-anchor", BASE, 1),
+    Claim("with its scale held, R2M exploits less", "scale-anchor", BASE, -1, "cue"),
+)
 DURING_TRAINING = {"judge": "judge/logit", "cue": "cue/rate"}  # a measure of the evaluation -> the same of a round
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
 from benchmarks.report import between_markers, drawn_from, table, unique
-from benchmarks.science.claims import CLAIMS, CONTROL_CLAIMS, DURING_TRAINING, Claim, evidence, verdict
+from benchmarks.science.claims import ANCHOR_CLAIMS, CLAIMS, CONTROL_CLAIMS, DURING_TRAINING, Claim, evidence, verdict
 from benchmarks.science.estimates import (
     BASE,
     EQUAL_KL,
@@ -42,7 +42,7 @@ from benchmarks.science.estimates import (
     win_rate,
 )
 from benchmarks.science.figures import draw_curves, draw_differences, draw_overoptimisation
-from benchmarks.science.testbed import ARMS, CORE, EVALUATION, SCENARIOS, Run, check_settings
+from benchmarks.science.testbed import ARMS, CORE, EVALUATION, OTHER_SEEDS, SCENARIOS, Run, check_settings
 
 TABLES = ("<!-- science: begin -->", "<!-- science: end -->")
 CLAIMED = ("<!-- claims: begin -->", "<!-- claims: end -->")
@@ -131,10 +131,9 @@ def section(name: str, results: Results) -> str:
     parts += [*comparison(core), control_table(core)]
     others = {arm: of_arm for arm, of_arm in results.items() if arm not in CORE}
     if others:
-        seeds = unique(seed for of_arm in others.values() for seed in of_arm)
-        beside = {arm: only(results[arm], seeds) for arm in CORE if arm in results}
-        numbers = ", ".join(map(str, sorted(seeds)))
-        parts += [f"### {name}: every arm, seeds {numbers}", *comparison(beside | others)]
+        seeds = sorted({seed for of_arm in others.values() for seed in of_arm} & {*OTHER_SEEDS})
+        same = {arm: of_same for arm, of_arm in results.items() if (of_same := only(of_arm, seeds))}
+        parts += [f"### {name}: every arm, seeds {', '.join(map(str, seeds))}", *comparison(same)]
         parts += [control_table({R2M: results.get(R2M, {})} | others), optional_table(results)]
     parts += [quotes(results)]
     return "\n\n".join(filter(None, parts))
@@ -305,9 +304,9 @@ def optional_table(results: Results) -> str:
             ]
             rounds = [run["rounds"] for run in results[arm].values()]
             did = {
-                name.removeprefix("optional/").replace("_", " "): np.mean([run[name] for run in rounds])
+                name.partition("/")[2].replace("_", " "): np.mean([run[name] for run in rounds])
                 for name in rounds[0]
-                if name.startswith("optional/")
+                if name.startswith("optional/") or name == "reward/scale"
             }
             lines.append([
                 f"`{arm}`", str(len(rounds)), *map(interval, [*ends, *equal, *of_model]),
@@ -416,7 +415,7 @@ def claims_table(scenarios: dict[str, Results]) -> str:
     head = [cell for name in compared for cell in (f"{name}, at the end", f"at {EQUAL_KL:g} nats")]
     return "\n\n".join([
         table(["the paper's claim", "measured", *head], map(line, CLAIMS)),
-        table(["not asked in the paper", "measured", *head], map(line, CONTROL_CLAIMS)),
+        table(["not asked in the paper", "measured", *head], map(line, CONTROL_CLAIMS + ANCHOR_CLAIMS)),
     ])  # fmt: skip
 
 

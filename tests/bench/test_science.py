@@ -371,7 +371,9 @@ def test_a_scenario_without_a_cue_says_nothing_of_it(root):
     assert claims.evidence(Claim("", "r2m", "rloo", -1, "cue"), "natural", results) == [None, None]
 
 
-@pytest.mark.parametrize("claim", [*claims.CLAIMS, *claims.CONTROL_CLAIMS], ids=lambda claim: claim.text)
+@pytest.mark.parametrize(
+    "claim", [*claims.CLAIMS, *claims.CONTROL_CLAIMS, *claims.ANCHOR_CLAIMS], ids=lambda claim: claim.text
+)
 def test_claims_name_arms_and_measures(claim):
     arms = {claim.arm} | ({claim.base} if claim.measure != "accuracy" else set())
     names = {"shared", "first_round", "last_round"} if claim.measure == "accuracy" else set()
