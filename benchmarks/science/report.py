@@ -112,8 +112,12 @@ def texts(root: Path, scenarios: dict[str, Results]) -> dict[Path, str]:
 # ---- tables ----
 
 
+def without_sweep(scenarios: dict[str, Results]) -> dict[str, Results]:
+    return {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
+
+
 def all_tables(scenarios: dict[str, Results]) -> str:
-    compared = {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
+    compared = without_sweep(scenarios)
     parts = [*map(section, compared, compared.values()), sweep(scenarios)]
     return "\n\n".join(filter(None, parts))
 
@@ -322,12 +326,13 @@ THIRDS = {
     "reward/initial": "initial RM", "judge/logit": "judge", "cue/rate": "cue rate", "policy/kl": "KL",
     "reward/entropy": "GRE", "reward/degenerate_share": "degenerate groups", "grebt/pair_flips": "pair flips",
 }  # fmt: skip
+THIRDS_HEAD = ["thirds of the rounds", "seeds", *THIRDS.values(), "overoptimise"]
 
 
 def thirds_table(results: Results) -> str:
     """Means over seeds of the first, middle and last third of the rounds."""
     lines = [thirds(f"`{arm}`", of_arm) for arm, of_arm in results.items() if arm != START]
-    return table(["thirds of the rounds", "seeds", *THIRDS.values(), "overoptimise"], lines) if lines else ""
+    return table(THIRDS_HEAD, lines) if lines else ""
 
 
 def thirds(label: str, of_arm: dict[int, Any]) -> list[str]:
@@ -356,12 +361,11 @@ def sweep(scenarios: dict[str, Results]) -> str:
             of_arm = only(scenarios.get(name, {}).get(arm, {}), seeds)
             if of_arm:
                 lines.append(thirds(f"{', '.join(changed)}; `{arm}`", of_arm))
-    head = ["thirds of the rounds", "seeds", *THIRDS.values(), "overoptimise"]
     parts = [
         "## natural, one setting changed",
         made_by([scenarios[name] for name in names]),
         "The first two rows are `natural` on the same seeds (learning rate 4e-3, beta 0.02).",
-        table(head, lines),
+        table(THIRDS_HEAD, lines),
     ]
     return "\n\n".join(parts)
 
@@ -403,7 +407,7 @@ MEASURED = {"judge": "judge", "cue": "cue rate", "accuracy": "sentiment accuracy
 
 
 def claims_table(scenarios: dict[str, Results]) -> str:
-    compared = {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
+    compared = without_sweep(scenarios)
 
     def line(claim: Claim) -> list[str]:
         found = [estimate for name, results in compared.items() for estimate in evidence(claim, name, results)]
@@ -426,7 +430,7 @@ def summary(scenarios: dict[str, Results]) -> str:
     """Five lines: what was run; R2M less RLOO in each of the two scenarios; R2M less its two controls in both."""
     runs = [run for results in scenarios.values() for of_arm in results.values() for run in of_arm.values()]
     hours = sum(run["seconds"]["total"] for run in runs) / 3600
-    compared = {name: results for name, results in scenarios.items() if not SCENARIOS[name].is_sweep}
+    compared = without_sweep(scenarios)
     lines = [f"`make science`: {len(runs)} runs, {hours:.1f} hours one after another. R2M less RLOO, with 95 % "
              "intervals, at the end of training and where both have moved 5 nats from their start:"]  # fmt: skip
     for name, results in compared.items():
@@ -454,9 +458,7 @@ def summary(scenarios: dict[str, Results]) -> str:
 def plots(root: Path, scenarios: dict[str, Results]) -> dict[Path, tuple[Callable[[], Figure], str]]:
     """Path -> what draws it and the SHA-256 of what it is drawn from."""
     drawings = {}
-    for name, results in scenarios.items():
-        if SCENARIOS[name].is_sweep:
-            continue
+    for name, results in without_sweep(scenarios).items():
         source = hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
         core = {arm: seeds for arm, seeds in results.items() if arm in CORE}
         folder = root / "docs" / "results"
