@@ -21,7 +21,7 @@ LIMIT ?=
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(STAMP) extension  ## train a 135M-parameter model on movie reviews (a quarter of an hour on two CPU cores)
+demo: $(STAMP) extension  ## train a 135M-parameter model on movie reviews (12 minutes on two slow CPU cores)
 	$(BIN)/r2m demo
 
 test: lint types unit trl cpu sanitize emulate interpret gate nvcc-gate  ## everything a change must pass; needs no GPU
@@ -64,7 +64,7 @@ gate: $(STAMP)  ## compile every Triton kernel for every GPU and judge the machi
 nvcc-gate: $(STAMP)  ## the same for the CUDA kernels, where there is nvcc
 	$(BIN)/python tests/offline/nvcc_gate.py
 
-bench: $(STAMP) extension  ## time everything on this machine beside PyTorch, into benchmarks/results/ (20 minutes on two CPU cores)
+bench: $(STAMP) extension  ## time everything on this machine beside PyTorch, into benchmarks/results/ (half an hour on two CPU cores)
 	$(BIN)/pytest -q benchmarks --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/run.py
 
@@ -108,6 +108,7 @@ clean:  ## remove the environment, caches and runs
 
 # The tested set of packages, in an environment of this folder.
 $(STAMP): pyproject.toml setup.py constraints.txt
+	@echo "setting up .venv: some minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,dev,triton]'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev,triton]'
 	@touch $@

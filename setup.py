@@ -3,7 +3,8 @@
     R2M_KERNELS_BUILD=cpu pip install --no-build-isolation .
 
 cpu, or cuda for both: a wheel for this platform, any Python and torch 2.11 or newer. Unset: Python files only, and the
-extension is built when the user asks for it, by `python -m r2m_kernels.build`.
+extension is built when the user asks for it, by `python -m r2m_kernels.build`. What is compiled is kept in the user's
+cache as well, where a later installation without the variable finds it.
 """
 
 import importlib.util
@@ -38,14 +39,17 @@ def build_extension(folder: Path) -> None:
             " install torch first, then run pip with --no-build-isolation"
         )
     sys.path.insert(0, str(ROOT))
-    from r2m_kernels import build
+    from r2m_kernels import build, extension
 
     shutil.rmtree(folder, ignore_errors=True)  # of other sources
+    folder.mkdir(parents=True)
     try:
-        build.build(BACKENDS[WANTED], folder=folder)
+        for library in build.build(BACKENDS[WANTED], folder=extension.cache()).values():
+            shutil.copy2(library, folder)
     except build.BuildError as error:
         raise SetupError(str(error)) from error
-    (folder / ".lock").unlink()
+    except OSError as error:
+        raise SetupError(f"{error} (XDG_CACHE_HOME names another folder than {extension.cache()})") from error
 
 
 class BuildPy(build_py):

@@ -1,8 +1,9 @@
 """Compiles csrc: `python -m r2m_kernels.build [cpu] [cuda]`.
 
-Without arguments the CPU library, and the CUDA one if nvcc and a CUDA build of torch are there. Needs a C++20 compiler
-(CXX names it; default c++ or g++) and ninja, the CUDA library nvcc 12 or newer (CUDA_HOME says where; default: PATH).
-TORCH_CUDA_ARCH_LIST names the GPUs it is for, MAX_JOBS limits how many compilers run at a time.
+Without arguments the CPU library, and the CUDA one if nvcc and a CUDA build of torch are there. Needs torch 2.11 or
+newer, ninja and a C++20 compiler, such as GCC 11 or newer or Clang 14 or newer (CXX names it; default c++ or g++); the
+CUDA library needs nvcc 12.8 or newer, too (CUDA_HOME says where; default: PATH). TORCH_CUDA_ARCH_LIST names the GPUs it
+is for, MAX_JOBS limits how many compilers run at a time.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 
 from r2m_kernels import extension
 
-TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11: the oldest torch whose stable ABI the libraries use
+TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000ULL".format(*extension.OLDEST_TORCH)
 
 OPTIMIZE = ["-std=c++20", "-O3"]
 # Sums may be contracted to FMAs; nothing here reads errno or floating-point exceptions. The ops register themselves
@@ -37,7 +38,8 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2, "-mprefer-vector-width=512"]
-AVX512 += ["-Wno-maybe-uninitialized"]  # GCC warns of its own intrinsics (its bug 105593)
+# GCC warns of its own intrinsics (its bug 105593), and Clang of that option.
+AVX512 += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 # A file *_simd.cpp is compiled for each of these; which one runs is chosen at run time. From the least to the most
 # demanding: objects are linked in this order, and of an inline function that several have, the linker keeps the first.
 INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
@@ -93,6 +95,9 @@ def _build(backend: str, folder: Path | None, csrc: Path, extra_flags: Sequence[
         raise ValueError(f"backends: expected names from {list(extension.DEVICE_TYPES)}, got {backend!r}")
     if sys.platform != "linux":
         raise BuildError(f"the extension is built on Linux only, and this is {sys.platform!r}")
+    too_old = extension.torch_too_old()
+    if too_old is not None:
+        raise BuildError(f"the extension {too_old} (pip install -U torch)")
     parallel = jobs(MEMORY[backend])
     recipe = recipe_for(backend, csrc, extra_flags, parallel)
     key = extension.sources_key(backend, csrc)

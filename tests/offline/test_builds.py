@@ -1,6 +1,7 @@
 """The gates of the compiled extension fail where they should: the sanitizers, and the emulator of CUDA."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_the_emulator_shows_what_does_not_wait(tmp_path):
         run(3)
     with pytest.raises(RuntimeError, match=r"wait|barrier"):
         run(4)
+
+
+@pytest.mark.parametrize("compiler", ["g++-11", "clang++-14"])
+def test_older_compilers_make_the_same_operators(compiler, tmp_path, monkeypatch):
+    """The oldest that README names; bfloat16 takes what they lack or name differently."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler} on PATH")
+    monkeypatch.setenv("CXX", compiler)
+    library = build.build(["cpu"], folder=tmp_path)["cpu"]
+    for slower in ({}, {"ATEN_CPU_CAPABILITY": "default"}):  # the fastest that this CPU has, and what every CPU has
+        builds.run_pytest(["-k", "bfloat16"], builds.VARIES[::2], library, **slower)
 
 
 def test_the_operators_refuse_to_be_tested_on_what_cannot_run():

@@ -174,13 +174,20 @@ inline Pair in_order(Pair x) {
 #define R2M_UPPER 2, 6, 3, 7
 #endif
 
+// Lanes of x.a and, numbered on from those, of x.b. GCC 11 has only a builtin of its own, which Clang lacks.
+#if __has_builtin(__builtin_shufflevector)
+#define R2M_LANES(x, ...) __builtin_shufflevector(x.a, x.b, __VA_ARGS__)
+#else
+#define R2M_LANES(x, ...) __builtin_shuffle(x.a, x.b, Bits{__VA_ARGS__})
+#endif
+
 template <>
 inline Pair arrange<bfloat16>(Pair x) {
-  return {__builtin_shufflevector(x.a, x.b, R2M_EVEN), __builtin_shufflevector(x.a, x.b, R2M_ODD)};
+  return {R2M_LANES(x, R2M_EVEN), R2M_LANES(x, R2M_ODD)};
 }
 template <>
 inline Pair in_order<bfloat16>(Pair x) {
-  return {__builtin_shufflevector(x.a, x.b, R2M_LOWER), __builtin_shufflevector(x.a, x.b, R2M_UPPER)};
+  return {R2M_LANES(x, R2M_LOWER), R2M_LANES(x, R2M_UPPER)};
 }
 
 // The sum of all lanes, always in the same order: halves are added to each other.
