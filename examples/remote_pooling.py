@@ -55,8 +55,8 @@ def train(
 
 def main() -> None:
     torch.manual_seed(0)
-    attention, head = rk.SequenceToTokenAttention(RM_WIDTH, POLICY_WIDTH, INNER_WIDTH), rk.RewardHead(RM_WIDTH)
-    local_attention, local_head = copy.deepcopy((attention, head))
+    local = rk.PolicyFeedbackReward(RM_WIDTH, POLICY_WIDTH, INNER_WIDTH)
+    attention, head = copy.deepcopy((local.attention, local.head))
 
     processes = mp.get_context("spawn")
     connection, other_end = processes.Pipe()
@@ -79,11 +79,10 @@ def main() -> None:
 
     def local_reward(t: int, rte: Tensor, weight: float) -> Tensor:
         hidden, cu_seqlens = run_policy(t)
-        weights = (*local_attention.parameters(), *local_head.parameters())
-        return rk.policy_feedback_reward(rte, hidden, *weights, weight=weight, cu_seqlens=cu_seqlens)
+        return local(rte, hidden, weight=weight, cu_seqlens=cu_seqlens)
 
-    train(local_attention, local_head, local_reward)
-    pairs = zip(attention.parameters(), local_attention.parameters(), strict=True)
+    train(local.attention, local.head, local_reward)
+    pairs = zip(attention.parameters(), local.attention.parameters(), strict=True)
     difference = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
     print(f"largest relative difference of trained weights from one process: {difference:.1e}")
 

@@ -1,12 +1,15 @@
 """Kernels of R2M, the real-time aligned reward model (arXiv 2601.22664): needs torch only.
 
     w = time_weight(step, total_steps, floor=0.6)
-    reward = policy_feedback_reward(rte, hidden, w_q, w_k, w_v, w_o, head_weight, head_bias, weight=w)
+    reward = PolicyFeedbackReward(d_rm, d_p, d)(rte, hidden, weight=w)
     loss = grebt_loss(reward.view(n, K))
 
 `hidden` are the policy's last-layer hidden states, `rte` the reward model's token embeddings. Every function
 documents shapes, dtypes and errors; all run eagerly, under torch.compile(fullgraph=True) and, where a formula has
 a gradient, under autograd, with sums in float32 (float64 for float64 inputs) whatever the autocast state.
+
+All can be captured in CUDA graphs. A graph keeps the numbers that it was captured with, `weight` too if it is a float:
+give a 0-dim tensor there, and write every round's weight into it.
 """
 
 from r2m_kernels.attention_pool import attention_pool, attention_pool_dot, attention_pool_with_gradient
@@ -21,9 +24,12 @@ from r2m_kernels.cross_attention import (
 from r2m_kernels.dispatch import available_implementations
 from r2m_kernels.fusion import fused_reward, time_weight, time_weighted_fusion
 from r2m_kernels.grebt import grebt_loss
-from r2m_kernels.modules import RewardHead, SequenceToTokenAttention
+from r2m_kernels.modules import PolicyFeedbackReward, RewardHead, SequenceToTokenAttention
+
+__version__ = "0.1.0"  # pyproject.toml takes it from here
 
 __all__ = [
+    "PolicyFeedbackReward",
     "RewardHead",
     "SequenceToTokenAttention",
     "absorbed_query",

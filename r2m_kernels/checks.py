@@ -1,11 +1,17 @@
-"""Argument checks shared by the public functions. They look at shapes, dtypes and devices only: never at values."""
+"""Argument checks shared by the public functions. They look at shapes, dtypes and devices, and never at values, except
+those of cu_seqlens on a CPU."""
 
+import numbers
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Checks cu_seqlens on GPUs, too: every call waits for the device, and none can be captured in a CUDA graph.
+DEBUG = os.environ.get("R2M_KERNELS_DEBUG") == "1"
+PLAIN = (Tensor, torch.nn.Parameter)  # told apart at once: most tensors are no subclass
 
 
 def floating(**tensors: Any) -> None:
@@ -13,6 +19,11 @@ def floating(**tensors: Any) -> None:
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if type(t) not in PLAIN and hasattr(t, "full_tensor"):
+            raise TypeError(
+                f"{name}: expected a whole tensor, got a DTensor, as fully_shard makes of weights: call the module "
+                f"that it was given, whose forward has whole weights, or pass {name}.full_tensor()"
+            )
         if t.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
     if len({t.dtype is torch.float64 for t in tensors.values()}) > 1:
@@ -35,12 +46,17 @@ def same_device(**tensors: Tensor) -> None:
         raise ValueError(f"{', '.join(tensors)}: expected one device, got {got}")
 
 
-def shape(name: str, tensor: Tensor, *expected: tuple[tuple[int, ...], str]) -> None:
-    """ValueError unless the tensor has one of the expected shapes, each given with its meaning in words."""
+def shape(name: str, tensor: Tensor, *expected: tuple[tuple[int | str, ...], str]) -> None:
+    """ValueError unless the tensor has one of the expected shapes, each given with its meaning in words.
+
+    A size that is a name, such as "d", may be any but 0.
+    """
     for sizes, _ in expected:
-        if tensor.ndim == len(sizes) and all(have == want for have, want in zip(tensor.shape, sizes, strict=True)):
+        if tensor.ndim == len(sizes) and all(
+            have != 0 if isinstance(want, str) else have == want for have, want in zip(tensor.shape, sizes, strict=True)
+        ):
             return
-    wanted = " or ".join(f"{words} = {list(sizes)}" for sizes, words in expected)
+    wanted = " or ".join(f"{words} = [{', '.join(map(str, sizes))}]" for sizes, words in expected)
     raise ValueError(f"{name}: expected shape {wanted}, got {list(tensor.shape)}")
 
 
@@ -74,12 +90,32 @@ def sequences(batch: int, batch_of: str, width: int, hidden: Tensor, cu_seqlens:
     shape("hidden", hidden, ((hidden.shape[0], width), f"[total, D] to go with {batch_of}"))
     shape("cu_seqlens", cu_seqlens, ((batch + 1,), "[B + 1]"))
     same_device(hidden=hidden, cu_seqlens=cu_seqlens)
+    # Tensors without values: of a compiler, of FakeTensorMode. Ops check those that they run on, see packed_rows.
+    if not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor:
+        packed_rows(cu_seqlens, hidden.shape[0])
+
+
+def packed_rows(cu_seqlens: Tensor, total: int) -> Tensor:
+    """cu_seqlens as kernels read it, contiguous. On CPUs, and with DEBUG everywhere: ValueError unless it is rows of
+    `total`, none before the last. Elsewhere wrong values make kernels read and write what is not theirs."""
+    if cu_seqlens.device.type == "cpu" or (DEBUG and not cu_seqlens.is_meta):
+        rows = cu_seqlens.tolist()
+        if rows[0] < 0 or rows[-1] > total or rows != sorted(rows):
+            wrong = next((b for b, row in enumerate(rows) if row < (rows[b - 1] if b else 0)), len(rows) - 1)
+            raise ValueError(
+                f"cu_seqlens: expected 0 <= cu_seqlens[0] <= ... <= cu_seqlens[{len(rows) - 1}] <= {total} rows of "
+                f"hidden, got cu_seqlens[{wrong}] = {rows[wrong]}{f' after {rows[wrong - 1]}' if wrong else ''}"
+            )
+    return cu_seqlens.contiguous()
 
 
 def number(name: str, value: Any) -> None:
-    """TypeError unless the value is a plain int or float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    """TypeError unless the value is an int or a float, of Python, NumPy or a symbolic size that PyTorch exports."""
+    if isinstance(value, (int, float, numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        return
+    kind = type(value).__name__
+    why = f" (torch.compile takes a NumPy number for one: pass float({name}))" if kind == "ndarray" else ""
+    raise TypeError(f"{name}: expected a number, got {kind}{why}")
 
 
 def heads(num_heads: Any, d: int) -> None:
@@ -90,11 +126,13 @@ def heads(num_heads: Any, d: int) -> None:
         raise ValueError(f"num_heads: expected a positive divisor of the width d = {d}, got {num_heads}")
 
 
-def head(width: int, head_weight: Tensor, head_bias: Tensor | None) -> None:
-    """ValueError unless a linear scoring head fits embeddings of this width."""
-    shape("head_weight", head_weight, ((width,), "[D_rm]"))
+def head(width: int, head_weight: Tensor, head_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """A linear scoring head for embeddings of this width as weight [D_rm] and 0-dim bias; ValueError if it is none."""
+    shape("head_weight", head_weight, ((width,), "[D_rm]"), ((1, width), "[1, D_rm]"))
     if head_bias is not None:
         shape("head_bias", head_bias, ((), "0-dim"), ((1,), "[1]"))
+        head_bias = head_bias if head_bias.ndim == 0 else head_bias.reshape(())
+    return head_weight if head_weight.ndim == 1 else head_weight.reshape(width), head_bias
 
 
 def accumulate_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Which implementation of an op runs. Adding one: a module `<op>/<name>_impl.py` in each op's folder, a row here."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -17,25 +18,29 @@ FASTEST_FIRST = {"cuda": ("triton", "extension", "torch"), "cpu": ("extension", 
 
 
 def available_implementations() -> dict[str, str | None]:
-    """Every implementation's name -> None if it can run on this machine, else the reason it cannot."""
+    """Every implementation's name -> None if it can run on this machine, else the reason it cannot.
+
+    To find out, the extension's library is loaded and, on a GPU, Triton is imported, once a process.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {name: _reason(name, device) for name in IMPLEMENTATIONS}
 
 
-def choose(impl: str, *tensors: Tensor, **limits: str | None) -> str:
+def choose(impl: str, *tensors: Tensor, op: str | None = None, **limits: str | None) -> str:
     """The implementation to run on these tensors: the fastest that can for "auto", else the one named or an error.
 
+    `op` is the operator's folder, whose implementations these are; without it, the question is what the machine can.
     `limits` gives for an implementation the reason why it cannot take these shapes, or None.
     """
 
     def reason(name: str) -> str | None:
         if name != "torch" and any(t.dtype is torch.float64 for t in tensors):
             return "float64 runs in 'torch' only"
-        return limits.get(name) or _reason(name, str(tensors[0].device))
+        return limits.get(name) or _reason(name, str(tensors[0].device)) or (_lacks(op, name) if op else None)
 
     if impl == "auto":
-        order = FASTEST_FIRST.get(tensors[0].device.type, ("torch",))
-        return next(name for name in order if reason(name) is None)
+        order = FASTEST_FIRST.get(tensors[0].device.type, ())
+        return next((name for name in order if reason(name) is None), "torch")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
     why_not = reason(impl)
@@ -45,19 +50,30 @@ def choose(impl: str, *tensors: Tensor, **limits: str | None) -> str:
 
 
 def _reason(name: str, device: str) -> str | None:
-    """Why an implementation cannot run on a device, or None. Nothing is imported or compiled to find out."""
+    """Why an implementation cannot run on a device, or None: then it is loaded. Nothing is compiled to find out."""
     if name == "torch":
         return None
     if name == "extension":
         why_not = extension.reason(device.split(":")[0])
         return why_not or (_too_old(device) if device.startswith("cuda") else None)
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        if not device.startswith("cuda"):
+            return f"Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels slowly, and this is {device!r}"
+        if torch.version.hip is None and (too_old := _too_old(device)) is not None:
+            return too_old
+    return _triton_error()
+
+
+@functools.cache
+def _triton_error() -> str | None:
+    """Why Triton cannot be used, or None: then it is imported and has found its driver. Tried once a process."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if not device.startswith("cuda"):
-        return f"Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels slowly, and this is {device!r}"
-    return _too_old(device) if torch.version.hip is None else None
+    try:
+        importlib.import_module("r2m_kernels.triton_target").architecture()
+    except Exception as error:  # whatever an installation that is broken raises
+        return f"Triton cannot be loaded: {type(error).__name__}: {error}"
+    return None
 
 
 def _too_old(device: str) -> str | None:
@@ -67,8 +83,19 @@ def _too_old(device: str) -> str | None:
     return f"needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} is older"
 
 
-# What torch.compiler.assume_constant_result sets, without importing the compiler: torch.compile runs it as it is.
-_reason.__dict__["_dynamo_marked_constant"] = True
+def _lacks(op: str, name: str) -> str | None:
+    """Why an operator cannot run an implementation that this machine can, or None."""
+    return None if _has(op, name) else f"r2m_kernels/{op} has no {name}_impl.py"
+
+
+@functools.cache
+def _has(op: str, name: str) -> bool:
+    return importlib.util.find_spec(f"r2m_kernels.{op}.{name}_impl") is not None
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: torch.compile runs them as they are.
+for _function in (_reason, _lacks):
+    _function.__dict__["_dynamo_marked_constant"] = True
 
 
 def implementation(op: str, name: str) -> ModuleType:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ CSRC = PACKAGE / "csrc"
 AHEAD_OF_TIME = PACKAGE / "lib"  # where setup.py puts what it builds
 SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 HOW_TO_BUILD = "python -m r2m_kernels.build"
+OLDEST_TORCH = (2, 11)  # whose stable ABI the libraries use
 
 
 def cache() -> Path:
@@ -56,32 +58,64 @@ def find(device_type: str) -> Path | None:
     return max(built, key=lambda path: path.stat().st_mtime, default=None)
 
 
+_loaded: set[str] = set()  # device types: a process cannot load a second library of the same operators
+
+
+def torch_too_old() -> str | None:
+    """Why the libraries can neither be compiled nor run with this torch, or None."""
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) >= OLDEST_TORCH:
+        return None
+    return f"needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, and this is {torch.__version__}"
+
+
 @functools.cache
 def reason(device_type: str) -> str | None:
-    """Why the extension cannot run on tensors of this device type, or None. Looked up once a process."""
+    """Why the extension cannot run on tensors of this device type, or None: then its library is loaded.
+
+    Tried once a process.
+    """
+    if device_type in _loaded:
+        return None
     if device_type not in DEVICE_TYPES:
         return f"has no code for {device_type!r}"
     if device_type == "cuda" and torch.version.hip is not None:
         return "has no code for AMD GPUs"
-    if find(device_type) is not None:
-        return None
+    too_old = torch_too_old()
+    if too_old is not None:
+        return too_old
+    path = find(device_type)
+    if path is not None:
+        why_not = _load(path)
+        if why_not is None:
+            _loaded.add(device_type)
+        return why_not
     stale = next(AHEAD_OF_TIME.glob(f"{device_type}-*.so"), None)
     if stale is not None:
         return f"{stale} was built from other sources than these ({HOW_TO_BUILD} builds it anew)"
     return f"not built ({HOW_TO_BUILD} builds it)"
 
 
-@functools.cache
-def ops(device_type: str) -> Any:
-    """torch.ops.r2m_kernels_cpu or r2m_kernels_cuda; the first call loads the library.
-
-    Raises RuntimeError if there is none, or with the loader's message if it cannot be loaded.
-    """
-    path = find(device_type) if reason(device_type) is None else None
-    if path is None:
-        raise RuntimeError(f"the compiled extension cannot run on {device_type!r}: {reason(device_type)}")
+def _load(path: Path) -> str | None:
+    """Loads a library; returns the loader's message if it cannot be."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:5] == b"\x7fELF\x02" and len(header) == 64:
+        # The loader maps a truncated file, and reading behind its end kills the process. What ends one is this table.
+        (table,), (entry, entries) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+        if path.stat().st_size < table + entry * entries:
+            return f"cannot load {path}: the file is truncated (delete it, and {HOW_TO_BUILD} builds it anew)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise RuntimeError(f"cannot load {path}: {error.__cause__ or error}") from error
+        return f"cannot load {path}: {error.__cause__ or error}"
+    return None
+
+
+@functools.cache
+def ops(device_type: str) -> Any:
+    """torch.ops.r2m_kernels_cpu or r2m_kernels_cuda, or RuntimeError with the reason why there is none."""
+    why_not = reason(device_type)
+    if why_not is not None:
+        raise RuntimeError(f"the compiled extension cannot run on {device_type!r}: {why_not}")
     return getattr(torch.ops, f"r2m_kernels_{device_type}")

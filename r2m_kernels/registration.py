@@ -1,11 +1,13 @@
-"""What every registered op needs around its formula: full precision, saved tensors, no second derivative."""
+"""What the ops need around their formulas: full precision, saved tensors, derivatives that raise where none exist."""
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,7 +19,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device_type = next((t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), "cpu")
-        if not torch.is_autocast_enabled(device_type):  # most calls: the context costs more than all checks
+        if not _has_autocast(device_type):  # most calls: the context costs more than all checks
             return function(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return function(*args, **kwargs)
@@ -25,19 +27,66 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def save(ctx: Any, *tensors: Tensor | None) -> None:
+def _has_autocast(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # it does not know meta tensors
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, for b a vector or with as many dimensions as a, whose gradients no autocast rounds either.
+
+    Autograd runs its own formulas under the autocast that is on during the backward; compiled, under that around the
+    compiled function.
+    """
+    # Not under torch.func, which knows derivatives of a plain product only.
+    needed = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return _Product.apply(a, b) if needed and not torch._C._are_functorch_transforms_active() else a @ b
+
+
+class _Product(torch.autograd.Function):
+    # Without setup_context, with which every call would take 40 us more.
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        needs_a, needs_b = ctx.needs_input_grad
+        ctx.transposed = b.ndim == 2 and b.mT.is_contiguous() and not b.is_contiguous()
+        ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,), (a, b) = grads, ctx.saved_tensors
+        grad_a = grad_b = None
+        with autocast_off(grad.device.type):
+            if ctx.needs_input_grad[0]:
+                grad_a = grad[:, None] * b if b.ndim == 1 else product(grad, b.mT)
+            if ctx.needs_input_grad[1]:
+                # In the layout of b, which is often a transposed weight: its gradient is contiguous then.
+                grad_b = product(grad.mT, a).mT if ctx.transposed else product(a.mT, grad)
+        return grad_a, grad_b
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    # A backward is traced where its forward is: what is on there says nothing about where it will run.
+    if torch.compiler.is_compiling() or _has_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def save(ctx: Any, *tensors: Tensor | None, uncopied: Tensor | None = None) -> None:
     """`ctx.save_for_backward` that also takes tensors made under torch.inference_mode.
 
-    Autograd refuses those because it cannot see them change; as plain attributes of `ctx` they serve as well, since
-    inputs of a node make no reference cycle.
+    Autograd refuses those because it cannot see them change, so a copy is saved. `uncopied`, the last in `saved`, is
+    too large to copy and stays as it is: an attribute of `ctx` serves, since inputs of a node make no reference cycle.
+    If it changes before the backward the gradients are wrong: say so where a user reads it.
     """
-    ctx.inference_tensors = [t if t is not None and t.is_inference() else None for t in tensors]
-    ctx.save_for_backward(*(t if t is None or not t.is_inference() else None for t in tensors))
+    kept = () if uncopied is None else (uncopied,)
+    ctx.unseen = kept if any(t.is_inference() for t in kept) else ()
+    copies = (t if t is None else autograd_ready(t) for t in tensors)
+    ctx.save_for_backward(*copies, *(() if ctx.unseen else kept))
 
 
 def saved(ctx: Any) -> list[Any]:
     """What `save` kept, in its order."""
-    return [b if a is None else a for a, b in zip(ctx.inference_tensors, ctx.saved_tensors, strict=True)]
+    return [*ctx.saved_tensors, *ctx.unseen]
 
 
 def autograd_ready(tensor: Tensor) -> Tensor:
@@ -52,8 +101,23 @@ def forbid_second_derivative(backward_op: Any, name: str) -> None:
     """Makes it an error to differentiate the op that computes a gradient."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{name}: second derivatives are not available (it was differentiated with create_graph=True)"
-        )
+        raise no_second_derivative(name)
 
     backward_op.register_autograd(backward)
+
+
+def no_second_derivative(name: str) -> RuntimeError:
+    return RuntimeError(f"{name}: second derivatives are not available (it was differentiated with create_graph=True)")
+
+
+def forbid_transforms(name: str, *tensors: Tensor | None) -> None:
+    """RuntimeError under torch.func, and if a tensor carries a forward-mode tangent, which the ops would drop."""
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return
+    if torch._C._are_functorch_transforms_active() or any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(
+            f"{name}: torch.func transforms and forward-mode derivatives are not available: expected gradients from "
+            "torch.autograd.grad or backward()"
+        )

@@ -8,6 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
+OLDEST = (3, 6)
+if tuple(int(number) for number in triton.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(f"expected Triton {'.'.join(map(str, OLDEST))} or newer, got {triton.__version__}")
+
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -14,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
-from r2m_kernels import build, extension
+from r2m_kernels import __version__, attention_pool, available_implementations, build, dispatch, extension
 
 ROOT = Path(__file__).parent.parent
 ANSWER = 'extern "C" __attribute__((visibility("default"))) int answer() { return %d; }\n'
@@ -35,6 +36,7 @@ def csrc(tmp_path, monkeypatch):
     monkeypatch.setattr(extension, "AHEAD_OF_TIME", tmp_path / "lib")
     monkeypatch.setattr(extension, "CSRC", tmp_path / "csrc")
     monkeypatch.setattr(extension, "ops", functools.cache(extension.ops.__wrapped__))
+    monkeypatch.setattr(extension, "_loaded", set())
     extension.reason.cache_clear()
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cuda").mkdir()
@@ -145,6 +147,9 @@ def test_an_ahead_of_time_library_of_other_sources_is_not_taken(tools, csrc):
     assert path.parent == extension.AHEAD_OF_TIME and extension.reason("cpu") is None
     (csrc / "cpu" / "answer.cpp").write_text(ANSWER % 43)
     extension.reason.cache_clear()
+    assert extension.reason("cpu") is None  # what is loaded stays
+    extension._loaded.clear()
+    extension.reason.cache_clear()
     assert extension.reason("cpu").startswith(f"{path} was built from other sources")
     with pytest.raises(RuntimeError, match="other sources"):
         extension.ops("cpu")
@@ -176,12 +181,38 @@ def test_extra_flags_make_a_library_apart(tools):
     assert build.build(["cpu"])["cpu"] != path
 
 
-def test_a_file_that_is_no_library_is_an_error_with_the_loaders_message():
-    extension.cache().mkdir(parents=True)
+def put(content):
+    """A file where the library is looked for."""
+    extension.cache().mkdir(parents=True, exist_ok=True)
     path = extension.cache() / f"cpu-{extension.sources_key('cpu')}-0.so"
-    path.write_text("no library")
+    path.write_bytes(content)
+    return path
+
+
+def test_a_file_that_is_no_library_is_an_error_with_the_loaders_message():
+    path = put(b"no library")
     with pytest.raises(RuntimeError, match=rf"cannot load {path}: .*(too short|ELF)"):
         extension.ops("cpu")
+
+
+def test_what_cannot_be_loaded_leaves_auto_the_others_and_is_not_tried_again(monkeypatch):
+    path, query, hidden = put(b"no library"), torch.randn(2, 4), torch.randn(2, 3, 4)
+    assert dispatch.choose("auto", hidden) == "torch"
+    assert torch.equal(attention_pool(query, hidden), attention_pool(query, hidden, impl="torch"))
+    reason = available_implementations()["extension"] if not torch.cuda.is_available() else extension.reason("cpu")
+    assert reason.startswith(f"cannot load {path}: ")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("tried again"))
+    with pytest.raises(RuntimeError, match=f"impl='extension' cannot run: cannot load {path}"):
+        attention_pool(query, hidden, impl="extension")
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.99])
+def test_a_truncated_library_is_an_error_and_not_the_end_of_the_process(tools, share):
+    content = build.build(["cpu"])["cpu"].read_bytes()
+    path = put(content[: int(share * len(content))])
+    assert extension.reason("cpu") == (
+        f"cannot load {path}: the file is truncated (delete it, and python -m r2m_kernels.build builds it anew)"
+    )
 
 
 # What is compiled, and how
@@ -337,6 +368,15 @@ def test_no_nvcc(torch_has_cuda, tools, tmp_path, monkeypatch, capfd):
     assert "cuda: left out" in out and ("no nvcc" in out) == torch_has_cuda and "cpu: built" in out
 
 
+def test_an_older_torch(tools, monkeypatch):
+    path = build.build(["cpu"])["cpu"]
+    extension.reason.cache_clear()
+    monkeypatch.setattr(build.torch, "__version__", "2.10.0+cpu")
+    assert extension.reason("cpu") == "needs torch 2.11 or newer, and this is 2.10.0+cpu" and path.exists()
+    with pytest.raises(build.BuildError, match=r"the extension needs torch 2\.11 or newer, and this is 2\.10\.0\+cpu"):
+        build.build(["cpu"])
+
+
 def test_bad_arguments(capsys, tmp_path):
     with pytest.raises(ValueError, match=r"backends: expected .* got 'rocm'"):
         build.build(["rocm"])
@@ -375,7 +415,7 @@ def wheel(project, before="", after=""):
 def test_wheels(tools, project, tmp_path, monkeypatch):
     monkeypatch.setenv("R2M_KERNELS_BUILD", "cpu")
     path, _ = wheel(project)
-    assert re.fullmatch(r"r2m-.*-py3-none-linux_\w+\.whl", path.name)
+    assert re.fullmatch(rf"r2m_kernels-{re.escape(__version__)}-py3-none-linux_\w+\.whl", path.name)
     with zipfile.ZipFile(path) as content:
         content.extractall(tmp_path / "site")
         names = content.namelist()
@@ -384,6 +424,10 @@ def test_wheels(tools, project, tmp_path, monkeypatch):
     code = "from r2m_kernels import extension as e; print(e.reason('cpu'), e.reason('cuda'), e.find('cpu'))"
     out = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path / "site", text=True)
     assert out.startswith("None not built") and str(tmp_path / "site" / "r2m_kernels" / "lib") in out
+
+    shutil.rmtree(tmp_path / "site" / "r2m_kernels" / "lib")  # as an installation without the variable does
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path / "site", text=True)
+    assert out.startswith("None not built") and str(extension.cache()) in out
 
     monkeypatch.delenv("R2M_KERNELS_BUILD")  # in the same folder, where the library still is
     path, _ = wheel(project, after="assert 'torch' not in sys.modules")
@@ -404,6 +448,14 @@ def test_ahead_of_time_without_torch(project, monkeypatch):
     monkeypatch.setenv("R2M_KERNELS_BUILD", "cpu")
     path, output = wheel(project, before="sys.modules['torch'] = None")
     assert path is None and "--no-build-isolation" in output
+
+
+def test_ahead_of_time_where_the_cache_cannot_be_written(tools, project, tmp_path, monkeypatch):
+    monkeypatch.setenv("R2M_KERNELS_BUILD", "cpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    path, output = wheel(project)
+    assert path is None and f"(XDG_CACHE_HOME names another folder than {extension.cache()})" in output
 
 
 def test_ahead_of_time_without_a_compiler(project, monkeypatch):

@@ -4,7 +4,7 @@
 The registered ops take query and direction as [B, H, D] in the arithmetic dtype, softmax scale included.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,9 +12,37 @@ from torch.distributed import ProcessGroup
 
 from r2m_kernels import checks, dispatch
 from r2m_kernels.attention_pool import sharded
-from r2m_kernels.registration import forbid_second_derivative, full_precision, save, saved
+from r2m_kernels.registration import forbid_second_derivative, forbid_transforms, full_precision, save, saved
 
 _OP = "attention_pool"
+
+
+@overload
+def attention_pool(
+    query: Tensor,
+    hidden: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    group: ProcessGroup | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention_pool(
+    query: Tensor,
+    hidden: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    group: ProcessGroup | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention_pool(
@@ -27,12 +55,15 @@ def attention_pool(
     impl: str = "auto",
     group: ProcessGroup | None = None,
     return_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax_j(scale * query . hidden_j)-weighted mean of hidden_j over each sequence. Differentiable (once).
 
     query       [B, D], or [B, H, D] for H queries of a sequence (heads, or responses that share a prompt)
-    hidden      [B, S, D] of any strides, or packed [total, D] with cu_seqlens; rows beyond cu_seqlens[-1] are ignored
-    cu_seqlens  int32 [B + 1] on the device of hidden: sequence b is hidden[cu_seqlens[b]:cu_seqlens[b + 1]]
+    hidden      [B, S, D] of any strides, or packed [total, D] with cu_seqlens; rows of no sequence are ignored
+    cu_seqlens  int32 [B + 1] on the device of hidden: sequence b is hidden[cu_seqlens[b]:cu_seqlens[b + 1]]. It may
+                start after 0 and end before total, but not decrease or leave hidden: a ValueError on CPUs. On GPUs,
+                which a check would have to wait for, kernels then read and write out of bounds; with the environment
+                variable R2M_KERNELS_DEBUG=1, read at import, they are checked, too
     mask        bool [B, S], True = attend, any pattern; not with cu_seqlens
     scale       default 1 / sqrt(D)
     group       the ranks over which the sequences are sharded, see below
@@ -40,8 +71,9 @@ def attention_pool(
     Returns pooled, shape and dtype of query; with return_lse also the log-sum-exp of the scores, differentiable too,
     [B] or [B, H], float32 (float64 for float64). An empty sequence gives 0, lse -inf and zero gradients; what stands
     in masked rows never matters. Dtypes float32, bfloat16, float16 in any mix, or float64 throughout. The backward
-    keeps hidden and recomputes the softmax. Raises ValueError or TypeError for arguments that do not fit, RuntimeError
-    for an `impl` that cannot run and for second derivatives.
+    keeps hidden and recomputes the softmax: hidden made under torch.inference_mode must not change until then, which
+    autograd cannot see (of other tensors it can, and raises). Raises ValueError or TypeError for arguments that do not
+    fit, RuntimeError for an `impl` that cannot run, for second and for forward-mode derivatives.
 
     With a torch.distributed process group (context parallelism) every rank gives the same query and, as hidden with
     cu_seqlens or mask, its own rows of every sequence: any number, also none. All ranks of the group must call, in the
@@ -51,6 +83,7 @@ def attention_pool(
     once a rank) and, of hidden, that of its own rows. torch.compile(fullgraph=True) is promised for group=None only.
     """
     name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, group)
+    forbid_transforms("attention_pool", query, hidden)
     by_head = _by_head(query, scale)
     if group is not None:
         by_head = sharded.with_summed_gradient(by_head, group)
@@ -105,6 +138,7 @@ def attention_pool_with_gradient(
     With a group gradient is that of the whole sequences too; the ranks exchange B H (2 D + 1) numbers each.
     """
     name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, group, direction=direction)
+    forbid_transforms("attention_pool_with_gradient", query, hidden)
     if torch.is_grad_enabled():
         for argument, tensor in (("query", query), ("hidden", hidden)):
             if tensor.requires_grad:
@@ -115,7 +149,7 @@ def attention_pool_with_gradient(
     )
     if group is not None:
         pooled, gradient, lse = sharded.merge_with_gradient(pooled, gradient, lse, directions, group)
-    gradient = gradient if scale == 1 else gradient * scale
+    gradient = _scaled(gradient, scale)
     return pooled.view(query.shape), gradient.view(query.shape), lse.view(query.shape[:-1])
 
 
@@ -134,16 +168,25 @@ def _check(
     checks.number("scale", scale)
     if group is not None:
         sharded.check(group)
+    return choose_implementation(impl, hidden, query), scale
+
+
+def choose_implementation(impl: str, hidden: Tensor, *others: Tensor) -> str:
+    """The implementation that pools `hidden`, or an error, as dispatch.choose."""
     apart = hidden.stride(-1) if hidden.shape[-1] > 1 else 1
     why_not = None if apart == 1 else f"hidden: expected a stride of 1 in the last dimension, got {apart}"
-    return dispatch.choose(impl, query, hidden, extension=why_not), scale
+    return dispatch.choose(impl, hidden, *others, op=_OP, extension=why_not)
 
 
 def _by_head(query: Tensor, scale: float) -> Tensor:
     """query as [B, H, D] in the arithmetic dtype, scaled."""
-    query = query.to(checks.accumulate_dtype(query))
-    query = query if scale == 1 else query * scale
+    query = _scaled(query.to(checks.accumulate_dtype(query)), scale)
     return query if query.ndim == 3 else query[:, None]
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    """tensor * scale. A symbolic scale is compared with nothing: torch.export would keep the answer as a condition."""
+    return tensor if isinstance(scale, (int, float)) and scale == 1 else tensor * scale
 
 
 def _directions(direction: Tensor, query: Tensor) -> Tensor:
@@ -152,11 +195,16 @@ def _directions(direction: Tensor, query: Tensor) -> Tensor:
     return direction if query.ndim == 3 else direction[:, None]
 
 
+def _packed_rows(cu_seqlens: Tensor | None, hidden: Tensor) -> Tensor | None:
+    return None if cu_seqlens is None else checks.packed_rows(cu_seqlens, hidden.shape[0])
+
+
 @torch.library.custom_op("r2m_kernels::attention_pool", mutates_args=())
 @full_precision
 def _attention_pool(
     query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
+    cu_seqlens = _packed_rows(cu_seqlens, hidden)
     return dispatch.implementation(_OP, impl).attention_pool(query, hidden, cu_seqlens, mask)
 
 
@@ -181,6 +229,7 @@ def _attention_pool_backward(
     needs_hidden: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    cu_seqlens = _packed_rows(cu_seqlens, hidden)
     return dispatch.implementation(_OP, impl).attention_pool_backward(
         query, hidden, cu_seqlens, mask, pooled, lse, grad_pooled, grad_lse, needs_hidden
     )
@@ -204,11 +253,11 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, hidden, cu_seqlens, mask, ctx.impl = inputs
-    save(ctx, query, hidden, cu_seqlens, mask, *output)
+    save(ctx, query, cu_seqlens, mask, *output, uncopied=hidden)
 
 
 def _backward(ctx: Any, grad_pooled: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    query, hidden, cu_seqlens, mask, pooled, lse = saved(ctx)
+    query, cu_seqlens, mask, pooled, lse, hidden = saved(ctx)
     needs_hidden = ctx.needs_input_grad[1]
     grad_query, grad_hidden = torch.ops.r2m_kernels.attention_pool_backward(
         query, hidden, cu_seqlens, mask, pooled, lse, grad_pooled, grad_lse, needs_hidden, ctx.impl
@@ -225,6 +274,7 @@ forbid_second_derivative(_attention_pool_backward, "attention_pool")
 def _attention_pool_dot(
     query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
+    cu_seqlens = _packed_rows(cu_seqlens, hidden)
     return dispatch.implementation(_OP, impl).attention_pool_dot(query, hidden, direction, cu_seqlens, mask)
 
 
@@ -240,6 +290,7 @@ def _(
 def _attention_pool_with_gradient(
     query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    cu_seqlens = _packed_rows(cu_seqlens, hidden)
     return dispatch.implementation(_OP, impl).attention_pool_with_gradient(query, hidden, direction, cu_seqlens, mask)
 
 

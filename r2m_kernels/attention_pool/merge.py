@@ -71,6 +71,7 @@ def merge_with_gradient(
     share = share[..., None]
     merged = total(share * pooled, segments)
     apart = pooled - spread(merged, segments)
+    direction = torch.where((lse == -torch.inf)[..., None], 0, direction)  # NaN in it does not reach an empty pool
     value_apart = (spread(direction, segments) * apart).sum(-1, keepdim=True)
     return merged, total(share * (gradient + scale * value_apart * apart), segments), lse
 

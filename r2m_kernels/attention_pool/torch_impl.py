@@ -45,6 +45,7 @@ def attention_pool_dot(
     def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
         scores, values = (both[sequence] @ block.mT).chunk(2, 1)
         p, lse = _softmax(scores, valid)
+        values = _masked(values, valid, 0)
         return (p * values).sum(-1, keepdim=True), lse
 
     tiles, segments = _tiles(query, hidden, cu_seqlens, mask)
@@ -62,6 +63,7 @@ def attention_pool_with_gradient(
     def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
         scores, values = (both[sequence] @ block.mT).chunk(2, 1)
         p, lse = _softmax(scores, valid)
+        values = _masked(values, valid, 0)
         centred = p * (values - (p * values).sum(-1, keepdim=True))
         pooled, gradient = (torch.cat([p, centred], 1) @ block).chunk(2, 1)
         # `centred` sums to 0 only up to rounding, which a common offset of all rows would blow up.
@@ -97,7 +99,7 @@ def attention_pool_backward(
 
     def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
         # The product that gave lse, with its bits: in a stacked one, large scores would round away from their lse.
-        p = torch.exp(_masked(query[sequence] @ block.mT, valid) - lse[sequence])
+        p = torch.exp(_masked(query[sequence] @ block.mT, valid, -torch.inf) - lse[sequence])
         dscores = p * (grad_pooled[sequence] @ block.mT - value[sequence])
         if needs_hidden:
             weights.append((p, dscores))
@@ -117,16 +119,18 @@ def attention_pool_backward(
     past_the_end = 0 if cu_seqlens is None else 1
     grad_hidden = hidden.new_zeros(hidden.shape[0] + past_the_end, *hidden.shape[1:])
     both = torch.cat([query, grad_pooled], 1) / torch.cat([mass, mass], 1)
-    for (sequence, rows, _), (p, dscores) in zip(tiles, weights, strict=True):
+    for (sequence, rows, valid), (p, dscores) in zip(tiles, weights, strict=True):
         if rows is not None:
             factors = torch.cat([dscores + p * (grad_lse - remainder)[sequence], p], 1)  # [G, 2 H, C]
-            grad_hidden[rows] = (factors.mT @ both[sequence]).to(hidden.dtype)
+            block = factors.mT @ both[sequence]
+            block = block if valid is None or cu_seqlens is not None else _zeroed(block, valid)
+            grad_hidden[rows] = block.to(hidden.dtype)
     return grad_query, grad_hidden[: hidden.shape[0]]
 
 
 def _softmax(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax over the rows of a tile [G, H, C] (0 where none counts) and the log-sum-exp [G, H]."""
-    scores = _masked(scores, valid)
+    scores = _masked(scores, valid, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0)
     p = torch.exp(scores - top)
@@ -134,8 +138,9 @@ def _softmax(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     return p / mass.masked_fill(mass == 0, 1), (top + torch.log(mass)).squeeze(-1)
 
 
-def _masked(scores: Tensor, valid: Tensor | None) -> Tensor:
-    return scores if valid is None else scores.masked_fill(~valid[:, None], -torch.inf)
+def _masked(scores: Tensor, valid: Tensor | None, value: float) -> Tensor:
+    """Scores [G, H, C], with `value` where a row does not count."""
+    return scores if valid is None else scores.masked_fill(~valid[:, None], value)
 
 
 def _partials(
@@ -183,14 +188,14 @@ def _dense_tiles(hidden: Tensor, mask: Tensor | None, size: int) -> list[Tile]:
 def _chunks(cu_seqlens: Tensor, total_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """The work list of packed sequences: every chunk's sequence and first row, every sequence's range of chunks.
 
-    Sequence b owns the chunks from cu_seqlens[b] // CHUNK + b: always enough of them (some stay empty), and their
-    number follows from shapes alone, so the host never waits for the lengths.
+    Sequence b owns the chunks from (cu_seqlens[b] - cu_seqlens[0]) // CHUNK + b: always enough of them (some stay
+    empty), and their number follows from shapes alone, so the host never waits for the lengths.
     """
     batch = cu_seqlens.shape[0] - 1
     cu_seqlens = cu_seqlens.long()
-    offsets = cu_seqlens // CHUNK + torch.arange(batch + 1, device=cu_seqlens.device)
+    offsets = (cu_seqlens - cu_seqlens[0]) // CHUNK + torch.arange(batch + 1, device=cu_seqlens.device)
     chunk = torch.arange(total_rows // CHUNK + batch, device=cu_seqlens.device)
-    # Chunks past the last sequence's range (rows beyond cu_seqlens[-1]) become empty ones that no sequence owns.
+    # Chunks past the last sequence's range become empty ones that no sequence owns.
     sequence = (torch.searchsorted(offsets, chunk, right=True) - 1).clamp(max=batch - 1)
     return sequence, cu_seqlens[sequence] + (chunk - offsets[sequence]) * CHUNK, offsets
 
@@ -207,10 +212,7 @@ def _packed_tiles(hidden: Tensor, sequence: Tensor, start: Tensor, end: Tensor, 
 
 
 def _load(hidden: Tensor, rows: tuple[slice | Tensor, ...] | None, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The rows [G, C, D] of a tile in the arithmetic dtype, 0 where they do not count: a weight of 0 does not stop NaN.
-
-    Zeroed bitwise, because that is vectorised where masked_fill with a mask per row is not: 10 times faster on a CPU.
-    """
+    """The rows [G, C, D] of a tile in the arithmetic dtype, 0 where they do not count."""
     if valid is None:
         return hidden[rows].to(dtype)
     if rows is None:
@@ -220,5 +222,13 @@ def _load(hidden: Tensor, rows: tuple[slice | Tensor, ...] | None, valid: Tensor
         block = hidden.index_select(0, at.flatten()).view(*at.shape, -1)
     else:
         block = hidden[rows]
+    return _zeroed(block, valid).to(dtype)
+
+
+def _zeroed(block: Tensor, valid: Tensor) -> Tensor:
+    """Rows [G, C, D], 0 where they do not count: a weight of 0 does not stop NaN.
+
+    Bitwise, because that is vectorised where masked_fill with a mask per row is not: 10 times faster on a CPU.
+    """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[block.itemsize]
-    return (block.view(integer) & -valid[..., None].to(integer)).view(block.dtype).to(dtype)
+    return (block.view(integer) & -valid[..., None].to(integer)).view(block.dtype)

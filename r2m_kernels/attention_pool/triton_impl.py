@@ -37,7 +37,8 @@ VARYING = ["B", "S", "total", "partials", "stride_mb"]
 def _locate(chunk, cu_seqlens, B, S, total, CHUNK: tl.constexpr):
     """A chunk's sequence, its number there, and the sequence's first row, length and number of chunks.
 
-    Packed rows that belong to no sequence are sequence B. A chunk whose number is too high has nothing to do.
+    Packed rows behind the last sequence are sequence B, and so are those before the first one, whose chunks are
+    numbered from -1. A chunk whose number is too high has nothing to do.
     """
     if cu_seqlens is None:
         each = tl.maximum(tl.cdiv(S, CHUNK), 1)
@@ -58,6 +59,11 @@ def _locate(chunk, cu_seqlens, B, S, total, CHUNK: tl.constexpr):
         number = chunk - (start // CHUNK + b)
         length = tl.load(cu_seqlens + b + 1, mask=b < B, other=total) - start
         first = start.to(tl.int64)
+        before = number < 0
+        b = tl.where(before, B, b)
+        number = tl.where(before, chunk + 1, number)
+        length = tl.where(before, start, length)
+        first = tl.where(before, 0, first)
     return b, number, first, length, tl.maximum(tl.cdiv(length, CHUNK), 1)
 
 
@@ -470,7 +476,10 @@ def _outer_kernel(
     H: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The gradient of hidden: the sum over queries of p_j (t_j - t + dlse) u + p_j dc, 0 in rows that do not count."""
-    b, number, first, length, blocks = _locate(tl.program_id(0), cu_seqlens, B, S, total, BS)
+    block = tl.program_id(0)
+    if cu_seqlens is not None:
+        block -= 1  # rows before the first sequence
+    b, number, first, length, blocks = _locate(block, cu_seqlens, B, S, total, BS)
     if number >= blocks:
         return
     o_s = number * BS + tl.arange(0, BS)
@@ -543,7 +552,8 @@ def attention_pool_backward(
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     B, H, D = query.shape
     if hidden.numel():
-        blocks = _chunks(hidden, cu_seqlens, B, OUTER["BS"]) + (cu_seqlens is not None)  # rows of no sequence
+        blocks = _chunks(hidden, cu_seqlens, B, OUTER["BS"])
+        blocks += 0 if cu_seqlens is None else 2  # rows before the first sequence, and behind the last one
         _outer_kernel[blocks, triton.cdiv(D, OUTER["BD"])](
             scores, query.contiguous(), grad_pooled, norm, value, grad_lse, cu_seqlens, mask, grad_hidden,
             B, *_rows(hidden), *grad_pooled.stride(), *_strides(mask), H=H, D=D, **OUTER, **OPTIONS,

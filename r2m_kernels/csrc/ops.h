@@ -18,7 +18,7 @@ using OptionalTensor = std::optional<Tensor>;
 //   query       float32 [B, H, D], contiguous, with the softmax scale in it
 //   hidden      float32, bfloat16 or float16 [B, S, D], or [total, D] with cu_seqlens; the last stride is 1
 //   direction   float32 [B, H, D] of any strides (0 where it is shared)
-//   cu_seqlens  int32 [B + 1], contiguous
+//   cu_seqlens  int32 [B + 1], contiguous, with 0 <= cu_seqlens[b] <= cu_seqlens[b + 1] <= total
 //   mask        bool [B, S] of any strides
 // Results, float32; what is absent is not computed:
 //   pooled      [B, H, D] the softmax-weighted mean of the rows
@@ -27,9 +27,11 @@ using OptionalTensor = std::optional<Tensor>;
 //   lse         [B, H] log-sum-exp of the scores
 //   norm        [2, B, H] the largest score m, and the sum of exp(score - m)
 //   scores      [1 or 2, H, rows] query . row and, with direction, direction . row, of rows that are attended
-//   workspace   1-D, of the floats that `workspace_layout` says
+//   workspace   1-D
 // A sequence is cut into chunks of `chunk` rows, whose pools are merged in order. Those of a sequence that has at least
-// two are in the workspace, which has room for `partials` of them.
+// two are in the workspace, which has room for `partials` of them: pooled [partials, H, D] and gradient [partials, H, D]
+// where they are wanted, then norm [2, partials, H] and value [partials, H]. Chunk `number` of sequence b is in row
+// b * chunks + number, with chunks = ceil(S / chunk); of packed sequences in row 2 * cu_seqlens[b] // chunk + number.
 void attention_pool(
     const Tensor& query, const Tensor& hidden, const OptionalTensor& direction, const OptionalTensor& cu_seqlens,
     const OptionalTensor& mask, const OptionalTensor& pooled, const OptionalTensor& gradient,
@@ -41,10 +43,6 @@ void attention_pool(
 void attention_pool_grad_hidden(
     const Tensor& query, const Tensor& direction, const Tensor& scores, const Tensor& norm, const Tensor& value,
     const Tensor& grad_lse, const OptionalTensor& cu_seqlens, const OptionalTensor& mask, const Tensor& grad_hidden);
-
-// The partial result of a chunk, in `workspace`: pooled [partials, H, D] and gradient [partials, H, D] where they are
-// wanted, then norm [2, partials, H] and value [partials, H]. Chunk `number` of sequence b is in row b * chunks +
-// number, with chunks = ceil(S / chunk); of packed sequences in row 2 * cu_seqlens[b] // chunk + number.
 
 // fused = (1 - w) aggregated + w rte, [B, D]. aggregated, rte and fused in any of the three dtypes and the first two of
 // any strides; weight w is float32, 0-dim.
@@ -67,7 +65,7 @@ void fused_reward_backward(
     const OptionalTensor& grad_head_bias, const Tensor& partial_sums, int64_t block);
 
 // Loss and statistics of every group, [n], and group_weight * d loss / d rewards, [n, K]; float32, winner and loser
-// int64. rewards and pair_scores [n, K] of any strides; pair_scores may be float64.
+// int64. rewards and pair_scores [n, K] of any strides; pair_scores may be float64. NaN in either makes its group NaN.
 void grebt_loss(
     const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight,
     const Tensor& loss, const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner,

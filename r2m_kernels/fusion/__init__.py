@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import checks, dispatch
-from r2m_kernels.registration import forbid_second_derivative, full_precision, save, saved
+from r2m_kernels.registration import forbid_second_derivative, forbid_transforms, full_precision, save, saved
 
 _OP = "fusion"
 
@@ -38,7 +38,8 @@ def time_weighted_fusion(aggregated: Tensor, rte: Tensor, weight: float | Tensor
     """
     checks.floating(aggregated=aggregated, rte=rte)
     _check_embeddings(aggregated, rte)
-    name = dispatch.choose(impl, rte)
+    name = dispatch.choose(impl, rte, op=_OP)
+    forbid_transforms("time_weighted_fusion", aggregated, rte)
     w = checks.fusion_weight(weight, rte)
     return torch.ops.r2m_kernels.time_weighted_fusion(aggregated, rte, w, name)
 
@@ -54,18 +55,19 @@ def fused_reward(
 ) -> Tensor:
     """r = phi . ((1 - w) A + w H) + b, equations 2 and 3 in one. Differentiable (once) in A, H, phi and b.
 
-    aggregated A and rte H [B, D_rm], weight w a float or a constant 0-dim tensor, head_weight phi [D_rm], head_bias a
-    tensor of one element -> float32 [B] (float64 for float64). At w = 1 it is the vanilla reward phi . H + b. On
-    a GPU "triton" and "extension" take one launch forward and two backward: sums over blocks of rows, then over the
-    blocks. Raises ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run.
+    aggregated A and rte H [B, D_rm], weight w a float or a constant 0-dim tensor, head_weight phi [D_rm] or [1, D_rm],
+    head_bias a tensor of one element -> float32 [B] (float64 for float64). At w = 1 it is the vanilla reward
+    phi . H + b. On a GPU "triton" and "extension" take one launch forward and two backward: sums over blocks of rows,
+    then over the blocks. Raises ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that
+    cannot run.
     """
     checks.floating(aggregated=aggregated, rte=rte, head_weight=head_weight, **checks.given(head_bias=head_bias))
     _check_embeddings(aggregated, rte)
-    checks.head(rte.shape[1], head_weight, head_bias)
-    name = dispatch.choose(impl, rte)
+    phi, bias = checks.head(rte.shape[1], head_weight, head_bias)
+    name = dispatch.choose(impl, rte, op=_OP)
+    forbid_transforms("fused_reward", aggregated, rte, phi, bias)
     w = checks.fusion_weight(weight, rte)
-    bias = None if head_bias is None else head_bias.reshape(())
-    return torch.ops.r2m_kernels.fused_reward(aggregated, rte, w, head_weight, bias, name)
+    return torch.ops.r2m_kernels.fused_reward(aggregated, rte, w, phi, bias, name)
 
 
 def _check_embeddings(aggregated: Tensor, rte: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""Time-weighted fusion and the linear head in PyTorch. `weight` is 0-dim; its dtype is that of all arithmetic."""
+"""Time-weighted fusion and the linear head in PyTorch. `weight` is 0-dim; its dtype is that of all arithmetic.
+
+Results are contiguous, whatever the strides of the arguments are: elementwise operations would keep these.
+"""
 
 import torch
 from torch import Tensor
@@ -7,14 +10,14 @@ from torch import Tensor
 def time_weighted_fusion(aggregated: Tensor, rte: Tensor, weight: Tensor) -> Tensor:
     """F = (1 - w) A + w H, in the promoted dtype of A and H."""
     fused = (1 - weight) * aggregated.to(weight.dtype) + weight * rte.to(weight.dtype)
-    return fused.to(torch.promote_types(aggregated.dtype, rte.dtype))
+    return fused.to(torch.promote_types(aggregated.dtype, rte.dtype)).contiguous()
 
 
 def time_weighted_fusion_backward(
     grad: Tensor, weight: Tensor, aggregated_dtype: torch.dtype | None, rte_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of A and H in these dtypes; None for None."""
-    grad = grad.to(weight.dtype)
+    grad = grad.to(weight.dtype).contiguous()
     grad_aggregated = None if aggregated_dtype is None else ((1 - weight) * grad).to(aggregated_dtype)
     grad_rte = None if rte_dtype is None else (weight * grad).to(rte_dtype)
     return grad_aggregated, grad_rte

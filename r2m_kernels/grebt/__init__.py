@@ -1,15 +1,41 @@
 """GREBT, the loss that trains the reward model's trainable part: equations 4 to 6 of R2M (arXiv 2601.22664)."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from r2m_kernels import checks, dispatch
-from r2m_kernels.registration import forbid_second_derivative, full_precision, save, saved
+from r2m_kernels.registration import forbid_second_derivative, forbid_transforms, full_precision, save, saved
 
 _OP = "grebt"
 _REDUCTIONS = ("mean", "sum", "none")
+
+
+@overload
+def grebt_loss(
+    rewards: Tensor,
+    *,
+    alpha: float = 0.3,
+    pair_scores: Tensor | None = None,
+    eps: float = 1e-2,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def grebt_loss(
+    rewards: Tensor,
+    *,
+    alpha: float = 0.3,
+    pair_scores: Tensor | None = None,
+    eps: float = 1e-2,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_stats: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def grebt_loss(
@@ -17,11 +43,11 @@ def grebt_loss(
     *,
     alpha: float = 0.3,
     pair_scores: Tensor | None = None,
-    eps: float = 1e-4,
+    eps: float = 1e-2,
     reduction: str = "mean",
     impl: str = "auto",
     return_stats: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """(1 - alpha) BT + alpha GRE of groups of K rewards. Differentiable (once) in rewards.
 
     rewards      [n, K], one row a group, K >= 2
@@ -35,10 +61,10 @@ def grebt_loss(
     BT = -log sigmoid(r_winner - r_loser), equation 4; GRE = -sum p log p with p = softmax(z), equation 5, in nats.
     Returns the loss, float32 (float64 for float64), 0-dim or [n]; with return_stats also a dict of constants, each
     [n]: bt, entropy, std (before eps), and the indices winner and loser (int64). A group of equal rewards, whose pair
-    is tied too, has gradient exactly 0. A NaN makes its own group NaN. On a GPU, one launch of "triton" (K up to 1024)
-    or "extension" gives loss, statistics and gradient, one more reduces over groups; the backward is one. Raises
-    ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run and for second
-    derivatives.
+    is tied too, has gradient exactly 0. A NaN, of rewards or pair_scores, makes its own group NaN. On a GPU, one launch
+    of "triton" (K up to 1024) or "extension" gives loss, statistics and gradient, one more reduces over groups; the
+    backward is one. Raises ValueError or TypeError for arguments that do not fit, RuntimeError for an `impl` that
+    cannot run, for second and for forward-mode derivatives.
     """
     checks.floating(rewards=rewards)
     if rewards.ndim != 2 or rewards.shape[0] < 1 or rewards.shape[1] < 2:
@@ -55,7 +81,11 @@ def grebt_loss(
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
     k = rewards.shape[1]
-    name = dispatch.choose(impl, rewards, triton=f"K = {k} exceeds 1024 rewards a group" if k > 1024 else None)
+    # Asked only where Triton may run: torch.export of a symbolic K would keep the answer as a condition.
+    names = dispatch.FASTEST_FIRST.get(rewards.device.type, ()) if impl == "auto" else (impl,)
+    too_wide = f"K = {k} exceeds 1024 rewards a group" if "triton" in names and k > 1024 else None
+    name = dispatch.choose(impl, rewards, op=_OP, triton=too_wide)
+    forbid_transforms("grebt_loss", rewards)
     loss, *stats, _ = torch.ops.r2m_kernels.grebt_loss(
         rewards, pair_scores.detach(), float(alpha), float(eps), reduction, name
     )

@@ -17,6 +17,11 @@ LOG2E = tl.constexpr(1.44269502162933349609375)
 LOG2E_REST = tl.constexpr(1.92596299112661746e-08)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Groups with larger rewards, whose squares or differences overflow, are computed in a smaller unit: a power of two.
+LARGE = tl.constexpr(2.0**60)
+SMALL_UNIT = tl.constexpr(2.0**-80)
+IN_SMALL_UNITS = tl.constexpr(2.0**80)  # its inverse: a product where a quotient would take a subroutine
+
 
 @triton.jit
 def exp(b_x):
@@ -64,6 +69,8 @@ def grebt_loss_kernel(
     )  # [BN, BK]
     if b_score.dtype != tl.float64:  # scores in float64 are compared in float64
         b_score = b_score.to(tl.float32)
+    # Scores with NaN have no order: the margin is NaN, and all that follows.
+    b_unordered = tl.sum(tl.where(b_score == b_score, 0.0, float("nan")), 1)  # [BN]
     b_up = tl.where(m_k, tl.where(b_score == b_score, b_score, float("inf")), float("-inf"))  # [BN, BK]
     b_down = tl.where(m_k, tl.where(b_score == b_score, b_score, float("-inf")), float("inf"))  # [BN, BK]
     b_highest, b_lowest = tl.max(b_up, 1), tl.min(b_down, 1)  # [BN]
@@ -72,7 +79,7 @@ def grebt_loss_kernel(
 
     b_r_winner = tl.load(rewards + o_row + b_winner.to(tl.int64) * stride_rk, mask=m_n, other=0).to(tl.float32)  # [BN]
     b_r_loser = tl.load(rewards + o_row + b_loser.to(tl.int64) * stride_rk, mask=m_n, other=0).to(tl.float32)  # [BN]
-    b_margin = b_r_winner - b_r_loser  # [BN]
+    b_margin = b_r_winner - b_r_loser + b_unordered  # [BN]
     b_small = exp(-tl.abs(b_margin))  # [BN], in (0, 1]: e^-|margin|
     b_one = 1 + b_small  # [BN]
     # softplus(-margin), with log(1 + small) from the rounded sum and what its rounding lost.
@@ -86,13 +93,15 @@ def grebt_loss_kernel(
     b_first = tl.load(rewards + o_row, mask=m_n, other=0).to(tl.float32)  # [BN]
     b_r = tl.load(rewards + o_row[:, None] + o_k.to(tl.int64)[None] * stride_rk, mask=m_nk, other=0)  # [BN, BK]
     b_r = b_r.to(tl.float32)
+    b_unit = tl.where(tl.max(tl.abs(b_r), 1) > LARGE, SMALL_UNIT, 1.0)  # [BN]
+    b_first, b_r = b_first * b_unit, b_r * b_unit[:, None]
     b_mean = b_first + tl.sum(tl.where(m_k, b_r - b_first[:, None], 0), 1) / K  # [BN]
     b_x = tl.where(m_k, b_r - b_mean[:, None], 0)  # [BN, BK]
     b_x = tl.where(m_k, b_x - (tl.sum(b_x, 1) / K)[:, None], 0)  # [BN, BK], without the rounding of the mean
     b_std = tl.sqrt(tl.sum(b_x * b_x, 1) / K)  # [BN]
     b_varies = b_std != 0  # [BN], NaN too
-    b_scale = tl.where(b_varies, b_std + eps, 1)  # [BN]
-    b_z = b_x / b_scale[:, None]  # [BN, BK]
+    b_z = b_x / tl.where(b_varies, b_std + eps * b_unit, 1)[:, None]  # [BN, BK]
+    b_true_std = b_std * tl.where(b_unit < 1, IN_SMALL_UNITS, 1.0)  # [BN]
 
     # log p = -below - log(sum e^-below), and GRE + log p = mean - below: no differences of rounded p.
     b_below = tl.max(tl.where(m_k, b_z, float("-inf")), 1)[:, None] - b_z  # [BN, BK]
@@ -104,16 +113,16 @@ def grebt_loss_kernel(
 
     # Through z = x / (std + eps), std and the mean: see torch_impl.grebt_loss.
     b_dz = b_p * (b_below - b_mean_below[:, None])  # [BN, BK]
-    b_unit = b_x / tl.where(b_varies, b_std, 1)[:, None]  # [BN, BK]
-    b_dr = b_dz - (tl.sum(b_dz, 1) / K)[:, None] - b_unit * (tl.sum(b_z * b_dz, 1) / K)[:, None]  # [BN, BK]
-    b_dr = tl.where(b_varies[:, None], b_dr / b_scale[:, None], 0)  # [BN, BK]
+    b_direction = b_x / tl.where(b_varies, b_std, 1)[:, None]  # [BN, BK]
+    b_dr = b_dz - (tl.sum(b_dz, 1) / K)[:, None] - b_direction * (tl.sum(b_z * b_dz, 1) / K)[:, None]  # [BN, BK]
+    b_dr = tl.where(b_varies[:, None], b_dr / (b_true_std + eps)[:, None], 0)  # [BN, BK]
     b_sign = (o_k[None] == b_loser[:, None]).to(tl.float32) - (o_k[None] == b_winner[:, None]).to(tl.float32)
     b_gradient = alpha * b_dr + b_pull[:, None] * b_sign  # [BN, BK]
 
     tl.store(loss + o_n, (1 - alpha) * b_bt + alpha * b_entropy, mask=m_n)
     tl.store(bt + o_n, b_bt, mask=m_n)
     tl.store(entropy + o_n, b_entropy, mask=m_n)
-    tl.store(std + o_n, b_std, mask=m_n)
+    tl.store(std + o_n, b_true_std, mask=m_n)
     tl.store(winner + o_n, b_winner, mask=m_n)
     tl.store(loser + o_n, b_loser, mask=m_n)
     tl.store(gradient + o_n[:, None] * K + o_k[None], group_weight * b_gradient, mask=m_nk)

@@ -1,15 +1,21 @@
 """Every argument that does not fit raises ValueError or TypeError that says which, what was given, what is expected."""
 
 import contextlib
+import importlib
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import r2m_kernels as rk
-from r2m_kernels import dispatch, extension
+from r2m_kernels import checks, dispatch, extension
 
 B, S, D, D_RM, D_IN, K = 3, 7, 8, 12, 6, 4
 META = torch.device("meta")
@@ -186,13 +192,122 @@ def test_the_extension_says_what_it_cannot_run_on(monkeypatch):
     assert dispatch._reason("extension", "cuda:0") is None
 
 
-@pytest.mark.parametrize("lengths", [[-1, 3, 5, 7], [0, 5, 3, 7], [0, 3, 5, 22]])
-def test_the_extension_reads_no_rows_that_are_not_there(lengths, impl, request):
-    if impl != "extension" or request.config.getoption("device") != "cpu" or request.config.getoption("library"):
-        pytest.skip("lengths are checked where the host has them: by the extension on a CPU")
-    cu_seqlens = torch.tensor(lengths, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=r"cu_seqlens: expected 0 <= .* <= 21 rows of hidden, got"):
-        rk.attention_pool(torch.randn(B, D), torch.randn(B * S, D), cu_seqlens=cu_seqlens)
+WRONG_ROWS = [
+    ([-1, 3, 5, 7], r"got cu_seqlens\[0\] = -1$"),
+    ([0, 5, 3, 7], r"got cu_seqlens\[2\] = 3 after 5$"),
+    ([0, 3, 5, 22], r"got cu_seqlens\[3\] = 22 after 5$"),
+    ([0, 3, 5, 100_000_000], r"got cu_seqlens\[3\] = 100000000 after 5$"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), WRONG_ROWS)
+def test_sequences_of_rows_that_are_not_there(rows, message):
+    """On a CPU. On GPUs, where it would have to be waited for, only with R2M_KERNELS_DEBUG."""
+    message = r"^cu_seqlens: expected 0 <= cu_seqlens\[0\] <= ... <= cu_seqlens\[3\] <= 21 rows of hidden, " + message
+    inputs = packed(cu_seqlens=torch.tensor(rows, dtype=torch.int32))
+    weights = attention(**{name: inputs[name] for name in ("hidden", "cu_seqlens")})
+    direction = torch.randn(D)
+    for call in (
+        lambda: rk.attention_pool(**inputs),
+        lambda: rk.attention_pool_dot(**inputs, direction=direction),
+        lambda: rk.attention_pool_with_gradient(**inputs, direction=direction),
+        lambda: rk.sequence_to_token_attention(**weights),
+        lambda: rk.policy_feedback_reward(**weights, head_weight=torch.ones(D_RM), weight=0.5),
+        lambda: torch.compile(rk.attention_pool, fullgraph=True, backend="aot_eager")(**inputs),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_no_sequences_and_an_offset_past_the_end():
+    query, hidden = torch.randn(0, D), torch.randn(3, D, requires_grad=True)
+    with pytest.raises(ValueError, match=r"cu_seqlens\[0\] = 1000000"):
+        rk.attention_pool(query, hidden, cu_seqlens=torch.tensor([1_000_000], dtype=torch.int32))
+
+
+def test_lengths_of_another_device_than_a_cpu_are_read_for_debugging_alone(monkeypatch):
+    class OnAGPU:
+        device, is_meta = torch.device("cuda"), False
+
+        def tolist(self):
+            return [0, 5]
+
+        def contiguous(self):
+            return "not read"
+
+    assert checks.packed_rows(OnAGPU(), 3) == "not read"
+    monkeypatch.setattr(checks, "DEBUG", True)
+    with pytest.raises(ValueError, match=r"<= 3 rows of hidden, got cu_seqlens\[1\] = 5 after 0"):
+        checks.packed_rows(OnAGPU(), 3)
+
+
+@pytest.mark.parametrize("where", [{}, {"R2M_KERNELS_DEBUG": "1"}])
+def test_the_switch_for_debugging_is_an_environment_variable(where):
+    environment = {key: value for key, value in os.environ.items() if key != "R2M_KERNELS_DEBUG"}
+    code = "from r2m_kernels import checks; print(checks.DEBUG)"
+    output = subprocess.check_output([sys.executable, "-c", code], env=environment | where, text=True)
+    assert output == f"{bool(where)}\n"
+
+
+def test_a_choice_that_cannot_take_these_rows_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(dispatch, "_reason", lambda name, device: None)
+    hidden = torch.randn(B, S, 2 * D)[..., ::2]
+    for function, arguments in (
+        (rk.sequence_to_token_attention, attention(hidden=hidden)),
+        (rk.policy_feedback_reward, reward(hidden=hidden)),
+    ):
+        with pytest.raises(RuntimeError, match=r"hidden: expected a stride of 1 .* got 2"), NothingRuns():
+            function(**arguments, impl="extension")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A machine with a GPU, as far as the choice of an implementation can see."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_too_old", lambda device: None)
+    dispatch._triton_error.cache_clear()
+    yield
+    dispatch._triton_error.cache_clear()
+
+
+def test_a_triton_that_is_too_old_says_so(on_a_gpu, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.delitem(sys.modules, "r2m_kernels.triton_target", raising=False)
+    monkeypatch.setattr(triton, "__version__", "3.5.1+git1234")
+    assert "expected Triton 3.6 or newer, got 3.5.1" in dispatch._reason("triton", "cuda:0")
+
+
+def test_a_triton_that_is_broken_is_passed_over_with_its_message(on_a_gpu, monkeypatch):
+    tried = []
+
+    def fails(name):
+        tried.append(name)
+        raise OSError("libcuda.so: cannot open shared object file")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib, "import_module", fails)
+    reason = "Triton cannot be loaded: OSError: libcuda.so: cannot open shared object file"
+    assert dispatch._reason("triton", "cuda:0") == dispatch._reason("triton", "cuda:0") == reason
+    assert len(tried) == 1
+
+
+def test_an_operator_without_an_implementation_takes_the_next_one(tmp_path, monkeypatch):
+    """A folder with a torch_impl alone, as CONTRIBUTING's steps begin."""
+    (tmp_path / "doubling").mkdir()
+    (tmp_path / "doubling" / "__init__.py").write_text("")
+    (tmp_path / "doubling" / "torch_impl.py").write_text("def doubled(x):\n    return 2 * x\n")
+    monkeypatch.setattr(rk, "__path__", [*rk.__path__, str(tmp_path)])
+    monkeypatch.setattr(dispatch, "_reason", lambda name, device: None)
+    monkeypatch.setitem(dispatch.FASTEST_FIRST, "cpu", ("extension", "torch"))
+    x = torch.ones(2)
+    name = dispatch.choose("auto", x, op="doubling")
+    assert name == "torch"
+    assert torch.equal(dispatch.implementation("doubling", name).doubled(x), 2 * x)
+    with pytest.raises(
+        RuntimeError, match=r"impl='extension' cannot run: r2m_kernels/doubling has no extension_impl.py"
+    ):
+        dispatch.choose("extension", x, op="doubling")
+    assert dispatch.choose("auto", x, op="attention_pool") == "extension"
 
 
 def attention(**changes):
@@ -209,13 +324,17 @@ ATTENTION_ERRORS = [
     (
         {"rte": torch.randn(B + 1, D_RM)},
         ValueError,
-        r"hidden: .* to go with rte and w_k = \[4, 7, 8\], got \[3, 7, 8\]",
+        r"hidden: .* to go with rte = \[4, 7, 8\], got \[3, 7, 8\]",
     ),
-    ({"w_q": torch.randn(D_IN, D_RM + 1)}, ValueError, r"w_q: .* to go with rte = \[6, 12\], got \[6, 13\]"),
-    ({"w_k": torch.randn(D_IN + 1, D)}, ValueError, r"w_k: .* to go with w_q = \[6, 8\], got \[7, 8\]"),
+    ({"w_q": torch.randn(D_IN, D_RM + 1)}, ValueError, r"w_q: .* to go with rte = \[d, 12\], got \[6, 13\]"),
+    ({"w_q": torch.randn(D_RM, D_IN)}, ValueError, r"w_q: .* to go with rte = \[d, 12\], got \[12, 6\]"),
+    ({"w_k": torch.randn(D_IN + 1, D)}, ValueError, r"w_k: .* to go with hidden and w_q = \[6, 8\], got \[7, 8\]"),
+    ({"w_k": torch.randn(D, D_IN)}, ValueError, r"w_k: .* to go with hidden and w_q = \[6, 8\], got \[8, 6\]"),
+    ({"w_v": torch.randn(D, D_IN)}, ValueError, r"w_v: .* like w_k = \[6, 8\], got \[8, 6\]"),
     ({"w_v": torch.randn(D_IN, D + 1)}, ValueError, r"w_v: .* like w_k = \[6, 8\], got \[6, 9\]"),
     ({"w_o": torch.randn(D_IN, D_RM)}, ValueError, r"w_o: expected shape \[D_rm, d\] = \[12, 6\], got \[6, 12\]"),
-    ({"hidden": torch.randn(B, S, D + 1)}, ValueError, r"hidden: .* got \[3, 7, 9\]"),
+    ({"hidden": torch.randn(B, S, D + 1)}, ValueError, r"w_k: .* to go with hidden and w_q = \[6, 9\], got \[6, 8\]"),
+    ({"hidden": torch.randn(B, D)}, ValueError, r"hidden: expected shape \[B, S, D\], got \[3, 8\]"),
     ({"w_q": torch.randn(D_IN, D_RM).double()}, TypeError, r"float64 does not mix with other dtypes"),
     ({"w_o": torch.ones(D_RM, D_IN).int()}, TypeError, r"w_o: expected float32, .* got torch.int32"),
     ({"w_v": torch.randn(D_IN, D, device=META)}, ValueError, r"one device, got .* w_v on meta"),
@@ -223,7 +342,11 @@ ATTENTION_ERRORS = [
     ({"num_heads": 0}, ValueError, r"num_heads: .* got 0"),
     ({"num_heads": 2.0}, TypeError, r"num_heads: expected an int, got float"),
     ({"mask": torch.ones(B, S)}, TypeError, r"mask: expected a torch.bool tensor"),
-    ({"cu_seqlens": torch.zeros(B + 1)}, TypeError, r"cu_seqlens: expected a torch.int32 tensor"),
+    (
+        {"hidden": torch.randn(B * S, D), "cu_seqlens": torch.zeros(B + 1)},
+        TypeError,
+        r"cu_seqlens: expected a torch.int32 tensor",
+    ),
     ({"impl": "numpy"}, ValueError, r"impl: expected 'auto' or one of"),
 ]
 
@@ -242,12 +365,13 @@ def test_value_bias_of_a_wrong_shape():
 
 
 HEAD_ERRORS = [
-    ({"head_weight": torch.randn(D_RM + 1)}, ValueError, r"head_weight: expected shape \[D_rm\] = \[12\], got \[13\]"),
     (
-        {"head_weight": torch.randn(1, D_RM)},
+        {"head_weight": torch.randn(D_RM + 1)},
         ValueError,
-        r"head_weight: expected shape \[D_rm\] = \[12\], got \[1, 12\]",
+        r"head_weight: expected shape \[D_rm\] = \[12\] or \[1, D_rm\] = \[1, 12\], got \[13\]",
     ),
+    ({"head_weight": torch.randn(2, D_RM)}, ValueError, r"head_weight: .* = \[1, 12\], got \[2, 12\]"),
+    ({"head_weight": torch.randn(D_RM, 1)}, ValueError, r"head_weight: .* = \[1, 12\], got \[12, 1\]"),
     ({"head_bias": torch.randn(2)}, ValueError, r"head_bias: expected shape 0-dim = \[\] or \[1\] = \[1\], got \[2\]"),
     ({"head_bias": 0.5}, TypeError, r"head_bias: expected a torch.Tensor, got float"),
     ({"weight": "0.5"}, TypeError, r"weight: expected a number, got str"),
@@ -304,14 +428,48 @@ def test_reward_from_pools_shapes():
 
 
 def test_absorbed_query_and_reward_direction_shapes():
-    with pytest.raises(ValueError, match=r"w_k: expected shape \[d, D_p\] to go with w_q = \[6, 8\], got \[5, 8\]"):
+    with pytest.raises(ValueError, match=r"w_k: expected shape \[d, D_p\] to go with w_q = \[6, D_p\], got \[5, 8\]"):
         rk.absorbed_query(torch.randn(B, D_RM), torch.randn(D_IN, D_RM), torch.randn(5, D))
     with pytest.raises(TypeError, match=r"rte: expected a torch.Tensor, got list"):
         rk.absorbed_query([1.0], torch.randn(D_IN, D_RM), torch.randn(5, D))
-    with pytest.raises(ValueError, match=r"w_o: expected shape \[D_rm, d\] to go with w_v = \[12, 6\], got \[12, 5\]"):
+    with pytest.raises(ValueError, match=r"w_v: expected shape \[d, D_p\] to go with w_o = \[5, D_p\], got \[6, 8\]"):
         rk.reward_direction(torch.randn(D_IN, D), torch.randn(D_RM, 5), torch.randn(D_RM), weight=0.5)
-    with pytest.raises(ValueError, match=r"head_weight: expected shape \[D_rm\] = \[12\], got \[8\]"):
+    with pytest.raises(ValueError, match=r"w_o: expected shape \[D_rm, d\] to go with head_weight = \[8, d\], got"):
         rk.reward_direction(torch.randn(D_IN, D), torch.randn(D_RM, D_IN), torch.randn(8), weight=0.5)
+    with pytest.raises(ValueError, match=r"head_weight: expected shape \[D_rm\] or \[1, D_rm\], got \[\]"):
+        rk.reward_direction(torch.randn(D_IN, D), torch.randn(D_RM, D_IN), torch.randn(()), weight=0.5)
+
+
+def test_hidden_that_requires_grad_needs_a_choice():
+    inputs = reward(hidden=torch.randn(B, S, D, requires_grad=True))
+    with refuses(ValueError, r"hidden: expected a tensor that requires no grad \(detach it, or pass hidden_grad=True"):
+        rk.policy_feedback_reward(**inputs)
+    assert rk.policy_feedback_reward(**inputs, hidden_grad=True).requires_grad
+    with torch.no_grad():
+        assert not rk.policy_feedback_reward(**inputs).requires_grad
+
+
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), 1], ids=lambda number: type(number).__name__)
+def test_numbers_may_be_those_of_numpy(number):
+    rte = torch.randn(B, D)
+    expected = rk.time_weighted_fusion(rte, 2 * rte, float(number))
+    assert torch.equal(rk.time_weighted_fusion(rte, 2 * rte, number), expected)
+    pooled = rk.attention_pool(**pool(), scale=number)
+    assert pooled.dtype == torch.float32
+    assert rk.grebt_loss(torch.randn(2, 3), alpha=number, eps=number).dtype == torch.float32
+
+
+def test_sharded_weights_are_refused_with_what_to_do(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name in ("w_q", "w_o", "head_weight"):
+            inputs = reward()
+            inputs[name] = distribute_tensor(inputs[name], mesh, [Shard(0)])
+            with pytest.raises(TypeError, match=f"{name}: expected a whole tensor, got a DTensor.*{name}.full_tensor"):
+                rk.policy_feedback_reward(**inputs)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_merge_shapes():
@@ -387,4 +545,5 @@ new = set(sys.modules) - before
 assert {name.split(".")[0] for name in new} - sys.stdlib_module_names <= {"r2m_kernels", "torch"}, new
 assert not {"triton", "torch.utils.cpp_extension"} & new
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)

@@ -299,11 +299,48 @@ def test_no_rows_at_all(batch, packed):
     assert torch.equal(attention_pool_dot(query, hidden, torch.randn(8), **where)[0], torch.zeros(batch, 3))
 
 
-def test_no_sequences_but_rows_that_belong_to_none():
+@pytest.mark.parametrize("first", [0, 3, 5])
+def test_no_sequences_but_rows_that_belong_to_none(first):
     hidden = torch.randn(5, 8, requires_grad=True)
-    pooled = attention_pool(torch.randn(0, 8), hidden, cu_seqlens=torch.zeros(1, dtype=torch.int32))
+    pooled = attention_pool(torch.randn(0, 8), hidden, cu_seqlens=torch.tensor([first], dtype=torch.int32))
     assert pooled.shape == (0, 8)
     assert torch.equal(torch.autograd.grad(pooled.sum(), hidden)[0], torch.zeros(5, 8))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("first", [1, 130, 300])
+@pytest.mark.parametrize("heads", [1, 5])
+def test_sequences_that_do_not_start_at_the_first_row(heads, first):
+    """cu_seqlens[i:j + 1], a micro-batch of a packed batch: as if the rows before had been cut off."""
+    lengths = [70, 0, 150]
+    query, hidden, cu_seqlens = torch.randn(3, heads, 32), torch.randn(first + 229, 32), first + ragged(lengths)
+    hidden[:first] = hidden[first + sum(lengths) :] = math.nan
+    results = all_results(query, hidden, cu_seqlens=cu_seqlens)
+    expected = all_results(query, hidden[first:], cu_seqlens=ragged(lengths))
+    assert (results[3][:first] == 0).all()
+    assert (results[3][first + sum(lengths) :] == 0).all()
+    results[3] = results[3][first:]
+    for one, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["masked", "packed", "no rows"])
+def test_a_nan_beside_an_empty_pool_stays_outside(where):
+    """In its query and its direction: the pool is 0, and so are all gradients."""
+    query, hidden, direction = torch.randn(2, 8), torch.randn(2, 3, 8), torch.randn(2, 8)
+    query[1] = direction[1] = math.nan
+    options = {"mask": torch.tensor([[True, True, False], [False] * 3])} if where == "masked" else {}
+    if where == "packed":
+        hidden, options = hidden[0], {"cu_seqlens": ragged([3, 0])}
+    if where == "no rows":
+        hidden = hidden[:, :0]
+    pooled, gradient, lse = attention_pool_with_gradient(query, hidden, direction, **options)
+    value, _ = attention_pool_dot(query, hidden, direction, **options)
+    leaves = query.requires_grad_(), hidden.requires_grad_()
+    of_query, of_hidden = torch.autograd.grad((attention_pool(*leaves, **options) * direction).sum(), leaves)
+    assert lse[1] == -math.inf
+    for result in (pooled[1], gradient[1], value[1], of_query[1], of_hidden[1] if where == "masked" else of_hidden):
+        assert torch.equal(result, torch.zeros_like(result)) or (where == "packed" and result.isfinite().all())
 
 
 def test_a_nan_from_above_does_not_pass_through_an_empty_pool():

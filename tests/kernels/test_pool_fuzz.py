@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import gradient_by_autograd, ragged
+from views import KINDS, view
 
 from r2m_kernels import attention_pool, attention_pool_dot, attention_pool_with_gradient
 from r2m_kernels.attention_pool import reference
@@ -18,7 +19,8 @@ def pools(draw):
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     lengths = draw(st.lists(st.integers(0, 300), min_size=batch, max_size=batch))
     packed = draw(st.booleans())
-    rows = [sum(lengths) + draw(st.integers(0, 9))] if packed else [batch, max(lengths)]
+    before = draw(st.sampled_from([0, 0, 3, 150]))  # rows of no sequence
+    rows = [before + sum(lengths) + draw(st.integers(0, 9))] if packed else [batch, max(lengths)]
 
     # A part of a larger tensor, in which dimensions may be stored in any order.
     order = draw(st.permutations(range(len(rows) + 1)))
@@ -31,16 +33,18 @@ def pools(draw):
 
     where = {}
     if packed:
-        where["cu_seqlens"] = ragged(lengths)
-        hidden[sum(lengths) :] = torch.nan
+        where["cu_seqlens"] = before + ragged(lengths)
+        hidden[:before] = hidden[before + sum(lengths) :] = torch.nan
     else:
         keep = torch.rand(batch, max(lengths)) < draw(st.sampled_from([0.0, 0.1, 0.7, 1.0]))
         keep &= torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        where["mask"] = keep.t().contiguous().t() if draw(st.booleans()) else keep
+        where["mask"] = keep
         hidden.masked_fill_(~keep[..., None], torch.nan)
     shape = (batch, width) if heads is None else (batch, heads, width)
     direction = torch.randn(shape if draw(st.booleans()) else shape[1:])
-    return torch.randn(shape), hidden, direction, where
+    layouts = st.sampled_from([kind for kind in KINDS if not kind.startswith("expanded")])  # that keep the values
+    where = {name: view(draw(layouts), t) for name, t in where.items()}
+    return view(draw(layouts), torch.randn(shape)), hidden, view(draw(layouts), direction), where
 
 
 @settings(deadline=None, max_examples=40)

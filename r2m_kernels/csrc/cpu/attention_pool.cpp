@@ -43,11 +43,6 @@ struct Rows {
       stride_mb = mask->stride(0);
       stride_ms = mask->stride(1);
     }
-    for (int64_t b = 0; cu && b < B; ++b)
-      STD_TORCH_CHECK(
-          0 <= cu_seqlens[b] && cu_seqlens[b] <= cu_seqlens[b + 1] && cu_seqlens[b + 1] <= total,
-          "cu_seqlens: expected 0 <= cu_seqlens[b] <= cu_seqlens[b + 1] <= ", total, " rows of hidden, got ",
-          cu_seqlens[b], " and ", cu_seqlens[b + 1], " for b = ", b);
   }
 
   int64_t first(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : b * S; }

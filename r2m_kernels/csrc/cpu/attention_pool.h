@@ -53,6 +53,6 @@ struct PoolKernels {
   void (*merge)(const Merge&);
 };
 
-R2M_DECLARE(PoolKernels, pool_kernels)
+R2M_DECLARE(const PoolKernels, pool_kernels)
 
 }  // namespace r2m

@@ -11,8 +11,8 @@
 namespace r2m {
 
 // What fusion_simd.cpp defines for every instruction set; the first two by dtype.
-using ToFloats = void (*[3])(const void* from, int64_t stride, int64_t n, float* to);
-using FromFloats = void (*[3])(float x, const float* from, int64_t n, void* to);
+using ToFloats = void (*const[3])(const void* from, int64_t stride, int64_t n, float* to);
+using FromFloats = void (*const[3])(float x, const float* from, int64_t n, void* to);
 using Blend = void(float x, const float* a, float y, const float* b, int64_t n, float* to);
 using Accumulate = void(float x, const float* a, float y, const float* b, int64_t n, float* sums);
 using Dot = void(const float* phi, const float* a, const float* h, int64_t n, float* sums);

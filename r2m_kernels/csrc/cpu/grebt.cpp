@@ -116,7 +116,8 @@ void grebt_loss(
       read_scores(pair_scores, n, scores);
       read_rewards(rewards, n, r);
       const Pair pair(scores);
-      const double margin = r[pair.winner] - r[pair.loser];
+      // Scores with NaN have no order; the winner's is NaN then, and so are the margin and all that follows.
+      const double margin = std::isnan(scores[pair.winner]) ? scores[pair.winner] : r[pair.winner] - r[pair.loser];
       const Preference preference = bradley_terry(margin);
       // A group whose pair is tied in scores and rewards prefers nothing: of the subgradients there, 0 is the smallest.
       const bool tied = margin == 0 && scores[pair.winner] == scores[pair.loser];

@@ -97,8 +97,9 @@ __global__ void __launch_bounds__(kGradThreads)
 grad_hidden_kernel(const __grid_constant__ GradHiddenArguments arguments) {
   const Sequences& sequences = arguments.sequences;
   const int64_t heads = arguments.heads, width = arguments.width;
-  const Chunk block = locate(sequences, blockIdx.x);
-  if (block.number < 0 || block.number >= block.chunks) return;
+  const bool packed = sequences.cu_seqlens != nullptr;
+  const Chunk block = locate(sequences, int(blockIdx.x) - packed);  // -1: rows before the first sequence
+  if (block.number >= block.chunks) return;
   const int b = block.sequence, start = block.number * kGradRows, rows = min(block.length - start, kGradRows);
   const bool nobody = b >= sequences.batch;  // rows of no sequence
   const auto attended = [&](int r) { return r < rows && !nobody && counts(sequences, b, start + r); };
@@ -405,7 +406,7 @@ void attention_pool_grad_hidden(
       direction.stride(0) % kGradColumns == 0 && direction.stride(1) % kGradColumns == 0 &&
       aligned(arguments.query, kVectorBytes) && aligned(arguments.direction, kVectorBytes) &&
       aligned(arguments.grad_hidden, kGradColumns * grad_hidden.element_size());
-  const int64_t blocks = chunks_of(arguments.sequences) + (cu_seqlens ? 1 : 0);  // and rows of no sequence
+  const int64_t blocks = chunks_of(arguments.sequences) + (cu_seqlens ? 2 : 0);  // before and behind all sequences
   const int64_t threads = std::min<int64_t>(
       kGradThreads, ceil_div(ceil_div(arguments.width, kGradColumns), kWarp) * kWarp);
   const dim3 grid = grid_of(blocks, ceil_div(arguments.width, threads * kGradColumns));

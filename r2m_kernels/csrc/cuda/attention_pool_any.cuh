@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kAnyThreads, kAnyBlocks) any_kernel(const __gr
   const int slices = kSums ? (width + kAnySlice - 1) / kAnySlice : 1;
   const int slice = blockIdx.x % slices, head = blockIdx.x / slices % heads;
   const Chunk chunk = locate(arguments.sequences, blockIdx.x / slices / heads);
-  if (chunk.number < 0 || chunk.number >= chunk.chunks || chunk.sequence >= arguments.sequences.batch) return;
+  if (chunk.number >= chunk.chunks || chunk.sequence >= arguments.sequences.batch) return;
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   auto* memory = shared_memory<unsigned char>();

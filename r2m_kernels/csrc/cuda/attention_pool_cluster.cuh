@@ -314,7 +314,7 @@ cluster_kernel(const __grid_constant__ PoolArguments arguments, int cluster, int
   const int groups = (heads + kQueries - 1) / kQueries, rank = cluster_rank();
   const int head = blockIdx.x / cluster % groups * kQueries;  // the first one
   const Chunk chunk = locate(arguments.sequences, blockIdx.x / cluster / groups);
-  if (chunk.number < 0 || chunk.number >= chunk.chunks || chunk.sequence >= arguments.sequences.batch) return;
+  if (chunk.number >= chunk.chunks || chunk.sequence >= arguments.sequences.batch) return;
 
   const int query = threadIdx.x / kWarp * Sums::kSoftmaxes;  // of this warp's softmaxes, the first one
   const int begin = rank * slice, columns = min(slice, width - begin);

@@ -57,7 +57,7 @@ __device__ inline int first_chunk(const Sequences& sequences, int b) {
 
 // Chunk `index`. Packed sequence b owns the chunks from cu_seqlens[b] / size + b: enough for its length, whatever that
 // is, and how many there are follows from shapes alone. Those it does not need have number >= chunks. Rows behind the
-// last packed sequence are sequence `batch`.
+// last packed sequence are sequence `batch`, and so are those before the first one, whose chunks are numbered from -1.
 __device__ inline Chunk locate(const Sequences& sequences, int index) {
   if (sequences.cu_seqlens == nullptr) {
     const int b = index / sequences.chunks;
@@ -72,11 +72,12 @@ __device__ inline Chunk locate(const Sequences& sequences, int index) {
       end = middle;
     }
   }
-  const int first = sequences.cu_seqlens[b];
+  const int first = sequences.cu_seqlens[b], number = index - first_chunk(sequences, b);
+  const auto chunks_in = [&](int length) { return length > 0 ? (length - 1) / sequences.size + 1 : 1; };
+  if (number < 0) return {sequences.batch, index + 1, 0, first, chunks_in(first)};
   const int64_t last = b < sequences.batch ? sequences.cu_seqlens[b + 1] : sequences.total;
   const int length = static_cast<int>(last - first);
-  const int chunks = length > 0 ? (length - 1) / sequences.size + 1 : 1;
-  return {b, index - first_chunk(sequences, b), first, length, chunks};
+  return {b, number, first, length, chunks_in(length)};
 }
 
 // The row of the partial results for the first chunk of a sequence; its others follow.

@@ -56,7 +56,7 @@ rows_kernel(const __grid_constant__ PoolArguments arguments, int stages) {
   const int groups = (heads + kQueries - 1) / kQueries;
   const int head = blockIdx.x % groups * kQueries;  // the first one
   const Chunk chunk = locate(arguments.sequences, blockIdx.x / groups);
-  if (chunk.number < 0 || chunk.number >= chunk.chunks || chunk.sequence >= arguments.sequences.batch) return;
+  if (chunk.number >= chunk.chunks || chunk.sequence >= arguments.sequences.batch) return;
 
   const int threads = blockDim.x, warps = threads / kWarp, warp = threadIdx.x / kWarp;
   const int vectors = width / kPerVector;

@@ -9,6 +9,10 @@ namespace r2m {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 8;  // on a multiprocessor: 64 registers a thread, of which 56 are needed
+
+// Groups with larger rewards, whose squares or differences overflow, are computed in a smaller unit: a power of two.
+constexpr float kLarge = 0x1p60f, kSmallUnit = 0x1p-80f, kInSmallUnits = 0x1p80f;
 
 enum class Dtype { kFloat32, kBfloat16, kFloat16, kFloat64 };
 
@@ -53,7 +57,7 @@ struct Candidate {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) grebt_kernel(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, kBlocks) grebt_kernel(const __grid_constant__ Arguments arguments) {
   const int lanes = arguments.lanes, lane = threadIdx.x % lanes;
   const int64_t n = blockIdx.x * int64_t(kThreads / lanes) + threadIdx.x / lanes;
   const int64_t K = n < arguments.groups ? arguments.K : 0;  // lanes without a group come along for the shuffles
@@ -86,7 +90,9 @@ __global__ void __launch_bounds__(kThreads) grebt_kernel(const __grid_constant__
   const int64_t winner = highest.index, loser = -lowest.index;
 
   const auto reward = [&](int64_t k) { return arguments.rewards.at<float>(n, k); };
-  const float margin = K > 0 ? reward(winner) - reward(loser) : 0.f;
+  // Scores with NaN have no order; the winner's is NaN then, and so are the margin and all that follows.
+  const float unordered = std::isnan(highest.score) ? NAN : 0.f;
+  const float margin = K > 0 ? reward(winner) - reward(loser) + unordered : 0.f;
   const float small = expf(-fabsf(margin));  // in (0, 1]
   const float bt = fmaxf(-margin, 0.f) + log1pf(small);
   const float sigmoid = (margin > 0.f ? small : 1.f) / (1.f + small);  // of -margin
@@ -95,13 +101,18 @@ __global__ void __launch_bounds__(kThreads) grebt_kernel(const __grid_constant__
   const float pull = tied ? 0.f : (1.f - arguments.alpha) * sigmoid;
 
   // Summed relative to the first, so that equal rewards have exactly their value as mean, and std 0.
-  const float size = arguments.K, first = K > 0 ? reward(0) : 0.f;
-  const float mean = first + sum_over_group([&](int64_t k) { return reward(k) - first; }) / size;
-  const float rest = sum_over_group([&](int64_t k) { return reward(k) - mean; }) / size;  // the rounding of the mean
-  const auto centred = [&](int64_t k) { return reward(k) - mean - rest; };
+  float largest = 0.f;
+  for (int64_t k = lane; k < K; k += lanes) largest = fmaxf(largest, fabsf(reward(k)));
+  largest = over_lanes(largest, [](float x, float y) { return fmaxf(x, y); });
+  const float unit = largest > kLarge ? kSmallUnit : 1.f;
+  const auto r = [&](int64_t k) { return reward(k) * unit; };
+  const float size = arguments.K, first = K > 0 ? r(0) : 0.f;
+  const float mean = first + sum_over_group([&](int64_t k) { return r(k) - first; }) / size;
+  const float rest = sum_over_group([&](int64_t k) { return r(k) - mean; }) / size;  // the rounding of the mean
+  const auto centred = [&](int64_t k) { return r(k) - mean - rest; };
   const float std = sqrtf(sum_over_group([&](int64_t k) { return centred(k) * centred(k); }) / size);
   const bool varies = std != 0.f;  // NaN too
-  const float scale = varies ? std + arguments.eps : 1.f;
+  const float scale = varies ? std + arguments.eps * unit : 1.f;
   const auto z = [&](int64_t k) { return centred(k) / scale; };
 
   // With below = max(z) - z and its mean under p: log p = -below - log(total), so that GRE = log(total) + mean.
@@ -119,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) grebt_kernel(const __grid_constant__
   const float mean_dz = sum_over_group(dz) / size;
   const float mean_z_dz = sum_over_group([&](int64_t k) { return z(k) * dz(k); }) / size;
   for (int64_t k = lane; k < K; k += lanes) {
-    const float dr = varies ? (dz(k) - mean_dz - centred(k) / std * mean_z_dz) / scale : 0.f;
+    const float dr = varies ? (dz(k) - mean_dz - centred(k) / std * mean_z_dz) / scale * unit : 0.f;
     const int sign = (k == loser) - (k == winner);
     arguments.gradient[n * K + k] = arguments.group_weight * (arguments.alpha * dr + pull * sign);
   }
@@ -127,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) grebt_kernel(const __grid_constant__
     arguments.loss[n] = (1.f - arguments.alpha) * bt + arguments.alpha * entropy;
     arguments.bt[n] = bt;
     arguments.entropy[n] = entropy;
-    arguments.std[n] = std;
+    arguments.std[n] = std * (unit < 1.f ? kInSmallUnits : 1.f);
     arguments.winner[n] = winner;
     arguments.loser[n] = loser;
   }
