@@ -1,4 +1,4 @@
-"""R2M in TRL's RLOOTrainer: the five lines marked R2M are all there is to add. Needs `pip install 'r2m[trl]'`.
+"""R2M in TRL's RLOOTrainer: the five lines marked R2M are all there is to add. Needs `pip install 'r2m-kernels[trl]'`.
 
 Without arguments it makes tiny random models and toy prompts, which shows that everything runs, not that it learns:
 

@@ -27,12 +27,12 @@ def assign_credit(rollout: Rollout, batch: Annotations, config: R2MConfig, rows:
         token_kl = batch.log_probs - batch.reference_log_probs
         batch.advantages = reinforce_plus_plus_advantages(scores, token_kl, mask, beta)
         return
-    penalised = scores - beta * kl if config.kl.placement == "reward" else scores
+    penalised = {"loss": scores, "reward": scores - beta * kl}[config.kl.placement]
     if config.algorithm == "remax":
         assert batch.baseline is not None
         batch.advantages[rows] = penalised - batch.baseline[rows]
     else:
-        group_advantages = rloo_advantages if config.algorithm == "rloo" else grpo_advantages
+        group_advantages = {"rloo": rloo_advantages, "grpo": grpo_advantages}[config.algorithm]
         batch.advantages[rows] = group_advantages(penalised.view(-1, config.num_generations)).flatten()
 
 

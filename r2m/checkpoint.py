@@ -14,10 +14,12 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,16 @@ from torch import Tensor
 
 from r2m import processes
 from r2m.config import R2MConfig, config_items, config_to_yaml, load_config
+from r2m.devices import resolve_precision
+from r2m.folder import MANIFEST as MANIFEST
+from r2m.folder import METRICS as METRICS
+from r2m.folder import best_round as best_round
+from r2m.folder import check_unused as check_unused
+from r2m.folder import checkpoints as checkpoints
+from r2m.folder import find_checkpoint as find_checkpoint
+from r2m.folder import read_manifest
+from r2m.folder import read_metrics as read_metrics
+from r2m.progress import waiting
 from r2m.reward_model import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -36,16 +48,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"  # written last: file sizes, and what identifies models and prompts
-METRICS = "metrics.jsonl"
 UNFINISHED = ".unfinished-"  # prefix of a folder that is being written or removed
 
 # What a resumed run may change: where things lie (their content is compared instead), what is measured and kept, and
 # what decides only how the work is laid out. Everything else would make it another run: T, for one, is in w(t).
 MAY_CHANGE = [
-    "policy", "policy_revision", "reward_model", "reward_model_revision", "prompts", "columns", "output_dir",
-    "trust_remote_code", "micro_batch_size", "gradient_checkpointing", "trackers", "generation.batch_size",
-    "evaluation.*", "checkpoints.*", "placement.*",
+    "policy", "policy_revision", "reward_model", "reward_model_revision", "prompts", "columns", "skip_invalid",
+    "output_dir", "trust_remote_code", "micro_batch_size", "gradient_checkpointing", "trackers",
+    "generation.batch_size", "evaluation.*", "checkpoints.*", "placement.*",
 ]  # fmt: skip
 
 
@@ -65,32 +75,57 @@ def claim(folder: str | Path) -> Iterator[Path]:
         return
     # One object a process, so that a command can claim the folder before it loads models, and the trainer again.
     lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+    with made(folder, "output_dir", spare=".lock"):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise OSError(f"output_dir {folder}: another run is writing there; wait for it or choose another") from None
+        except OSError as error:
+            raise OSError(f"output_dir {folder} cannot be written: {error}") from None
+        try:
+            yield folder
+        finally:
+            lock.release()
+
+
+@contextmanager
+def made(folder: Path, key: str, *, spare: str = "") -> Iterator[None]:
+    """Make `folder`, and the folders it lies in, where they are missing; those made here that are still empty when the
+    block ends are removed.
+
+    key: what errors call the folder; spare: the name of a file that counts as nothing. Raises OSError if the folder
+    cannot be written.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise OSError(f"output_dir {folder}: another run is writing there; wait for it or choose another") from None
-    except OSError as error:
-        raise OSError(f"output_dir {folder} cannot be written: {error}") from None
-    try:
-        yield folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OSError(f"{key} {folder} cannot be written: {error}") from error
+        yield
     finally:
-        lock.release()
+        for path in missing:
+            if path.is_dir() and {file.name for file in path.iterdir()} <= {spare}:
+                if spare:
+                    (path / spare).unlink(missing_ok=True)
+                with suppress(OSError):  # another process has just put something there
+                    path.rmdir()
 
 
-def check_unused(folder: str | Path) -> None:
-    """Raises FileExistsError if `folder` holds rounds or checkpoints of a run."""
-    if read_metrics(folder) or checkpoints(folder):
-        raise FileExistsError(
-            f"output_dir {folder} holds a run already; resume it (--resume), or choose another folder"
-        )
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run, one a round. A last line that the disk or a kill cut short is left out."""
-    file = Path(folder) / METRICS
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+@contextmanager
+def new_folder(folder: Path, key: str = "output") -> Iterator[None]:
+    """Make `folder`, in which nothing may lie, for the block to fill. If the block fails or is interrupted, the folder
+    is as it was: not there, or empty. Raises ValueError if something lies in it, OSError if it cannot be written."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{key} {folder} is not empty; expected a new folder")
+    with made(folder, key):
+        try:
+            yield
+        except BaseException:
+            for path in list(folder.iterdir()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
 
 
 def cut_back(folder: Path, first_round: int) -> list[dict[str, Any]]:
@@ -115,34 +150,14 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())  # on disk before a checkpoint that counts on it
 
 
-# ---- finding checkpoints ----
-
-
-def checkpoints(folder: str | Path) -> dict[int, Path]:
-    """The complete checkpoints of a run, {round: folder}, oldest first."""
-    found = {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob("checkpoint-[0-9]*")}
-    return dict(sorted(found.items()))
-
-
-def best_round(rows: Iterable[dict[str, Any]]) -> int | None:
-    """The first round with the judge's highest mean score on the held-out prompts; None without a judge."""
-    judged = [row for row in rows if "eval/judge" in row]
-    return max(judged, key=lambda row: row["eval/judge"])["round"] if judged else None
-
-
-def find_checkpoint(folder: str | Path, which: str) -> Path:
-    """The checkpoint "last", "best" (by the judge) or of a round, such as "40". Raises FileNotFoundError."""
-    found = checkpoints(folder)
-    names = {str(t): path for t, path in found.items()}
-    if found:
-        names["last"] = found[max(found)]
-    best = best_round(read_metrics(folder))
-    if best in found:
-        names["best"] = found[best]
-    if which not in names:
-        there = f"there are {', '.join(names)}" if names else "there is none"
-        raise FileNotFoundError(f"checkpoint {which!r} is not in {folder}; {there}")
-    return names[which]
+def how_to_go_on(folder: Path) -> str:
+    """The last checkpoint of a run that stopped, and the command that goes on from it."""
+    last = max(checkpoints(folder).items(), default=(0, None))[1]
+    launch = "r2m" if processes.number() == 1 else "accelerate launch ... -m r2m.cli"
+    command = f"{launch} train --config {shlex.quote(str(folder / 'config.yaml'))} --resume"
+    if last is None:
+        return f"there is no checkpoint; to start again: {command}"
+    return f"the last checkpoint is {last}; to go on from it: {command}"
 
 
 # ---- saving ----
@@ -174,9 +189,10 @@ def save_checkpoint(trainer: R2MTrainer, t: int) -> Path:
     try:
         _check_space(folder, _size(weights) + _size(state) + _size(trainer.reward_model.state_dict()))
         scratch.mkdir()
-        save_file(weights, scratch / "policy.safetensors")
-        trainer.reward_model.save_pretrained(scratch / "reward_model")
-        torch.save(state, scratch / "state.pt")
+        with waiting(f"writing {target}"):
+            save_file(weights, scratch / "policy.safetensors")
+            trainer.reward_model.save_pretrained(scratch / "reward_model")
+            torch.save(state, scratch / "state.pt")
         (scratch / "config.yaml").write_text(config_to_yaml(trainer.config))
         files = [path for path in scratch.rglob("*") if path.is_file()]
         sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
@@ -242,52 +258,42 @@ def checkpoint_to_resume(config: R2MConfig, resume_from: str | Path) -> Path | N
         found = max(checkpoints(config.output_dir).items(), default=(0, None))[1]
     if found is None:
         return None
-    _read_manifest(Path(found))
-    _check_config(load_config(Path(found) / "config.yaml"), config)
+    read_manifest(Path(found))
+    _check_config(load_config(Path(found) / "config.yaml"), resolve_precision(config))
     return Path(found)
 
 
-def load_checkpoint(trainer: R2MTrainer, folder: str | Path) -> int:
+def load_checkpoint(trainer: R2MTrainer, folder: str | Path, *, to_train: bool = True, key: str = "resume_from") -> int:
     """Restore `folder` into a trainer made from the same initial models and prompts; returns its round.
+
+    to_train: with the state of optimizers and schedules; without, it is not read from the disk.
+    key: what errors name, the option or argument that chose the folder.
 
     Raises what `checkpoint_to_resume` does, and ValueError if it is of other models or prompts; then the trainer is
     unchanged.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder, key)
     _check_config(load_config(folder / "config.yaml"), trainer.config)
-    _check_origin(folder, manifest, trainer.origin)
+    _check_origin(folder, manifest, trainer.origin, key)
     saved, own = load_file(folder / "policy.safetensors", device=str(trainer.device)), trainable_weights(trainer)
     if {name: p.shape for name, p in saved.items()} != {name: p.shape for name, p in own.items()}:
-        raise ValueError(f"resume_from: the trainable weights in {folder} are not those of this policy")
-    state = torch.load(folder / "state.pt", map_location=trainer.device, weights_only=True)
+        raise ValueError(f"{key}: the trainable weights in {folder} are not those of this policy")
+    device = trainer.device if to_train else "cpu"  # mapped on the host, a file is read where it is used
+    state = torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=not to_train)
     part = load_file(folder / "reward_model" / WEIGHTS_FILE, device=str(trainer.device))
     trainer.reward_model.load_state_dict(part)
     for name, value in saved.items():
         own[name].copy_(processes.like(value, own[name]))
     trainer.initial_head.load_state_dict(state["initial_head"])
+    trainer.updater.load_state_dict(state["updater"], to_train=to_train)
+    if not to_train:
+        return manifest["round"]
     trainer.optimizer.load_state_dict(state["optimizer"])
     processes.shard_state(trainer.optimizer, trainer.parameters)
-    trainer.updater.load_state_dict(state["updater"])
     for schedule, values in zip(trainer.schedules, state["schedules"], strict=True):
         schedule.load_state_dict(values)
     return manifest["round"]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"resume_from: {folder} holds no {MANIFEST}; expected a folder checkpoint-<round>")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name, size in manifest["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            others = [path.name for path in checkpoints(folder.parent).values() if path != folder]
-            raise ValueError(
-                f"resume_from: {folder} is damaged: {name} {state}, expected {size} bytes; "
-                f"other checkpoints there: {', '.join(others) or 'none'}"
-            )
-    return manifest
 
 
 def _check_config(saved: R2MConfig, given: R2MConfig) -> None:
@@ -301,17 +307,17 @@ def _check_config(saved: R2MConfig, given: R2MConfig) -> None:
             )
 
 
-def _check_origin(folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
-    for key, model in saved["models"].items():
-        if model["fingerprint"] != own["models"][key]["fingerprint"]:
+def _check_origin(folder: Path, saved: dict[str, Any], own: dict[str, Any], key: str) -> None:
+    for kind, model in saved["models"].items():
+        if model["fingerprint"] != own["models"][kind]["fingerprint"]:
             revision = f" at {model['commit']}" if model["commit"] else ""
             raise ValueError(
-                f"resume_from: {folder} is of another model: its run started from {key} {model['name']}{revision}, "
-                f"whose frozen weights are not those of {own['models'][key]['name'] or 'the one given'}"
+                f"{key}: {folder} is of another model: its run started from {kind} {model['name']}{revision}, "
+                f"whose frozen weights are not those of {own['models'][kind]['name'] or 'the one given'}"
             )
     if saved["prompts"] != own["prompts"]:
         raise ValueError(
-            f"resume_from: {folder} is of a run on {saved['prompts']['count']} usable prompts; "
+            f"{key}: {folder} is of a run on {saved['prompts']['count']} usable prompts; "
             f"the {own['prompts']['count']} given are not the same"
         )
 

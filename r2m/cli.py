@@ -8,13 +8,45 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-# The heavy imports live inside the commands: `r2m --help` should not wait for them.
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+if TYPE_CHECKING:
+    from r2m.config import R2MConfig
+
+# The heavy imports live inside the commands, behind the checks of what the user wrote: neither `r2m --help` nor a
+# mistake should wait for torch.
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_debug = False  # --debug, for `_clear_errors`
+
+Columns = Annotated[list[str] | None, typer.Option(help="field=its name in the data: prompt=question")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        (distribution, *_) = metadata.packages_distributions().get("r2m", [""])
+        typer.echo(f"r2m {metadata.version(distribution) if distribution else '(not installed)'}")
+        raise typer.Exit()
+
+
+@app.callback(help=__doc__)
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Before a command: show where an error was raised.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
 
 
 @app.command()
@@ -24,12 +56,15 @@ def demo(
         str | None, typer.Option(help="Hub id or path of the backbone; default: the policy.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help=".jsonl or .txt; default: openings of movie reviews.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Training rounds of each arm.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Training rounds of each arm.")] = 10,
     seed: Annotated[int, typer.Option(help="Of data splits, weights and sampling.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for metrics, samples, table and plots.")] = Path("runs/demo"),
 ) -> None:
     """Train a small language model on movie reviews: RLOO with a fixed reward model against RLOO + R2M."""
     with _clear_errors():
+        _check_models(("--policy", policy), ("--reward-model", reward_model))
+        _check_sources(("--prompts", prompts))
+
         from r2m.demo import run_demo
 
         run_demo(policy=policy, reward_model=reward_model, prompts=prompts, rounds=rounds, seed=seed, output=output)
@@ -51,14 +86,19 @@ def train(
 ) -> None:
     """Train a policy with R2M; policy and reward model are saved in the config's output_dir."""
     with _clear_errors():
-        from r2m import processes
-        from r2m import run as runs
-        from r2m.config import load_config
-        from r2m.presets import resolve_config_source
+        from r2m.folder import check_unused, read_manifest
 
         if resume and resume_from is not None:
             raise ValueError("--resume and --resume-from are both given; expected one of them")
-        settings = load_config(resolve_config_source(config), overrides)
+        settings = _read_config(config, overrides, "policy", "reward_model", "prompts")
+        if resume_from is not None:
+            read_manifest(resume_from, "--resume-from")
+        elif not resume and not dry_run:
+            check_unused(settings.output_dir)
+
+        from r2m import processes
+        from r2m import run as runs
+
         text = runs.dry_run(settings) if dry_run else runs.run(settings, "last" if resume else resume_from)
         if processes.index() == 0:
             typer.echo(text)
@@ -74,10 +114,22 @@ def fit_reward(
         str | None, typer.Option(help="Whose hidden states R2M attends to; without it only the head is fitted.")
     ] = None,
     held_out: Annotated[str | None, typer.Option(help="Pairs that stop the fit; default: a random tenth.")] = None,
-    columns: Annotated[list[str] | None, typer.Option(help="field=its name in the data: prompt=question")] = None,
+    columns: Columns = None,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave out and count ties, empty responses and other rows.")
+    ] = False,
     lora_rank: Annotated[int, typer.Option(min=0, help="Adapter of the backbone, merged; 0: it stays frozen.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Of the adapter.")] = 1e-4,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs in one forward pass.")] = 16,
+    keep_head: Annotated[
+        bool, typer.Option("--keep-head", help="Leave the checkpoint's head as it is: fit the cross-attention alone.")
+    ] = False,
+    max_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the pairs in each stage; default 2000 steps, or 5 passes.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="A stage ends once its held-out loss falls by less than this share; 0.005.")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens; longer pairs are dropped. Default 2048.")
     ] = None,
@@ -90,6 +142,9 @@ def fit_reward(
         bool | None,
         typer.Option("--standardize/--no-standardize", help="RTEs and hidden states, per feature; default no."),
     ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Hidden states attended to: all (default) or response, as r2m.positions.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, weights and minibatches.")] = 0,
     reward_model_revision: Annotated[str | None, typer.Option(help="Commit, branch or tag on the hub.")] = None,
     policy_revision: Annotated[str | None, typer.Option(help="Commit, branch or tag on the hub.")] = None,
@@ -100,13 +155,14 @@ def fit_reward(
     The output folder is a checkpoint for AutoModelForSequenceClassification, and with a policy also for r2m train.
     """
     with _clear_errors():
+        names = _columns(columns)
+        _check_sources(("--pairs", pairs), ("--held-out", held_out), pairs=True)
+        _check_models(("--reward-model", reward_model), ("--policy", policy))
+
         import transformers
 
         from r2m.run import fit_reward_from_files
 
-        for item in columns or []:
-            if "=" not in item:
-                raise ValueError(f"--columns {item}: expected field=name")
         transformers.logging.set_verbosity_error()  # the head is new on purpose
         settings: dict[str, Any] = {
             "max_length": max_length,
@@ -116,6 +172,8 @@ def fit_reward(
             "num_heads": num_heads,
             "floor": floor,
             "standardize": standardize,
+            "positions": positions,
+            "tolerance": tolerance,
         }
         report = fit_reward_from_files(
             pairs,
@@ -123,13 +181,16 @@ def fit_reward(
             output,
             policy=policy,
             held_out=held_out,
-            columns=dict(item.split("=", 1) for item in columns or []),
+            columns=names,
+            skip_invalid=skip_invalid,
             reward_model_revision=reward_model_revision,
             policy_revision=policy_revision,
             trust_remote_code=trust_remote_code,
             lora_rank=lora_rank,
             learning_rate=learning_rate,
             batch_size=batch_size,
+            keep_head=keep_head,
+            max_epochs=max_epochs,
             seed=seed,
             **{name: value for name, value in settings.items() if value is not None},
         )
@@ -145,18 +206,27 @@ def evaluate(
     prompts: Annotated[str, typer.Option(help="Held-out prompts; default: the run's evaluation.prompts.")] = "",
     pairs: Annotated[str, typer.Option(help="Held-out pairs; default: the run's evaluation.pairs.")] = "",
     judge: Annotated[str, typer.Option(help="module:function; default: the run's evaluation.judge.")] = "",
+    columns: Columns = None,
 ) -> None:
     """Rewards, judge, KL, lengths, pair accuracy and samples of a run's policy on held-out prompts."""
     with _clear_errors():
+        from r2m.folder import run_to_evaluate
+
+        given = {"prompts": prompts, "pairs": pairs, "judge": judge, "columns": _columns(columns)}
+        measured: dict[str, Any] = {name: value for name, value in given.items() if value}
+        run_to_evaluate(run, checkpoint, **measured)
+
         from r2m.run import evaluate_run
 
-        typer.echo(evaluate_run(run, checkpoint, prompts=prompts, pairs=pairs, judge=judge))
+        typer.echo(evaluate_run(run, checkpoint, **measured))
 
 
 @app.command()
 def plot(run: Annotated[Path, typer.Argument(help="The output_dir of a run.")]) -> None:
     """Draw a run's curves anew from its metrics.jsonl."""
     with _clear_errors():
+        _check_run(run)
+
         from r2m.plots import plot_run
 
         plot_run(run / "metrics.jsonl", run / "metrics.png")
@@ -172,24 +242,30 @@ def diagnose(
     pairs: Annotated[str | None, typer.Option(help="Preference pairs, needed for a run to come.")] = None,
     held_out: Annotated[str | None, typer.Option(help="Pairs to measure on; default: a random half.")] = None,
     max_pairs: Annotated[int | None, typer.Option(min=10, help="Drawn from either where more; default 1024.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder; default: diagnosis in the run's output_dir.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder; default: diagnosis/before, or after, in output_dir.")
+    ] = None,
 ) -> None:
     """Before a run: what policy feedback does on your models and pairs. After it: whether rewards degenerated."""
     with _clear_errors():
-        from r2m import diagnose as diagnoses
-        from r2m.config import load_config
-        from r2m.presets import resolve_config_source
-
         given = {"held_out": held_out, "max_pairs": max_pairs}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if Path(source).is_dir():
             if overrides or pairs is not None or options:
                 raise ValueError(f"{source} is a run's folder: it takes --output alone; pairs are for a config")
+            _check_run(Path(source))
+
+            from r2m import diagnose as diagnoses
+
             typer.echo(diagnoses.diagnose_run(source, output))
         elif pairs is None:
             raise ValueError(f"--pairs is missing; {source} is no folder of a run, and a config needs preference pairs")
         else:
-            settings = load_config(resolve_config_source(source), overrides)
+            _check_sources(("--pairs", pairs), ("--held-out", held_out), pairs=True)
+            settings = _read_config(source, overrides, "policy", "reward_model", data=False)
+
+            from r2m import diagnose as diagnoses
+
             typer.echo(diagnoses.diagnose_config(settings, pairs, output, **options))
 
 
@@ -208,10 +284,16 @@ def export(
 ) -> None:
     """Write a run's policy and reward model as from_pretrained and the Hugging Face hub expect them."""
     with _clear_errors():
-        from r2m import export as exports
+        from r2m.folder import find_checkpoint, read_run
 
         if private and push_to_hub is None:
             raise ValueError("--private is given without --push-to-hub")
+        read_run(run)
+        if checkpoint is not None:
+            find_checkpoint(run, checkpoint)
+
+        from r2m import export as exports
+
         typer.echo(
             f"policy and reward model are in {exports.export_run(run, output, checkpoint=checkpoint, merge=merge)}"
         )
@@ -239,12 +321,13 @@ def doctor(
 ) -> None:
     """Show versions, devices and operators of this machine and, with a config, whether its run fits into memory."""
     with _clear_errors():
-        from r2m.config import load_config
-        from r2m.doctor import report
-        from r2m.presets import resolve_config_source
+        settings = None
+        if config or overrides:
+            settings = _read_config(config, overrides, "policy", "reward_model", data=False, head=False)
 
-        source = None if config is None else resolve_config_source(config)
-        typer.echo(report(load_config(source, overrides) if config or overrides else None))
+        from r2m.doctor import report
+
+        typer.echo(report(settings))
 
 
 @app.command()
@@ -266,6 +349,8 @@ def bench(
 ) -> None:
     """Time the reward, its pool and the reward model's update on this machine, beside plain PyTorch."""
     with _clear_errors():
+        _check_models(("--policy", policy), ("--reward-model", reward_model))
+
         from r2m.bench import bench_shape
 
         bench_shape(
@@ -285,9 +370,54 @@ def bench(
         )
 
 
+def _read_config(source: str | None, overrides: list[str] | None, *keys: str, **checks: bool) -> R2MConfig:
+    """A command's config, with `keys` set and names checked. checks: see `r2m.config.check_names`."""
+    from r2m.config import check_names, load_config, require_keys
+    from r2m.presets import resolve_config_source
+
+    config = load_config(None if source is None else resolve_config_source(source), overrides)
+    require_keys(config, *keys)
+    check_names(config, **checks)
+    return config
+
+
+def _check_models(*options: tuple[str, str | None]) -> None:
+    from r2m.names import check_model, named
+
+    for option, name in options:
+        named(option, check_model, name or "")
+
+
+def _check_sources(*options: tuple[str, str | Path | None], pairs: bool = False) -> None:
+    from r2m.data import check_source
+    from r2m.names import named
+
+    for option, name in options:
+        named(option, check_source, str(name or ""), pairs=pairs)
+
+
+def _check_run(folder: Path) -> None:
+    from r2m.folder import METRICS, read_metrics
+
+    if not read_metrics(folder):
+        raise FileNotFoundError(f"{folder} holds no {METRICS} with a round; expected the output_dir of a run")
+
+
+def _columns(items: list[str] | None) -> dict[str, str]:
+    from r2m.data import check_columns
+
+    for item in items or []:
+        if "=" not in item:
+            raise ValueError(f"--columns {item}: expected field=name")
+    columns = dict(item.split("=", 1) for item in items or [])
+    check_columns("--columns", columns)
+    return columns
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """What a user did wrong, or a loss that diverged, ends with its message; anything else keeps its traceback."""
+    """What a user did wrong, or a loss that diverged, ends with its message; anything else, and with `--debug` all,
+    keeps its traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("r2m").setLevel(logging.INFO)
     # peft calls transformers by names that the latter is retiring: nothing a user could act on.
@@ -295,6 +425,8 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if _debug:
+            raise
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
 

@@ -5,19 +5,56 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ArgsKwargs
 
-_STRICT = ConfigDict(extra="forbid")
+from r2m.data import check_columns, check_source
+from r2m.evaluation import check_judge
+from r2m.names import check_model, check_scores, named
+
+_STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
+_Block = TypeVar("_Block")
+_VALIDATORS: dict[type, Any] = {}
+
+
+def _checked(cls: type[_Block]) -> type[_Block]:
+    """A dataclass whose values are checked wherever they come from: a file, a call, `dataclasses.replace`, `=`.
+
+    A mapping is taken for the block of keys that it describes. Raises ValueError, which names the key and its value.
+    """
+    check = _VALIDATORS[cls] = TypeAdapter(cls).validator
+
+    @functools.wraps(cls.__init__)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        with _explained(cls):
+            check.validate_python(ArgsKwargs(args, values), self_instance=self)
+
+    def assign(self: Any, name: str, value: Any) -> None:
+        with _explained(cls):
+            check.validate_assignment(self, name, value)
+
+    cls.__init__, cls.__setattr__ = init, assign  # type: ignore[method-assign]
+    return cls
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key} is {value}; expected at least {least}")
+
 
 GROUP_METHODS = ("rloo", "grpo")  # algorithms whose baseline is the responses to the same prompt
 
 
+@_checked
 @dataclass
 class Generation:
     """How responses are sampled. Nothing of the checkpoint's own generation defaults leaks in."""
@@ -30,7 +67,13 @@ class Generation:
     stop_strings: list[str] = field(default_factory=list)
     batch_size: int | None = None  # sequences generated at once; None: the whole round, prompts x K
 
+    def __post_init__(self) -> None:
+        _at_least("generation.batch_size", 1 if self.batch_size is None else self.batch_size, 1)
+        if self.temperature <= 0:
+            raise ValueError(f"generation.temperature is {self.temperature}; expected more than 0")
 
+
+@_checked
 @dataclass
 class KL:
     """Penalty towards the frozen initial policy."""
@@ -43,6 +86,7 @@ class KL:
     estimator: Literal["k2", "k3"] = "k3"  # per token, for placement "loss"
 
 
+@_checked
 @dataclass
 class Lora:
     """A low-rank adapter instead of full tuning."""
@@ -55,6 +99,7 @@ class Lora:
     adapter: str | None = None  # start from this saved adapter; the keys above are then ignored
 
 
+@_checked
 @dataclass
 class R2M:
     """Policy feedback and the update of the reward model (method, equations 1-6)."""
@@ -82,6 +127,10 @@ class R2M:
     # round before. GREBT widens its own margins, and kl.beta is a weight against the rewards' scale.
     scale_anchor: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"r2m.floor is {self.floor}; expected a value between 0 and 1")
+
     @property
     def attends(self) -> bool:
         """Whether rewards depend on hidden states; else they are the score at w = 1."""
@@ -93,6 +142,7 @@ class R2M:
         return self.feedback in ("trained", "head")
 
 
+@_checked
 @dataclass
 class Evaluation:
     """Measurements on what training never sees, and samples in the log."""
@@ -101,11 +151,17 @@ class Evaluation:
     every: int = 5  # rounds; also after the first and the last
     prompts: str = ""  # held-out prompts, one response each; "": none
     pairs: str = ""  # held-out human preferences: the reward model's accuracy on them; "": none
+    columns: dict[str, str] | None = None  # of these prompts and pairs; None: the run's `columns`
     judge: str = ""  # "module:function" or "file.py:function", called with (prompts, responses), returns their scores
     stop_at_kl: float | None = None  # nats per response, mean over a round's samples; training ends with that round
     samples_every: int = 10  # rounds between tables of samples in the log; 0: none
 
+    def __post_init__(self) -> None:
+        _at_least("evaluation.every", self.every, 1)
+        check_columns("evaluation.columns", self.columns or {})
 
+
+@_checked
 @dataclass
 class Checkpoints:
     """Saved states from which a run goes on as if nothing had happened."""
@@ -114,7 +170,12 @@ class Checkpoints:
     every: int = 10  # rounds; also after the last; 0: none but on SIGTERM
     keep: int = 2  # the newest ones; beside them the best by the judge
 
+    def __post_init__(self) -> None:
+        _at_least("checkpoints.every", self.every, 0)
+        _at_least("checkpoints.keep", self.keep, 1)
 
+
+@_checked
 @dataclass
 class Placement:
     """Where models lie, and in what form. Devices as PyTorch names them."""
@@ -130,6 +191,7 @@ class Placement:
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None  # None: what transformers chooses
 
 
+@_checked
 @dataclass
 class R2MConfig:
     """A training run. Batch sizes count sequences; lengths count tokens."""
@@ -137,10 +199,11 @@ class R2MConfig:
     __pydantic_config__ = _STRICT
     policy: str = ""  # hub id or path
     policy_revision: str | None = None
-    reward_model: str = ""  # sequence-classification checkpoint, causal LM, or a saved R2M reward model
+    reward_model: str = ""  # a saved R2M reward model, or a sequence-classification checkpoint with one output
     reward_model_revision: str | None = None
-    prompts: str = ""  # .jsonl, .csv, .txt or a dataset of the Hugging Face hub (see r2m.load_prompts)
+    prompts: str = ""  # .jsonl, .csv, .txt, ... or a dataset of the Hugging Face hub (see r2m.load_prompts)
     columns: dict[str, str] = field(default_factory=dict)  # field -> its name in the data: {prompt: question}
+    skip_invalid: bool = False  # leave out and count rows that are no prompt or pair, such as ties
     output_dir: str = "runs/r2m"
     seed: int = 0
     trust_remote_code: bool = False
@@ -159,7 +222,9 @@ class R2MConfig:
     max_grad_norm: float = 1.0
     clip_range: float = 0.2
     missing_eos_penalty: float | None = None  # taken off the reward of a response that did not end by itself
-    precision: Literal["bf16", "float32"] = "bf16"  # of the autocast region; trainable weights are float32
+    # Of the autocast region; trainable weights are float32. auto: bf16 where the device multiplies it natively (CUDA
+    # from compute capability 8.0, CPUs with avx512_bf16, amx_bf16 or Arm's bf16), else float32.
+    precision: Literal["auto", "bf16", "float32"] = "auto"
     gradient_checkpointing: bool = False
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)  # beside metrics.jsonl
 
@@ -173,8 +238,8 @@ class R2MConfig:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "prompts_per_round", "num_generations", "epochs", "minibatches", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+            _at_least(name, getattr(self, name), 1)
+        check_columns("columns", self.columns)
         comparing = [self.algorithm] * (self.algorithm in GROUP_METHODS) + ["GREBT"] * self.r2m.trains
         comparing += ["r2m.scale_anchor"] * self.r2m.scale_anchor
         if self.num_generations == 1 and comparing:
@@ -196,18 +261,6 @@ class R2MConfig:
                 f"r2m.scale_anchor is true, and r2m.feedback {self.r2m.feedback!r} uses no hidden states; "
                 "expected feedback frozen or trained"
             )
-        for name, value, least in (
-            ("generation.batch_size", 1 if self.generation.batch_size is None else self.generation.batch_size, 1),
-            ("evaluation.every", self.evaluation.every, 1),
-            ("checkpoints.every", self.checkpoints.every, 0),
-            ("checkpoints.keep", self.checkpoints.keep, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
-        if not 0 <= self.r2m.floor <= 1:
-            raise ValueError(f"r2m.floor is {self.r2m.floor}; expected a value between 0 and 1")
-        if self.generation.temperature <= 0:
-            raise ValueError(f"generation.temperature is {self.generation.temperature}; expected more than 0")
         if self.placement.shard_policy and self.placement.offload_reference:
             raise ValueError(
                 "placement.shard_policy and placement.offload_reference are both true; expected one of them"
@@ -264,10 +317,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
 def config_from_dict(values: dict[str, Any]) -> R2MConfig:
     """The config that `values` (nested mappings) describe; raises ValueError as `load_config` does."""
-    try:
-        return TypeAdapter(R2MConfig).validate_python(values)
-    except ValidationError as error:
-        raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
+    with _explained(R2MConfig):
+        return _VALIDATORS[R2MConfig].validate_python(values)
 
 
 def config_to_yaml(config: R2MConfig) -> str:
@@ -279,6 +330,28 @@ def require_keys(config: R2MConfig, *keys: str) -> None:
     for key in keys:
         if not getattr(config, key):
             raise ValueError(f"{key} is not set; expected it in the config file or as {key}=...")
+
+
+def check_names(config: R2MConfig, *, data: bool = True, head: bool = True) -> None:
+    """Raises FileNotFoundError, ValueError or ImportError, naming the key and what it says, for a name that cannot be
+    right: a path where nothing is, a `reward_model` without a scoring head. No hub is asked.
+
+    data: also of prompts, pairs and judge, beside those of models. head: whether `reward_model` has to have one.
+    """
+    named("policy", check_model, config.policy)
+    named("reward_model", check_model, config.reward_model)
+    if head:
+        named("reward_model", check_scores, config.reward_model)
+    named("lora.adapter", check_model, (config.lora and config.lora.adapter) or "")
+    if not data:
+        return
+    measured = config.evaluation
+    if measured.judge and not measured.prompts:
+        raise ValueError("evaluation.judge is set without evaluation.prompts; expected the held-out prompts for it")
+    named("prompts", check_source, config.prompts)
+    named("evaluation.prompts", check_source, measured.prompts)
+    named("evaluation.pairs", check_source, measured.pairs, pairs=True)
+    named("evaluation.judge", check_judge, measured.judge)
 
 
 def config_items(config: R2MConfig) -> dict[str, Any]:
@@ -294,13 +367,24 @@ def config_items(config: R2MConfig) -> dict[str, Any]:
     return flat(dataclasses.asdict(config))
 
 
-def _explain(problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
-    if problem["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
+@contextmanager
+def _explained(cls: type) -> Iterator[None]:
+    """What is wrong with values of `cls`, in the words of the YAML file."""
+    try:
+        yield
+    except ValidationError as error:
+        block = [name for name, kind in _BLOCKS.items() if kind is cls]
+        raise ValueError("\n".join(_explain(problem, block) for problem in error.errors())) from None
+
+
+def _explain(problem: Any, block: list[str]) -> str:
+    path = [*block, *(str(part) for part in problem["loc"])]
+    if problem["type"] not in ("unexpected_keyword_argument", "extra_forbidden", "no_such_attribute"):
         where = ".".join(path)
-        message = str(problem["msg"]).removeprefix("Value error, ")
-        return f"{where}: {message}; given {problem['input']!r}" if where else message
-    known = _field_paths(R2MConfig)
+        if problem["type"] == "value_error":  # of a __post_init__, which names the key
+            return str(problem["ctx"]["error"])
+        return f"{where}: {problem['msg']}; given {problem['input']!r}"
+    known = _field_paths()
     # The right name may live in another block (`floor` for `r2m.floor`), so last names are candidates too.
     candidates = {path.rpartition(".")[2]: path for path in known} | {path: path for path in known}
     nearest = difflib.get_close_matches(".".join(path), candidates, n=1)
@@ -308,17 +392,18 @@ def _explain(problem: Any) -> str:
     return f"unknown key {'.'.join(path)!r}; {hint}"
 
 
-def _field_paths(cls: type) -> list[str]:
-    blocks: dict[str, Any] = {
-        "generation": Generation, "kl": KL, "lora": Lora, "r2m": R2M,
-        "evaluation": Evaluation, "checkpoints": Checkpoints, "placement": Placement,
-    }  # fmt: skip
+def _field_paths() -> list[str]:
     paths = []
-    for item in dataclasses.fields(cls):
-        paths.append(item.name)
-        if cls is R2MConfig and item.name in blocks:
-            paths += [f"{item.name}.{inner.name}" for inner in dataclasses.fields(blocks[item.name])]
+    for item in dataclasses.fields(R2MConfig):
+        inner = dataclasses.fields(_BLOCKS[item.name]) if item.name in _BLOCKS else ()
+        paths += [item.name, *(f"{item.name}.{key.name}" for key in inner)]
     return paths
+
+
+_BLOCKS: dict[str, Any] = {
+    "generation": Generation, "kl": KL, "lora": Lora, "r2m": R2M,
+    "evaluation": Evaluation, "checkpoints": Checkpoints, "placement": Placement,
+}  # fmt: skip
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -13,28 +13,37 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
 from r2m.config import R2MConfig, load_config
 from r2m.data import Prompt, load_prompts
+from r2m.devices import resolve_precision
 from r2m.fitting import fit_reward
 from r2m.models import smollm2
 from r2m.movie_reviews import Scorer, distinct_2, fit_judge, load_splits, pair_accuracy, vader
 from r2m.plots import plot_comparison, plot_run
 from r2m.policy import load_policy, load_tokenizer
 from r2m.presets import preset_path
+from r2m.progress import phase, waiting
 from r2m.reward_model import R2MRewardModel
 from r2m.trainer import R2MTrainer
 
 # What is compared: name -> how the reward model uses the policy's hidden states. Same seed, prompts and initial
 # weights.
-ARMS = {"RLOO, fixed RM": "none", "RLOO, frozen feedback": "frozen", "RLOO + R2M": "trained"}
+ARMS = {"RLOO, fixed RM": "none", "RLOO + R2M": "trained"}
+ROUNDS = 10
 NUM_PAIRS = 64  # human preferences the reward model is fitted on: few, so that there is something to exploit
-EVAL_PROMPTS = 24
+TEST_PAIRS = 64  # human preferences its accuracy is measured on
+EVAL_PROMPTS, EVAL_SAMPLES = 24, 4
+# What takes time, in forward passes of the policy over the prompts and responses of one round; measured on two CPU
+# cores. On a GPU, passes take nothing and the rest is all there is.
+ROUND_PASSES, OTHER_PASSES = 7.5, 110
+ROUND_SECONDS, OTHER_SECONDS = 1, 60
 SUFFIX = " Overall, this movie was"  # what a plain language model is about to say here depends on the review
 
 
 def demo_config(policy: str, reward_model: str, *, rounds: int, seed: int, feedback: str, output: Path) -> R2MConfig:
-    """The preset `smollm2-demo`, sized for two CPU cores, for one arm."""
+    """The preset `smollm2-demo` for one arm; the reward model is measured after the first round and the last."""
     preset = load_config(preset_path("smollm2-demo"))
     return dataclasses.replace(
         preset,
@@ -44,6 +53,7 @@ def demo_config(policy: str, reward_model: str, *, rounds: int, seed: int, feedb
         seed=seed,
         rounds=rounds,
         r2m=dataclasses.replace(preset.r2m, feedback=feedback),  # type: ignore[arg-type]
+        evaluation=dataclasses.replace(preset.evaluation, every=rounds),
     )
 
 
@@ -52,11 +62,11 @@ def run_demo(
     policy: str | None = None,
     reward_model: str | None = None,
     prompts: Path | None = None,
-    rounds: int = 16,
+    rounds: int = ROUNDS,
     seed: int = 0,
     output: Path = Path("runs/demo"),
 ) -> dict[str, dict[str, float]]:
-    """Fit a reward model on human preferences, train the three arms, and write table, plots and samples to `output`.
+    """Fit a reward model on human preferences, train the arms, and write table, plots and samples to `output`.
 
     policy, reward_model: hub ids or paths, by default SmolLM2-135M-Instruct for both; prompts: a file for
     `load_prompts` in place of review openings. Returns the table, {arm: {measure: value}}, with "before training" as
@@ -69,38 +79,42 @@ def run_demo(
     policy = policy or str(smollm2())
     reward_model = reward_model or policy
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(policy)
-    new_tokens = load_config(preset_path("smollm2-demo")).generation.max_new_tokens
+
+    def arm_config(name: str) -> R2MConfig:
+        folder = output / name.lower().replace(" ", "-").replace(",", "").replace("+", "plus")
+        config = demo_config(policy, reward_model, rounds=rounds, seed=seed, feedback=ARMS[name], output=folder)
+        return dataclasses.replace(config, precision=precision)
+
+    shared = resolve_precision(load_config(preset_path("smollm2-demo"), [f"policy={policy}"]), device)
+    precision = shared.precision
+    tokenizer, initial_policy = load_tokenizer(policy), load_policy(shared, device)
+    minutes = _expected_minutes(_pass_seconds(initial_policy, shared), rounds)
+    print(f"{len(ARMS)} arms of {rounds} rounds: about {minutes:.0f} minutes on this machine", flush=True)
+    new_tokens = shared.generation.max_new_tokens
     splits = load_splits(tokenizer, seed=seed, num_pairs=NUM_PAIRS, new_tokens=new_tokens)
     train_prompts: list[Prompt] = load_prompts(prompts) if prompts else list(splits.prompts)
     eval_prompts: list[Prompt] = train_prompts[:EVAL_PROMPTS] if prompts else list(splits.eval_prompts[:EVAL_PROMPTS])
 
-    with _announced("fitting the judge (TF-IDF + logistic regression)"):
+    with _timed("fitting the judge (TF-IDF + logistic regression)"), waiting("fitting the judge"):
         judge = fit_judge(splits.judge_train)
         judge_accuracy = pair_accuracy(judge, splits.judge_test)
-    print(f"judge: {judge_accuracy:.3f} of {len(splits.judge_test)} held-out pairs right")
+    print(f"judge: {judge_accuracy:.3f} of {len(splits.judge_test)} held-out pairs right", flush=True)
 
-    def arm_config(name: str) -> R2MConfig:
-        folder = output / name.lower().replace(" ", "-").replace(",", "").replace("+", "plus")
-        return demo_config(policy, reward_model, rounds=rounds, seed=seed, feedback=ARMS[name], output=folder)
-
-    with _announced(f"fitting the reward model on {NUM_PAIRS} pairs"):
+    with _timed(f"fitting the reward model on {NUM_PAIRS} pairs"), phase("fitting the reward model"):
         torch.manual_seed(seed)
-        config = arm_config("RLOO + R2M")
         scorer = R2MRewardModel.from_pretrained(
             reward_model,
             policy=policy,
             device=device,
-            inner_width=config.r2m.inner_width,
-            floor=config.r2m.floor,
-            standardize=config.r2m.standardize,
+            inner_width=shared.r2m.inner_width,
+            floor=shared.r2m.floor,
+            standardize=shared.r2m.standardize,
             rte_token="last",
             suffix=SUFFIX,
         )
-        initial_policy = load_policy(config, device)
         report = fit_reward(scorer, splits.pairs, splits.validation_pairs, policy=initial_policy, tokenizer=tokenizer)
         initial_weights = {name: value.clone() for name, value in scorer.state_dict().items()}
-    print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in report.items()))
+    print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in report.items()), flush=True)
 
     def sample_metrics(prompts: list[Prompt], completions: list[str]) -> dict[str, float]:
         texts = [f"{prompt}{completion}" for prompt, completion in zip(prompts, completions, strict=True)]
@@ -113,22 +127,29 @@ def run_demo(
         torch.manual_seed(seed)  # the same adapter for every arm
         shutil.rmtree(config.output_dir, ignore_errors=True)  # of the demo before
         scorer.load_state_dict(initial_weights)
+        with waiting("loading the policy"):
+            arm_policy = load_policy(config, device)
         trainer = R2MTrainer(
-            load_policy(config, device),
+            arm_policy,
             scorer,
             tokenizer,
             train_prompts,
             config,
-            held_out_pairs=splits.test_pairs,
+            held_out_pairs=splits.test_pairs[:TEST_PAIRS],
             sample_metrics=sample_metrics,
         )
         if not table:
-            table["before training"], samples["before training"] = _evaluate(trainer, eval_prompts, judge)
-        print(f"\n{name}: {rounds} rounds of {config.prompts_per_round} prompts x {config.num_generations} responses")
+            with phase("evaluation before training"):
+                table["before training"], samples["before training"] = _evaluate(trainer, eval_prompts, judge)
+        print(
+            f"\n{name}: {rounds} rounds of {config.prompts_per_round} prompts x {config.num_generations} responses",
+            flush=True,
+        )
         history = trainer.train()
         trainer.save_pretrained(config.output_dir)
         plot_run(trainer.output_dir / "metrics.jsonl", trainer.output_dir / "metrics.png")
-        table[name], samples[name] = _evaluate(trainer, eval_prompts, judge)
+        with phase("evaluation after training"):
+            table[name], samples[name] = _evaluate(trainer, eval_prompts, judge)
         table[name] |= {
             "RM pair accuracy, first round": history[0]["rm/pair_accuracy"],
             "RM pair accuracy, last round": history[-1]["rm/pair_accuracy"],
@@ -147,9 +168,29 @@ def run_demo(
     return table
 
 
+@torch.no_grad()
+def _pass_seconds(policy: nn.Module, config: R2MConfig) -> float:
+    """Of a forward pass over the prompts and responses of one round: the fastest of three, since the first warms up."""
+    settings, device = config.generation, next(policy.parameters()).device
+    sequences = config.prompts_per_round * config.num_generations
+    ids = torch.ones(sequences, settings.max_prompt_tokens + settings.max_new_tokens, dtype=torch.long, device=device)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            policy(input_ids=ids, logits_to_keep=settings.max_new_tokens, use_cache=False).logits.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _expected_minutes(pass_seconds: float, rounds: int) -> float:
+    in_rounds = len(ARMS) * rounds * (ROUND_SECONDS + ROUND_PASSES * pass_seconds)
+    return (in_rounds + OTHER_SECONDS + OTHER_PASSES * pass_seconds) / 60
+
+
 def _evaluate(trainer: R2MTrainer, prompts: Sequence[Prompt], judge: Scorer) -> tuple[dict[str, float], list[str]]:
-    """Measures on K samples to each evaluation prompt, the same noise for every arm; the first sample of each."""
-    row, rollout, _ = trainer.evaluate(list(prompts), trainer.config.num_generations)
+    """Measures on some samples to each evaluation prompt, the same noise for every arm; the first sample of each."""
+    row, rollout, _ = trainer.evaluate(list(prompts), EVAL_SAMPLES)
     texts = [f"{prompt}{completion}" for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True)]
     by_prompt = judge(texts).reshape(len(prompts), -1).mean(1)
     measures = {
@@ -163,15 +204,20 @@ def _evaluate(trainer: R2MTrainer, prompts: Sequence[Prompt], judge: Scorer) -> 
         "GRE (nats)": row["reward/entropy"],
         "distinct-2": distinct_2(rollout.completions),
     }
-    return measures, rollout.completions[:: trainer.config.num_generations]
+    return measures, rollout.completions[::EVAL_SAMPLES]
 
 
 def _seconds(history: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of a round's phases. Where scoring is the first epoch's pass too, that epoch is a part of annotate."""
     phases = {"rollout": "sample", "annotate": "annotate", "policy": "policy update", "reward_model": "RM update"}
-    seconds = {label: [row[f"seconds/{phase}"] for row in history] for phase, label in phases.items()}
+    labels = phases
+    if "seconds/first_epoch" in history[0]:
+        labels = phases | {"annotate": "annotate, with first epoch", "policy": "policy update, later epochs"}
+        labels |= {"first_epoch": "first epoch, within annotate"}
+    seconds = {name: [row[f"seconds/{name}"] for row in history] for name in labels}
     return {
-        **{f"seconds: {label}": float(np.median(rounds)) for label, rounds in seconds.items()},
-        "training, minutes": sum(map(sum, seconds.values())) / 60,
+        **{f"seconds: {labels[name]}": float(np.median(rounds)) for name, rounds in seconds.items()},
+        "training, minutes": sum(sum(seconds[name]) for name in phases) / 60,
     }
 
 
@@ -202,8 +248,8 @@ def _report(
             *lines,
             "",
             f"{rounds} rounds, seed {seed}, {minutes:.1f} minutes in all. Evaluation: {len(prompts)} prompts that "
-            "no arm trained on, 8 samples each. Seconds are medians per round. Of held-out human-labelled pairs the "
-            f"judge gets {judge_accuracy:.3f} right.",
+            f"no arm trained on, {EVAL_SAMPLES} samples each. Seconds are medians per round. Of held-out "
+            f"human-labelled pairs the judge gets {judge_accuracy:.3f} right.",
             "This is one seed: it shows that the loop trains and what it costs, not which arm is better. "
             "Differences between arms change with `--seed`.",
             "",
@@ -214,8 +260,7 @@ def _report(
 
 
 @contextmanager
-def _announced(action: str) -> Iterator[None]:
-    print(action, end=" ... ", flush=True)
+def _timed(action: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{action}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r2m.checkpoint import METRICS, read_metrics
+from r2m.checkpoint import METRICS, made, read_metrics
 from r2m.config import R2MConfig, load_config, require_keys
 from r2m.data import Preference, load_pairs
+from r2m.devices import resolve_precision
 from r2m.diagnostics import (
     Estimate,
     Observed,
@@ -32,8 +33,8 @@ from r2m.diagnostics import (
 )
 from r2m.fitting import HIDDEN_BUDGET, embed_pairs, feedback_batches, take_statistics, tokenize_pairs, warm_start
 from r2m.plots import plot_alignment, plot_depths, plot_run, plot_similarity
+from r2m.progress import phase, waiting
 from r2m.run import load_models, split_pairs, with_saved_part
-from r2m.tokenization import usable_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,10 @@ RUN_METRICS = {
     "reward/entropy": "group reward entropy (nats)",
     "grebt/pair_flips": "share of groups whose pair flips",
     "rm/pair_accuracy": "accuracy on held-out pairs",
+    "eval/judge": "judge, held-out prompts",
+    "judge/logit": "judge, samples (logit)",
+    "judge/vader": "VADER, samples (compound)",
+    "policy/clip_share": "share of importance ratios clipped",
     "policy/kl": "KL to the reference (nats / response)",
     "policy/entropy": "policy entropy (nats / token)",
     "length/mean": "response length (tokens)",
@@ -74,8 +79,8 @@ ALIGNMENT = {
 
 
 def diagnose_run(folder: str | Path, output: str | Path | None = None) -> str:
-    """Whether a run degenerated, from its metrics.jsonl: a report, also written to `output` (default: `diagnosis` in
-    the run's folder) as report.md, diagnostics.json and metrics.png.
+    """Whether a run degenerated, from its metrics.jsonl: a report, also written to `output` (default:
+    `diagnosis/after` in the run's folder) as report.md, diagnostics.json and metrics.png.
 
     Raises FileNotFoundError for a folder without a run, ValueError for one of fewer than three rounds.
     """
@@ -84,18 +89,19 @@ def diagnose_run(folder: str | Path, output: str | Path | None = None) -> str:
     if not rows or not (folder / "config.yaml").is_file():
         missing = "config.yaml" if rows else f"{METRICS} with a round"
         raise FileNotFoundError(f"{folder} holds no {missing}; expected the output_dir of a run")
-    output = _made(folder / "diagnosis" if output is None else Path(output))
-    table = thirds(rows)
-    warnings = degeneration(table, load_config(folder / "config.yaml").r2m.eps)
-    shown = [[label, *map(_number, table[key])] for key, label in RUN_METRICS.items() if key in table]
-    report = [
-        f"# {folder}: {len(rows)} rounds",
-        _table(["mean over the", "first third", "middle", "last third"], shown),
-        "## Warnings" if warnings else "Nothing to warn about.",
-        *(f"- {warning}" for warning in warnings),
-    ]
-    plot_run(folder / METRICS, output / "metrics.png")
-    return _written(output, report, {"rounds": len(rows), "thirds": table, "warnings": warnings})
+    output = folder / "diagnosis" / "after" if output is None else Path(output)
+    with made(output, "output"):
+        table = thirds(rows)
+        warnings = degeneration(table, load_config(folder / "config.yaml").r2m.eps)
+        shown = [[label, *map(_number, table[key])] for key, label in RUN_METRICS.items() if key in table]
+        report = [
+            f"# {folder}: {len(rows)} rounds",
+            _table(["mean over the", "first third", "middle", "last third"], shown),
+            "## Warnings" if warnings else "Nothing to warn about.",
+            *(f"- {warning}" for warning in warnings),
+        ]
+        plot_run(folder / METRICS, output / "metrics.png")
+        return _written(output, report, {"rounds": len(rows), "thirds": table, "warnings": warnings})
 
 
 # ---- before training ----
@@ -117,8 +123,8 @@ def diagnose_config(
     held_out: str | Path | None = None,
     max_pairs: int = 1024,
 ) -> str:
-    """What policy feedback would do in a run of this config: a report, also written to `output` (default: `diagnosis`
-    in `output_dir`) as report.md, diagnostics.json, depths.png, similarity.png and alignment.png.
+    """What policy feedback would do in a run of this config: a report, also written to `output` (default:
+    `diagnosis/before` in `output_dir`) as report.md, diagnostics.json, depths.png, similarity.png and alignment.png.
 
     pairs, held_out: sources of `r2m.data.load_pairs`. The cross-attention is trained on `pairs`, three quarters of them
         for its steps and a quarter to stop it; everything is measured on `held_out`, by default a random half of the
@@ -128,77 +134,81 @@ def diagnose_config(
     Raises what the loaders raise, and ValueError for fewer than ten pairs to train or to measure on.
     """
     require_keys(config, "policy", "reward_model")
-    training = load_pairs(pairs, columns=config.columns)
-    measured = None if held_out is None else load_pairs(held_out, columns=config.columns)
-    output = _made(Path(config.output_dir) / "diagnosis" if output is None else Path(output))
-    config = with_saved_part(config)
-    policy, reward_model, tokenizer = load_models(config)
-    if config.precision == "bf16":
-        policy.bfloat16()  # nothing of it is trained here
-    reward_model.config.floor = config.r2m.floor  # as R2MUpdater does
+    how: Any = {"columns": config.columns, "skip_invalid": config.skip_invalid}
+    training = load_pairs(pairs, **how)
+    measured = None if held_out is None else load_pairs(held_out, **how)
+    output = Path(config.output_dir) / "diagnosis" / "before" if output is None else Path(output)
+    with made(output, "output"):
+        config = resolve_precision(with_saved_part(config))
+        policy, reward_model, tokenizer = load_models(config)
+        if config.precision == "bf16":
+            policy.bfloat16()  # nothing of it is trained here
+        reward_model.config.floor = config.r2m.floor  # as R2MUpdater does
 
-    def usable(some: list[Preference]) -> list[Preference]:
-        for t in (reward_model.tokenizer, tokenizer):
-            some = usable_pairs(t, some, reward_model.config.max_length)
-        return some
+        def few(some: list[Preference]) -> list[Preference]:
+            return some if len(some) <= max_pairs else random.Random(config.seed).sample(some, max_pairs)
 
-    def few(some: list[Preference]) -> list[Preference]:
-        return some if len(some) <= max_pairs else random.Random(config.seed).sample(some, max_pairs)
+        training = reward_model.usable_pairs(training, tokenizer, policy)
+        if measured is None:
+            training, measured = split_pairs(training, config.seed, len(training) // 2)
+        else:
+            measured = reward_model.usable_pairs(measured, tokenizer, policy)
+        training, measured = few(training), few(measured)
+        if min(len(training), len(measured)) < MIN_PAIRS:
+            raise ValueError(
+                f"pairs: {len(training)} to train on and {len(measured)} to measure on can be used; expected at least "
+                f"{MIN_PAIRS} each: more pairs, or a file of held-out ones"
+            )
+        training, stopping = split_pairs(training, config.seed, len(training) // 4)
 
-    training = usable(training)
-    if measured is None:
-        training, measured = split_pairs(training, config.seed, len(training) // 2)
-    else:
-        measured = usable(measured)
-    training, measured = few(training), few(measured)
-    if min(len(training), len(measured)) < MIN_PAIRS:
-        raise ValueError(
-            f"pairs: {len(training)} to train on and {len(measured)} to measure on can be used; expected at least "
-            f"{MIN_PAIRS} each: more pairs, or a file of held-out ones"
+        size, positions = config.micro_batch_size, config.r2m.positions
+        with phase("embedding the pairs"):
+            train_rte, stop_rte, rte = (
+                embed_pairs(reward_model, some, size) for some in (training, stopping, measured)
+            )
+        if reward_model.needs_statistics:
+            take_statistics(reward_model, policy, tokenizer, training, train_rte, positions=positions, batch_size=size)
+        rollout = tokenize_pairs(policy, tokenizer, measured, positions)
+
+        def observed() -> Observed:
+            torch.manual_seed(config.seed)  # of the noise
+            with phase("rewards"):
+                return observe(reward_model, policy, rte, rollout, size)
+
+        before = observed()
+        logger.info("hidden states of %d pairs at every depth", len(measured))
+        depths, pooled = pool_depths(policy, rollout, size)
+        with waiting("correlations and standard errors"):
+            about_states = _hidden_states(depths, pooled, before.vanilla.cpu(), output)
+        logger.info("cross-attention: training on %d pairs, stopped by %d others", len(training), len(stopping))
+        batches = (
+            feedback_batches(
+                policy,
+                tokenizer,
+                some,
+                some_rte,
+                batch_size=16,
+                micro_batch_size=size,
+                hidden_budget=HIDDEN_BUDGET,
+                positions=positions,
+            )
+            for some, some_rte in ((training, train_rte), (stopping, stop_rte))
         )
-    training, stopping = split_pairs(training, config.seed, len(training) // 4)
-
-    train_rte, stop_rte, rte = (embed_pairs(reward_model, some) for some in (training, stopping, measured))
-    if reward_model.needs_statistics:
-        take_statistics(reward_model, policy, tokenizer, training, train_rte)
-    rollout = tokenize_pairs(policy, tokenizer, measured, config.r2m.positions)
-
-    def observed() -> Observed:
-        torch.manual_seed(config.seed)  # of the noise
-        return observe(reward_model, policy, rte, rollout, config.micro_batch_size)
-
-    before = observed()
-    logger.info("hidden states of %d pairs at every depth", len(measured))
-    depths, pooled = pool_depths(policy, rollout, config.micro_batch_size)
-    about_states = _hidden_states(depths, pooled, before.vanilla.cpu(), output)
-    logger.info("cross-attention: training on %d pairs, stopped by %d others", len(training), len(stopping))
-    batches = (
-        feedback_batches(
-            policy,
-            tokenizer,
-            some,
-            some_rte,
-            batch_size=16,
-            hidden_budget=HIDDEN_BUDGET,
-            positions=config.r2m.positions,
+        steps = int(warm_start(reward_model, *batches)["warm_start_steps"])
+        about_attention = _cross_attention(before, observed(), steps, config.r2m.floor, output)
+        counts = {"training": len(training), "stopping": len(stopping), "measured": len(measured)}
+        return _written(
+            output,
+            [
+                f"# {config.policy} and {config.reward_model}",
+                f"The cross-attention is trained on {len(training)} pairs and stopped by {len(stopping)} others; all "
+                f"is measured on {len(measured)} held-out pairs. ± is one standard error; two count as a difference.",
+                *(f"- {finding}" for part in (about_states, about_attention) for finding in part.findings),
+                *about_states.text,
+                *about_attention.text,
+            ],
+            {"pairs": counts, "floor": config.r2m.floor} | about_states.values | about_attention.values,
         )
-        for some, some_rte in ((training, train_rte), (stopping, stop_rte))
-    )
-    steps = int(warm_start(reward_model, *batches)["warm_start_steps"])
-    about_attention = _cross_attention(before, observed(), steps, config.r2m.floor, output)
-    counts = {"training": len(training), "stopping": len(stopping), "measured": len(measured)}
-    return _written(
-        output,
-        [
-            f"# {config.policy} and {config.reward_model}",
-            f"The cross-attention is trained on {len(training)} pairs and stopped by {len(stopping)} others; all is "
-            f"measured on {len(measured)} held-out pairs. ± is one standard error; two count as a difference.",
-            *(f"- {finding}" for part in (about_states, about_attention) for finding in part.findings),
-            *about_states.text,
-            *about_attention.text,
-        ],
-        {"pairs": counts, "floor": config.r2m.floor} | about_states.values | about_attention.values,
-    )
 
 
 def _hidden_states(depths: Sequence[int], pooled: Tensor, vanilla: Tensor, output: Path) -> Part:
@@ -311,14 +321,6 @@ def _cross_attention(before: Observed, after: Observed, steps: int, floor: float
 
 
 # ---- files and tables ----
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"output {folder} cannot be written: {error}") from error
-    return folder
 
 
 def _written(folder: Path, report: Sequence[str], values: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from r2m.fitting import pair_accuracy, stream_hidden
 from r2m.hidden_states import noise_like, policy_backbone
-from r2m.monitor import ACCURACY_LOSS, DEGENERATE_SHARE, SPREAD_RATIOS
+from r2m.monitor import ACCURACY_LOSS, CLIPPED_SHARE, DEGENERATE_SHARE, SPREAD_RATIOS, exploits
+from r2m.progress import track
 from r2m.reward_model import R2MRewardModel
 from r2m.rollout import Rollout
 
@@ -81,7 +82,7 @@ def pool_depths(policy: nn.Module, rollout: Rollout, batch_size: int) -> tuple[l
     policy.eval()
     depths: list[int] = []
     pooled = []
-    for start in range(0, len(rollout.prompts), batch_size):
+    for start in track(range(0, len(rollout.prompts), batch_size), "hidden states at every depth, batch"):
         rows = slice(start, start + batch_size)
         states = backbone(
             input_ids=rollout.input_ids[rows],
@@ -311,11 +312,27 @@ def degeneration(table: Mapping[str, Sequence[float | None]], eps: float) -> lis
     eps: the config's `r2m.eps`. Empty where there is nothing to warn about.
     """
     warnings = []
+    first, last = ({key: v for key, values in table.items() if (v := values[i]) is not None} for i in (0, -1))
 
     def ends(key: str) -> tuple[float, float] | None:
-        first, _, last = table.get(key, (None, None, None))
-        return None if first is None or last is None else (first, last)
+        return (first[key], last[key]) if key in first and key in last else None
 
+    if {"reward/mean", "reward/initial"} <= first.keys() and exploits(first, last):
+        judge = ends("eval/judge") or ends("judge/logit")
+        judged = f"; the judge's went from {judge[0]:.3f} to {judge[1]:.3f}" if judge else ""
+        warnings.append(
+            f"the run's own reward rose from {first['reward/mean']:.3f} to {last['reward/mean']:.3f}, and the initial "
+            f"reward model's score went from {first['reward/initial']:.3f} to {last['reward/initial']:.3f}{judged}. "
+            "The policy may exploit the reward model; this is the first sign of it. Read samples; raise kl.beta or "
+            "r2m.floor, lower learning_rate, or take an earlier checkpoint."
+        )
+    clipped = ends("policy/clip_share")
+    if clipped and max(clipped) > CLIPPED_SHARE:
+        warnings.append(
+            f"{clipped[0]:.0%} of the importance ratios are clipped over the first third, {clipped[1]:.0%} over the "
+            "last: in a round the policy moves further than clip_range allows. Lower learning_rate, or set fewer "
+            "epochs or minibatches."
+        )
     share = ends("reward/degenerate_share")
     if share and share[1] > LASTING_DEGENERATE_SHARE:
         warnings.append(

@@ -9,11 +9,12 @@ from importlib import metadata
 import torch
 
 from r2m.config import R2MConfig
+from r2m.devices import native_bfloat16, policy_device
 from r2m.memory import MemoryEstimate, estimate_memory
-from r2m.policy import policy_device
-from r2m_kernels import build, dispatch
+from r2m.progress import waiting
+from r2m_kernels import __version__, build, dispatch
 
-_PACKAGES = ("r2m", "torch", "triton", "transformers", "accelerate", "peft")
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft")
 _OPTIONAL = ("flash_attn", "bitsandbytes", "datasets", "tensorboard", "wandb", "trackio")
 _GIB = 2**30
 
@@ -37,7 +38,7 @@ def report(config: R2MConfig | None = None) -> str:
 
 def _versions() -> list[str]:
     built_for = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    lines = [f"python {platform.python_version()}"]
+    lines = [f"python {platform.python_version()}", f"r2m-kernels {__version__}"]
     for name in (*_PACKAGES, *_OPTIONAL):
         try:
             version = metadata.version(name)
@@ -53,7 +54,11 @@ def _device(name: str) -> str:
     if name == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         cores = len(os.sched_getaffinity(0))
-        return f"cpu: {cores} cores, {total / _GIB:.1f} GiB memory, {free_memory('cpu') / _GIB:.1f} GiB free"
+        products = "native" if native_bfloat16("cpu") else "no native"
+        return (
+            f"cpu: {cores} cores, {total / _GIB:.1f} GiB memory, {free_memory('cpu') / _GIB:.1f} GiB free, "
+            f"{products} bfloat16 products"
+        )
     properties = torch.cuda.get_device_properties(name)
     return (
         f"{name}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
@@ -95,7 +100,8 @@ def _compilers() -> list[str]:
 def _memory(config: R2MConfig) -> list[str]:
     device = policy_device(config)
     try:
-        estimate = estimate_memory(config)
+        with waiting("estimating memory"):
+            estimate = estimate_memory(config)
     except RuntimeError as error:
         return [f"cannot be estimated, since these models do not run on tensors without data: {error}"]
     lines = [f"parts on {device}, the policy's device, in GiB"]

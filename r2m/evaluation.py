@@ -16,17 +16,27 @@ from r2m.data import Prompt
 Judge = Callable[[list[Prompt], list[str]], Sequence[float]]
 
 
+def check_judge(name: str) -> None:
+    """Raises what `load_judge` does for a name of another form, and for a file or module that is not there; runs
+    nothing of it."""
+    source, _, function = name.rpartition(":")
+    if not source or not function:
+        raise ValueError(f"judge is {name!r}; expected 'module:function' or 'file.py:function'")
+    if source.endswith(".py") and not Path(source).is_file():
+        raise ValueError(f"judge is {name!r}; there is no file {source}")
+    module = source.partition(".")[0]
+    if not source.endswith(".py") and module not in sys.modules and importlib.util.find_spec(module) is None:
+        raise ImportError(f"judge is {name!r}; {source} cannot be imported: there is no module {module}")
+
+
 def load_judge(name: str) -> Judge:
     """The function that "module:function" or "folder/file.py:function" names.
 
     Raises ValueError if the name has another form or is no function, ImportError if the module cannot be imported.
     """
+    check_judge(name)
     source, _, function = name.rpartition(":")
-    if not source or not function:
-        raise ValueError(f"judge is {name!r}; expected 'module:function' or 'file.py:function'")
     if source.endswith(".py"):
-        if not Path(source).is_file():
-            raise ValueError(f"judge is {name!r}; there is no file {source}")
         spec: Any = importlib.util.spec_from_file_location(f"r2m_judge_{Path(source).stem}", source)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where its dataclasses, for one, look it up

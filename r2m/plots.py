@@ -58,7 +58,12 @@ RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
     ),
     ("Tokens", "tokens", {"length/mean": "response length", "rm/attended_tokens": "attended by RM"}),
     ("Gradient norms", "norm", {"policy/grad_norm": "policy", "rm/grad_norm": "reward model"}),
-    ("Time", "seconds / round", {f"seconds/{phase}": phase.replace("_", " ") for phase in PHASES}),
+    (
+        "Time",
+        "seconds / round",
+        {f"seconds/{phase}": phase.replace("_", " ") for phase in PHASES}
+        | {"seconds/first_epoch": "first epoch (in annotate)"},
+    ),
     ("Peak memory", "MiB", {f"memory/{phase}": phase.replace("_", " ") for phase in PHASES}),
 ]
 
@@ -247,7 +252,7 @@ def dress(ax: Axes, title: str, x: str, y: str) -> None:
     ax.tick_params(labelsize=7.5)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    if x == "round":
+    if x in ("round", "depth (layers)"):  # whole numbers
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 

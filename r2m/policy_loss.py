@@ -65,8 +65,13 @@ def policy_loss(
     * "grpo", "reinforce++": one ratio per token; objective and KL are means over the tokens of a sequence.
 
     KL per token, with d = reference - policy: "k2" d^2 / 2, "k3" exp(d) - d - 1. It stays outside the clipping.
-    Returns (loss [B], {"ratio", "clip_share"} [B]); the caller takes the mean over sequences.
+    Returns (loss [B], {"ratio", "clip_share"} [B]); the caller takes the mean over sequences. Raises ValueError for
+    another algorithm or estimator.
     """
+    if algorithm not in ("rloo", "remax", "grpo", "reinforce++"):
+        raise ValueError(f"algorithm is {algorithm!r}; expected 'rloo', 'remax', 'grpo' or 'reinforce++'")
+    if estimator not in ("k2", "k3"):
+        raise ValueError(f"estimator is {estimator!r}; expected 'k2' or 'k3'")
     log_ratio = (log_probs - old_log_probs) * mask
     difference = (reference_log_probs - log_probs) * mask
     kl = 0.5 * difference.square() if estimator == "k2" else difference.exp() - difference - 1  # [B, R], 0 where masked

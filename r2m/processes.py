@@ -6,10 +6,14 @@ minibatch that one process would have.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -55,6 +60,77 @@ def number() -> int:
 
 def index() -> int:
     return dist.get_rank() if number() > 1 else 0
+
+
+_FAILED, _TOLD = "r2m/failed", "r2m/told"  # keys of the store that the processes share
+_LOOK = 1.0  # seconds between two looks at it
+
+
+@contextmanager
+def ends_all() -> Iterator[None]:
+    """If the block fails in one of several processes, it ends in all of them, within seconds and with the reason.
+
+    A process that waits for others in a collective cannot be interrupted, so a thread of it looks into the store of the
+    process group. It ends its process where another has failed, or where the process that has the store is gone. What
+    fails only because another has, raises ConnectionAbortedError with that one's reason.
+    """
+    if number() == 1:
+        yield
+        return
+    store, over = distributed_c10d._get_default_store(), threading.Event()
+    thread = threading.Thread(target=_end_with_others, args=(store, over), daemon=True)
+    thread.start()
+    try:
+        yield
+        wait()  # the process that has the store stays until all are done
+    except Exception as error:
+        over.set()
+        atexit.register(_leave)
+        own = f"process {index()} failed: {type(error).__name__}: {error}"
+        try:
+            first = store.compare_set(_FAILED, "", own).decode()
+            if first == own:
+                _wait_until_told(store)
+        except RuntimeError:  # the process that had the store is gone
+            first = f"process {index()} lost process 0: {error}"
+        if first != own:
+            with suppress(RuntimeError):
+                store.add(_TOLD, 1)
+            raise ConnectionAbortedError(first) from error
+        raise
+    finally:
+        over.set()
+
+
+def _end_with_others(store: distributed_c10d.Store, over: threading.Event) -> None:
+    while not over.wait(_LOOK):
+        try:
+            failed = store.check([_FAILED])
+            reason = store.get(_FAILED).decode() if failed else ""
+        except RuntimeError:
+            failed, reason = True, "process 0 is gone"
+        if failed and not over.is_set():
+            sys.stderr.write(f"error: process {index()} ends, since {reason}\n")
+            sys.stderr.flush()
+            with suppress(RuntimeError):
+                store.add(_TOLD, 1)
+            os._exit(1)
+
+
+def _leave() -> None:
+    """Ends a process that failed, once the interpreter has reported its error: a process group with work that nobody
+    finishes, as a sharded policy leaves it, is never torn down, and the others would wait with it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _wait_until_told(store: distributed_c10d.Store) -> None:
+    """The others look every second; one that is gone cannot be told."""
+    for _ in range(5):
+        if store.add(_TOLD, 0) >= number() - 1:
+            return
+        time.sleep(_LOOK)
 
 
 # ---- shares ----

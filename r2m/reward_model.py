@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -19,13 +20,18 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.hub import cached_file
 
-from r2m.data import Prompt
-from r2m.models import is_local, shown
+from r2m.data import Preference, Prompt, check_list
+from r2m.devices import compute_dtype
+from r2m.models import check_no_adapter, is_local, position_limit, sequence_classifier, shown
+from r2m.names import no_head
+from r2m.progress import track
+from r2m.tokenization import encode_whole, usable_pairs, usable_whole_pairs
 from r2m_kernels import (
     RewardHead,
     SequenceToTokenAttention,
@@ -34,6 +40,8 @@ from r2m_kernels import (
     reward_direction,
     reward_from_pools,
 )
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE, WEIGHTS_FILE = "r2m_config.json", "r2m.safetensors"
 
@@ -54,6 +62,22 @@ class RewardModelConfig:
     rte_token: str
     suffix: str
     max_length: int
+    # Of the feedback that the cross-attention was fitted on, "all" or "response" (see r2m.rollout.collate); None: not
+    # fitted yet, or saved before this was kept.
+    positions: str | None = None
+
+    def check_positions(self, positions: str) -> None:
+        """Raises ValueError for a run with feedback of other positions."""
+        if self.positions not in (None, positions):
+            raise ValueError(
+                f"r2m.positions is {positions!r}, and the reward model was fitted on {self.positions!r}; expected "
+                f"r2m.positions={self.positions}, or a reward model fitted with --positions {positions}"
+            )
+
+    def __post_init__(self) -> None:
+        if self.rte_token not in ("checkpoint", "last"):
+            raise ValueError(f"rte_token is {self.rte_token!r}; expected 'checkpoint' or 'last'")
+        check_weight("floor", self.floor)
 
 
 class Absorbed(NamedTuple):
@@ -63,7 +87,7 @@ class Absorbed(NamedTuple):
     rte: Tensor  # [B, D_rm], standardised where the model is
     query: Tensor  # u [B, D_p] or [B, H, D_p]
     direction: Tensor  # g [D_p] or [H, D_p]
-    bias: Tensor  # 0-dim
+    bias: Tensor  # [1]
 
 
 class R2MRewardModel(nn.Module):
@@ -75,7 +99,12 @@ class R2MRewardModel(nn.Module):
 
     backbone_device: where the backbone runs; None: with the trainable part.
     offload: the backbone, given in host memory, waits there; see `backbone_loaded`.
+
+    head_is_new: whether the head is random, as on a causal LM, until `r2m.fit_reward` has fitted it; `R2MTrainer` and
+        `R2MUpdater` then raise ValueError. Set it to False for a head that got its weights otherwise.
     """
+
+    head_is_new = False
 
     # Standardisation of RTEs [D_rm] and hidden states [D_p]; 0 and 1 where there is none.
     rte_mean: Tensor
@@ -105,7 +134,7 @@ class R2MRewardModel(nn.Module):
         self._frozen = (classifier,)  # in a tuple: out of nn.Module's sight
         self._backbone_device = None if backbone_device is None else torch.device(backbone_device)
         self.offload = offload
-        self._rule_pad_id = classifier.config.get_text_config().pad_token_id
+        self._rule_pad_id = getattr(classifier.config.get_text_config(), "pad_token_id", None)
         width = score.in_features
         self.attention = SequenceToTokenAttention(
             width, config.policy_width, config.inner_width, num_heads=config.num_heads
@@ -129,7 +158,7 @@ class R2MRewardModel(nn.Module):
         policy: str | Path | PreTrainedModel | None = None,
         revision: str | None = None,
         policy_revision: str | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | Literal["auto"] | None = None,
         device: torch.device | str = "cpu",
         backbone_device: torch.device | str | None = None,
         offload: bool = False,
@@ -143,14 +172,16 @@ class R2MRewardModel(nn.Module):
         zero_output: bool = False,
         rte_token: str = "checkpoint",
         suffix: str = "",
-        max_length: int = 2048,
+        max_length: int | None = None,
+        positions: Literal["all", "response"] | None = None,
     ) -> R2MRewardModel:
         """A saved R2M reward model, or a new one on a sequence-classification checkpoint or causal LM.
 
         name: a folder or hub id. If it holds an R2M reward model, that is loaded with the backbone it names, and the
             arguments that describe a new one are ignored.
         policy: the model whose hidden states are the feedback, loaded or by name; needed for a new reward model.
-        dtype: of the frozen backbone.
+        dtype: of the frozen backbone. None: bfloat16 where its device multiplies it natively, else float32
+            (`r2m.devices.compute_dtype`); "auto": as it is stored.
         device: of the trainable part, the policy's; `backbone_device`: of the backbone, by default the same.
         offload: the backbone waits in host memory and comes to its device for `embed` alone.
         quantization: of the backbone's linear layers by bitsandbytes; a quantised backbone stays where it was loaded.
@@ -160,14 +191,19 @@ class R2MRewardModel(nn.Module):
             token.
         suffix: put behind every text prompt and completion, such as words that make a plain language model's last token
             say what it thinks of the text; chat messages have the template for that.
-        max_length: in tokens of the reward model's tokenizer; longer texts lose their beginning.
+        max_length: in tokens of the reward model's tokenizer; longer texts lose their beginning. None: 2048, or as many
+            as the backbone has positions.
+        positions: whose hidden states a fit uses, prompt and response ("all", also if None) or the "response".
 
-        A causal LM gets a fresh head, which has to be fitted (`r2m.fitting.fit_head`) before it says anything.
-        Raises ValueError for a head that is not linear with one output, and for a policy of another width; ImportError
-        where quantization finds no bitsandbytes.
+        A causal LM gets a random head (`head_is_new`), which has to be fitted (`r2m.fit_reward`) before a run takes it.
+        Raises ValueError for a head that is not linear with one output, for a policy of another width, for an adapter
+        in place of a whole model, and for a max_length above the backbone's positions; ImportError where quantization
+        finds no bitsandbytes.
         """
         if rte_token not in ("checkpoint", "last"):
             raise ValueError(f"rte_token is {rte_token!r}; expected 'checkpoint' or 'last'")
+        if positions not in (None, "all", "response"):
+            raise ValueError(f"positions is {positions!r}; expected 'all' or 'response'")
         if offload and quantization is not None:
             raise ValueError(f"offload is True with quantization {quantization!r}; a quantised backbone cannot move")
         saved = saved_config(name, revision)
@@ -176,6 +212,7 @@ class R2MRewardModel(nn.Module):
         elif policy is None:
             raise ValueError(f"policy is None; expected the model whose hidden states {name} will attend to")
         else:
+            check_no_adapter("reward_model", name, revision)
             config = RewardModelConfig(
                 backbone=_lasting(name),
                 backbone_revision=revision,
@@ -188,22 +225,47 @@ class R2MRewardModel(nn.Module):
                 standardize=standardize,
                 rte_token=rte_token,
                 suffix=suffix,
-                max_length=max_length,
+                max_length=2048 if max_length is None else max_length,
+                positions=positions,
             )
         where = {"revision": config.backbone_revision, "trust_remote_code": trust_remote_code}
         how: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         runs_on = device if backbone_device is None else backbone_device
+        dtype = compute_dtype(runs_on) if dtype is None else dtype
         if quantization is not None:
-            how |= {"quantization_config": _quantized(quantization, dtype), "device_map": {"": runs_on}}
-        classifier = AutoModelForSequenceClassification.from_pretrained(
-            config.backbone, dtype=dtype, **where, **how, **_single_output(config.backbone, where)
+            how |= {
+                "quantization_config": _quantized(quantization, compute_dtype(runs_on) if dtype == "auto" else dtype),
+                "device_map": {"": runs_on},
+            }
+        backbone_config = AutoConfig.from_pretrained(config.backbone, **where)
+        try:
+            classifier_class = sequence_classifier(backbone_config)
+        except ValueError as error:
+            raise ValueError(f"reward_model {name}: {error}") from None
+        classifier, loading = classifier_class.from_pretrained(
+            config.backbone,
+            dtype=dtype,
+            output_loading_info=True,
+            **where,
+            **how,
+            **_single_output(backbone_config),
         )
+        limit = position_limit(classifier)
+        if limit is not None and config.max_length > limit:
+            if saved is None and max_length is not None:
+                raise ValueError(
+                    f"max_length is {max_length}; expected at most {limit}, the positions of reward_model {name}"
+                )
+            if saved is not None:
+                logger.warning("%s: max_length %d is lowered to its %d positions", name, config.max_length, limit)
+            config = replace(config, max_length=limit)
         if quantization is None and not offload:
             classifier.to(runs_on)
         tokenizer = AutoTokenizer.from_pretrained(config.backbone, **where)
         model = cls(classifier, tokenizer, config, backbone_device=backbone_device, offload=offload).to(device)
         if zero_output:
             nn.init.zeros_(model.attention.w_o)
+        model.head_is_new = saved is None and "score.weight" in loading["missing_keys"]
         if saved is not None:
             weights: Any = cached_file(str(name), WEIGHTS_FILE, revision=revision)
             model.load_state_dict(load_file(weights))
@@ -263,7 +325,7 @@ class R2MRewardModel(nn.Module):
     def _folded_head(self) -> tuple[Tensor, Tensor]:
         """Weight [D_rm] and bias (0-dim) of the score at w = 1 on RTEs as they are, without standardisation."""
         weight = self.head.weight / self.rte_scale
-        return weight, self.head.bias - weight @ self.rte_mean
+        return weight, self.head.bias[0] - weight @ self.rte_mean
 
     def _padding_id(self) -> int | None:
         """A padding token with which the rightmost token that is no padding is the one read here."""
@@ -288,13 +350,25 @@ class R2MRewardModel(nn.Module):
             read = f"the rightmost token that is not its padding, `{pad}`"
             if config.rte_token == "last" or self._rule_pad_id is None:
                 read += "; the R2M loader reads the last token, whatever it is"
+        loader = "AutoModelForSequenceClassification.from_pretrained(folder)`, and so TRL's `reward_funcs=folder"
+        backbone_config = self._classifier.config
+        if sequence_classifier(backbone_config) is not AutoModelForSequenceClassification:  # transformers has no class
+            loader = "r2m.models.sequence_classifier(AutoConfig.from_pretrained(folder)).from_pretrained(folder)"
         return _USAGE.format(
+            loader=loader,
             shift=f" less {shift:.6g}, for its head has no bias" if shift else "",
             suffix=f"{json.dumps(config.suffix)}, behind every text that is no chat" if config.suffix else "none",
             read=read,
             max_length=config.max_length,
             dtype=str(self.backbone.dtype).removeprefix("torch."),
         )
+
+    def check_head(self) -> None:
+        """Raises ValueError while the head is random."""
+        if self.head_is_new:
+            raise ValueError(
+                f"reward_model: {no_head(f'{self.config.backbone} is no sequence-classification checkpoint')}"
+            )
 
     def check_policy_width(self, width: int) -> None:
         if width != self.config.policy_width:
@@ -358,26 +432,58 @@ class R2MRewardModel(nn.Module):
         """Reward token embeddings H: [B, D_rm] float32, from the reward model's own tokenizer and chat template.
 
         A prompt of chat messages goes through the template with the completion as the assistant's turn; a text prompt
-        is continued by the completion and the config's suffix as they are. Special tokens are added once. The backbone
-        runs on its own device, the result is on the head's.
+        is continued by the completion and the config's suffix as they are (`r2m.tokenization.encode_whole`). The
+        backbone runs on its own device, the result is on the head's. Raises ValueError for messages that the template
+        refuses.
         """
-        rows = [self.encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        return self.embed_tokens(rows, batch_size=batch_size)
+        check_list("prompts", prompts, "load_prompts")
+        check_list("completions", completions)
+        return self.embed_tokens(self._encode(prompts, completions), batch_size=batch_size)
 
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
         """The tokens of which `embed` makes an RTE: at most `max_length`, the last ones."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt + completion + self.config.suffix).input_ids
-        else:
-            turns = [*prompt, {"role": "assistant", "content": completion}]
-            ids = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        return ids[-self.config.max_length :]
+        return self._encode([prompt], [completion])[0]
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Raise ValueError, naming model and roles, where the chat template refuses a response to such messages.
+
+        Of the conversations with the same roles in the same order, one is tried.
+        """
+        by_roles = {tuple(m["role"] for m in prompt): prompt for prompt in prompts if not isinstance(prompt, str)}
+        for prompt in by_roles.values():
+            self.encode(prompt, "a")
+
+    def usable_pairs(
+        self,
+        pairs: Sequence[Preference],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        policy: nn.Module | None = None,
+    ) -> list[Preference]:
+        """The pairs whose texts have at most `max_length` tokens, here and, given its tokenizer, for the policy, and no
+        more than the policy, if given, has positions.
+
+        A warning counts the others. Raises ValueError if none is left, or if the template refuses one.
+        """
+        limit = self.config.max_length
+        kept = usable_whole_pairs(self.tokenizer, pairs, limit, suffix=self.config.suffix)
+        if tokenizer is None:
+            return kept
+        positions = None if policy is None else position_limit(policy)
+        return usable_pairs(tokenizer, kept, min(limit, positions or limit))
+
+    def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[list[int]]:
+        try:
+            rows = encode_whole(self.tokenizer, prompts, completions, suffix=self.config.suffix)
+        except ValueError as error:
+            raise ValueError(f"reward_model: {error}") from None
+        return [ids[-self.config.max_length :] for ids in rows]
 
     @torch.no_grad()
     def embed_tokens(self, rows: list[list[int]], *, batch_size: int = 32) -> Tensor:
         """RTEs [B, D_rm] float32 of texts that `encode` has tokenised."""
         with self.backbone_loaded():
-            return torch.cat([self.run_backbone(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
+            starts = track(range(0, len(rows), batch_size), "embedding, batch")
+            return torch.cat([self.run_backbone(rows[i : i + batch_size]) for i in starts])
 
     def run_backbone(self, rows: list[list[int]]) -> Tensor:
         """RTEs [B, D_rm] float32 of one batch, differentiable where the backbone is."""
@@ -418,17 +524,19 @@ class R2MRewardModel(nn.Module):
         weight = self.config.floor if weight is None else weight
         absorbed = self.absorb(rte, weight)
         query, direction = absorbed.query.detach(), absorbed.direction.detach()
-        pooled, gradient, _ = attention_pool_with_gradient(
+        pooled, gradient, lse = attention_pool_with_gradient(
             query, hidden, direction, cu_seqlens=cu_seqlens, mask=mask, scale=1.0
         )
-        return self.reward(absorbed, pooled, gradient, weight)
+        return self.reward(absorbed, pooled, gradient, weight, lse=lse)
 
     def absorb(self, rte: Tensor, weight: float) -> Absorbed:
         """u, g and b (method of `r2m_kernels.policy_feedback_reward`), once per round, differentiable.
 
         Hidden states stay raw: their standardisation `(h - mean) / scale` is part of u and g, and of b where the
-        softmax does not cancel it.
+        softmax does not cancel it. A sequence without hidden states has no such part: its A is 0, as without
+        standardisation. Raises ValueError for a weight outside [0, 1].
         """
+        check_weight("weight", weight)
         attention, heads = self.attention, self.config.num_heads
         rte = self.standardized(rte)
         query = absorbed_query(rte, attention.w_q, attention.w_k, num_heads=heads)
@@ -436,10 +544,17 @@ class R2MRewardModel(nn.Module):
         query, direction = query / self.feedback_scale, direction / self.feedback_scale
         return Absorbed(rte, query, direction, self.head.bias - (direction * self.feedback_mean).sum())
 
-    def reward(self, absorbed: Absorbed, pooled: Tensor, gradient: Tensor, weight: float) -> Tensor:
-        """Rewards [B] from the pools of `attention_pool_with_gradient`, differentiable through `absorbed`."""
+    def reward(
+        self, absorbed: Absorbed, pooled: Tensor, gradient: Tensor, weight: float, *, lse: Tensor | None = None
+    ) -> Tensor:
+        """Rewards [B] from what `attention_pool_with_gradient` returns, differentiable through `absorbed`.
+
+        lse [B] or [B, heads] tells sequences without hidden states; None: all have some.
+        """
+        check_weight("weight", weight)
         rte, query, direction, bias = absorbed
-        return reward_from_pools(query, direction, pooled, gradient, rte, self.head.weight, bias, weight=weight)
+        rewards = reward_from_pools(query, direction, pooled, gradient, rte, self.head.weight, bias, weight=weight)
+        return rewards if lse is None else rewards - torch.where(without_feedback(lse), bias - self.head.bias, 0)
 
     # ---- standardisation ----
 
@@ -454,8 +569,11 @@ class R2MRewardModel(nn.Module):
     def set_statistics(self, rte: Tensor, feedback_mean: Tensor, feedback_scale: Tensor) -> None:
         """Fix the per-feature statistics that standardise RTEs (rows of `rte` [N, D_rm]) and hidden states [D_p].
 
-        The head is rewritten for standardised RTEs, so that the score at w = 1 stays what it was.
+        The head is rewritten for standardised RTEs, so that the score at w = 1 stays what it was. Raises ValueError for
+        a single RTE, which has no deviation.
         """
+        if len(rte) < 2:
+            raise ValueError(f"rte has {len(rte)} rows; expected those of at least 2 texts to standardise by")
         mean, scale = rte.mean(0), rte.std(0).clamp_min(1e-6)
         self.head.bias.add_((mean - self.rte_mean) / self.rte_scale @ self.head.weight)
         self.head.weight.mul_(scale / self.rte_scale)
@@ -463,6 +581,18 @@ class R2MRewardModel(nn.Module):
         self.rte_scale.copy_(scale)
         self.feedback_mean.copy_(feedback_mean)
         self.feedback_scale.copy_(feedback_scale.clamp_min(1e-6))
+
+
+def without_feedback(lse: Tensor) -> Tensor:
+    """Sequences [B] that attend to no position, by their log-sum-exp [B] or [B, heads]; NaN is none of them."""
+    return (lse if lse.ndim == 1 else lse[:, 0]).isneginf()
+
+
+def check_weight(name: str, weight: float) -> float:
+    """The fusion weight. Raises ValueError for one outside [0, 1], NaN among them."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"{name} is {weight}; expected a value between 0 and 1")
+    return weight
 
 
 def saved_config(name: str | Path, revision: str | None = None) -> RewardModelConfig | None:
@@ -492,17 +622,21 @@ def _quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def hidden_width(policy: str | Path | PreTrainedModel, revision: str | None, trust_remote_code: bool) -> int:
+def hidden_width(policy: str | Path | nn.Module, revision: str | None = None, trust_remote_code: bool = False) -> int:
+    """Width of a model's last hidden states, by its config."""
+    config: Any
     if isinstance(policy, nn.Module):
         config = policy.config
     else:
         config = AutoConfig.from_pretrained(str(policy), revision=revision, trust_remote_code=trust_remote_code)
-    return config.get_text_config().hidden_size
+    text = config.get_text_config()
+    # OPT projects its last states to the embeddings' width.
+    return getattr(text, "word_embed_proj_dim", text.hidden_size)
 
 
-def _single_output(name: str, where: dict[str, Any]) -> dict[str, int]:
+def _single_output(config: PretrainedConfig) -> dict[str, int]:
     """A causal LM has no say in the number of outputs: one. A classifier's own number stands, and is checked."""
-    architectures = AutoConfig.from_pretrained(name, **where).architectures or []
+    architectures = config.architectures or []
     is_classifier = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
     return {} if is_classifier else {"num_labels": 1}
 
@@ -539,8 +673,8 @@ A scalar reward, fitted on preference pairs by r2m, on `{backbone}` (revision {b
 _USAGE = """
 ## As a sequence-classification checkpoint
 
-`AutoModelForSequenceClassification.from_pretrained(folder)`, and so TRL's `reward_funcs=folder`, gives the R2M loader's
-score at w = 1{shift}; in {dtype} unless told otherwise. That holds if it is given what the R2M loader makes of a text:
+`{loader}` gives the R2M loader's score
+at w = 1{shift}; in {dtype} unless told otherwise. That holds if it is given what the R2M loader makes of a text:
 
 - chat messages through this folder's chat template; prompt and response as they are, with the special tokens that the
   tokenizer adds by default

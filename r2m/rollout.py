@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from r2m.config import Generation
 from r2m.data import Prompt
-from r2m.tokenization import encode_prompt
+from r2m.progress import track, waiting
+from r2m.tokenization import encode_prompt, response_texts
 
 # (prompt ids of n prompts, K) -> ids of the n * K responses, prompt-major, the end-of-sequence token included
 RolloutFn = Callable[[list[list[int]], int], list[list[int]]]
@@ -32,7 +34,7 @@ class Rollout:
     """
 
     prompts: list[Prompt]  # of each sequence
-    completions: list[str]  # decoded, without special tokens
+    completions: list[str]  # texts of the assistant, without special tokens (`response_texts`)
     input_ids: Tensor  # [B, P + R] int64
     attention_mask: Tensor  # [B, P + R] bool
     position_ids: Tensor  # [B, P + R] int64, 0 at the first prompt token
@@ -93,17 +95,20 @@ def sample(
     if rollout_fn is None or greedy:
         completion_ids = generate(policy, tokenizer, prompt_ids, num_generations, settings, eos_ids, greedy=greedy)
     else:
-        completion_ids = rollout_fn(prompt_ids, num_generations)
+        with waiting("rollout_fn"):
+            completion_ids = rollout_fn(prompt_ids, num_generations)
         if len(completion_ids) != len(prompts) * num_generations:
             raise ValueError(
                 f"rollout_fn returned {len(completion_ids)} responses; "
                 f"expected {len(prompts)} prompts x {num_generations}"
             )
     stops = settings.stop_strings
+    repeated = [prompt for prompt in prompts for _ in range(num_generations)]
+    repeated_ids = [ids for ids in prompt_ids for _ in range(num_generations)]
     return collate(
-        [prompt for prompt in prompts for _ in range(num_generations)],
-        tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
-        [ids for ids in prompt_ids for _ in range(num_generations)],
+        repeated,
+        response_texts(tokenizer, repeated, repeated_ids, completion_ids),
+        repeated_ids,
         completion_ids,
         pad_id=tokenizer.pad_token_id,
         positions=positions,
@@ -126,6 +131,8 @@ def collate(
     """Pad token ids into a `Rollout`. positions: "all" takes prompt and response as feedback, "response" the response
     only; each sequence's last token is never part of it: no prediction was made from it.
     """
+    if positions not in ("all", "response"):
+        raise ValueError(f"positions is {positions!r}; expected 'all' or 'response'")
     for name, rows in (("prompt", prompt_ids), ("completion", completion_ids)):
         if not rows or not all(rows):
             raise ValueError(f"{name}_ids: {name} {_first_empty(rows)} has no tokens; expected at least 1")
@@ -141,7 +148,7 @@ def collate(
     start = torch.tensor([[width_p - len(p)] for p in prompt_ids], device=device)  # [B, 1]
     end = torch.tensor([[width_p + len(c)] for c in completion_ids], device=device)  # [B, 1]
     m_valid = (o_column >= start) & (o_column < end)  # [B, P + R]
-    first = width_p if positions == "response" else 0
+    first = {"all": 0, "response": width_p}[positions]
     return Rollout(
         prompts=prompts,
         completions=completions,
@@ -187,21 +194,35 @@ def generate(
     model.eval()
     rows: list[list[int]] = []
     try:
-        for chunk, repeats in _chunks(prompt_ids, num_generations, settings.batch_size):
+        chunks = list(_chunks(prompt_ids, num_generations, settings.batch_size))
+        for chunk, repeats in track(chunks, "batch"):
             ids, mask, cache = _prefill(model, chunk, repeats, tokenizer.pad_token_id)
-            sequences = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                generation_config=sampling,
-                tokenizer=tokenizer if settings.stop_strings else None,
-                synced_gpus=isinstance(model, FSDPModule),  # until all processes are done: they share the weights
-            )
+            tokens = track(range(settings.max_new_tokens), "token")
+            with closing(tokens):
+                sequences = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    generation_config=sampling,
+                    stopping_criteria=[_counting(tokens)],
+                    tokenizer=tokenizer if settings.stop_strings else None,
+                    synced_gpus=isinstance(model, FSDPModule),  # until all processes are done: they share the weights
+                )
             rows += sequences[:, ids.shape[1] :].tolist()
     finally:
         model.generation_config = own_defaults
         model.train(was_training)
     return [_until_end(tokenizer, row, eos_ids, settings.stop_strings) for row in rows]
+
+
+def _counting(tokens: Iterator[int]) -> Callable[..., bool]:
+    """What `generate` asks after every token whether to stop: it counts, and stops nothing."""
+
+    def stop(ids: Tensor, scores: Tensor, **_: Any) -> bool:
+        next(tokens, None)
+        return False
+
+    return stop
 
 
 def _chunks(

@@ -8,24 +8,29 @@ import logging
 import random
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m import processes
-from r2m.checkpoint import best_round, check_unused, checkpoint_to_resume, claim, find_checkpoint, load_checkpoint
-from r2m.config import R2MConfig, config_to_yaml, load_config, require_keys
+from r2m.checkpoint import checkpoint_to_resume, claim, how_to_go_on, load_checkpoint, new_folder
+from r2m.config import R2MConfig, check_names, config_to_yaml, require_keys
 from r2m.data import Preference, load_pairs, load_prompts
+from r2m.devices import compute_dtype, policy_device, resolve_precision
 from r2m.evaluation import judge_scores, load_judge
-from r2m.fitting import fit_reward
+from r2m.fitting import TOLERANCE, fit_reward
+from r2m.folder import best_round, check_unused, judge_is_undecided, run_to_evaluate
+from r2m.models import check_no_adapter
 from r2m.monitor import check_trackers, sample_table
+from r2m.names import check_model, named
 from r2m.plots import plot_run
-from r2m.policy import load_policy, load_tokenizer, policy_device
-from r2m.reward_model import CONFIG_FILE, WEIGHTS_FILE, R2MRewardModel, saved_config
-from r2m.tokenization import usable_pairs
+from r2m.policy import load_policy, load_tokenizer
+from r2m.progress import waiting
+from r2m.reward_model import R2MRewardModel, saved_config
 from r2m.trainer import R2MTrainer
 
 logger = logging.getLogger(__name__)
@@ -40,18 +45,18 @@ def load_data(config: R2MConfig) -> dict[str, Any]:
     Raises ValueError, OSError or ImportError, naming the key of the config, for what cannot be found, read or run.
     """
     require_keys(config, "policy", "reward_model", "prompts")
+    check_names(config)
     check_trackers(config.trackers)
     _check_device("placement.device", config.placement.device)
     _check_device("placement.reward_model", config.placement.reward_model)
     measured = config.evaluation
-    if measured.judge and not measured.prompts:
-        raise ValueError("evaluation.judge is set without evaluation.prompts; expected the held-out prompts for it")
-    columns = config.columns
+    how: dict[str, Any] = {"columns": config.columns, "skip_invalid": config.skip_invalid}
+    how_measured = how if measured.columns is None else how | {"columns": measured.columns}
     return {
         "judge": _load("evaluation.judge", load_judge, measured.judge),
-        "prompts": _load("prompts", load_prompts, config.prompts, columns=columns),
-        "eval_prompts": _load("evaluation.prompts", load_prompts, measured.prompts, columns=columns),
-        "held_out_pairs": _load("evaluation.pairs", load_pairs, measured.pairs, columns=columns),
+        "prompts": _load("prompts", load_prompts, config.prompts, **how),
+        "eval_prompts": _load("evaluation.prompts", load_prompts, measured.prompts, **how_measured),
+        "held_out_pairs": _load("evaluation.pairs", load_pairs, measured.pairs, **how_measured),
     }
 
 
@@ -61,12 +66,13 @@ def build_trainer(config: R2MConfig, data: dict[str, Any] | None = None) -> R2MT
     Raises the errors of `load_data`, and the same for models.
     """
     data = load_data(config) if data is None else data
-    config = with_saved_part(config)
+    config = resolve_precision(with_saved_part(config))
     policy, reward_model, tokenizer = load_models(config)
     pairs = data["held_out_pairs"]
-    if pairs is not None:
-        data = data | {"held_out_pairs": usable_pairs(tokenizer, pairs, reward_model.config.max_length)}
-    return R2MTrainer(policy, reward_model, tokenizer, config=config, **data)
+    with waiting("preparing data, reference and optimizers"):
+        if pairs is not None:
+            data = data | {"held_out_pairs": reward_model.usable_pairs(pairs, tokenizer, policy)}
+        return R2MTrainer(policy, reward_model, tokenizer, config=config, **data)
 
 
 def load_models(config: R2MConfig) -> tuple[PreTrainedModel | PeftModel, R2MRewardModel, PreTrainedTokenizerBase]:
@@ -74,6 +80,7 @@ def load_models(config: R2MConfig) -> tuple[PreTrainedModel | PeftModel, R2MRewa
     place = config.placement
     torch.manual_seed(config.seed)  # of an adapter's and a cross-attention's fresh weights
     device = policy_device(config)
+    _load("policy", partial(check_no_adapter, "policy"), config.policy, revision=config.policy_revision)
     tokenizer = _load(
         "policy",
         load_tokenizer,
@@ -100,7 +107,10 @@ def load_models(config: R2MConfig) -> tuple[PreTrainedModel | PeftModel, R2MRewa
         standardize=config.r2m.standardize,
         zero_output=config.r2m.zero_output,
     )
-    return load_policy(config, device), reward_model, tokenizer
+    reward_model.check_head()
+    with waiting("loading policy"):
+        policy = load_policy(config, device)
+    return policy, reward_model, tokenizer
 
 
 def with_saved_part(config: R2MConfig) -> R2MConfig:
@@ -113,6 +123,8 @@ def with_saved_part(config: R2MConfig) -> R2MConfig:
             f"r2m.zero_output is true, and reward_model {config.reward_model} brings its cross-attention; "
             "expected false, or a reward model without one"
         )
+    if config.r2m.attends:
+        saved.check_positions(config.r2m.positions)
     decided = {name: getattr(saved, name) for name in ("inner_width", "num_heads", "standardize")}
     other = {name: value for name, value in decided.items() if getattr(config.r2m, name) != value}
     if other:
@@ -123,25 +135,44 @@ def with_saved_part(config: R2MConfig) -> R2MConfig:
 def run(config: R2MConfig, resume_from: str | Path | None = None) -> str:
     """Train, save policy and reward model in output_dir, and draw the curves; returns a sentence for the user."""
     processes.start(config.placement.timeout)
+    with processes.ends_all():
+        return _run(config, resume_from)
+
+
+def _run(config: R2MConfig, resume_from: str | Path | None) -> str:
     # Mistakes end here, before a folder is made or a model is loaded; what may ask the hub comes last.
     if resume_from is None:
         check_unused(config.output_dir)
     data = load_data(config)
-    config = with_saved_part(config)
+    config = resolve_precision(with_saved_part(config))
     if resume_from is not None:
         checkpoint_to_resume(config, resume_from)
     folder = Path(config.output_dir)
     with claim(folder):
         trainer = build_trainer(config, data)
-        history = trainer.train(resume_from)
-        trainer.save_pretrained(folder)
+        try:
+            history = trainer.train(resume_from)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            how = "interrupted" if isinstance(stop, KeyboardInterrupt) else "stopped by SIGTERM"
+            logger.warning(
+                "%s after %d of %d rounds; %s", how, len(trainer.history), config.rounds, how_to_go_on(folder)
+            )
+            raise
+        with waiting(f"writing {folder}"):
+            trainer.save_pretrained(folder)
     if processes.index() == 0:
         plot_run(folder / "metrics.jsonl", folder / "metrics.png")
+    return f"policy, reward model, metrics.jsonl and metrics.png are in {folder}{_liked(history, folder)}"
+
+
+def _liked(history: list[dict[str, Any]], folder: Path) -> str:
+    """What the judge says of a run, to be put behind a sentence."""
+    if judge_is_undecided(history):
+        return "; the judge cannot tell which round is best: its scores of all of them are equal"
     best = best_round(history)
-    liked = (
-        f"; the judge likes round {best} best (r2m export {folder} --checkpoint best --output FOLDER)" if best else ""
-    )
-    return f"policy, reward model, metrics.jsonl and metrics.png are in {folder}{liked}"
+    if best is None:
+        return ""
+    return f"; the judge likes round {best} best (r2m export {folder} --checkpoint best --output FOLDER)"
 
 
 def dry_run(config: R2MConfig) -> str:
@@ -175,30 +206,22 @@ def dry_run(config: R2MConfig) -> str:
         trainer = build_trainer(tiny, data)
         (row,) = trainer.train()
     measured = "\n".join(f"  {name}: {value:.4g}" for name, value in row.items() if name != "round")
-    resolved = config_to_yaml(dataclasses.replace(config, r2m=trainer.config.r2m))
+    resolved = config_to_yaml(dataclasses.replace(config, precision=trainer.config.precision, r2m=trainer.config.r2m))
     return f"{resolved}\none round of 2 prompts x {config.num_generations} responses:\n{measured}"
 
 
-def evaluate_run(
-    folder: str | Path, which: str = "last", *, prompts: str = "", pairs: str = "", judge: str = ""
-) -> str:
-    """Measure a checkpoint of a run on held-out prompts and pairs, by default those of its config; returns a report."""
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.yaml; expected the output_dir of a run")
-    config = load_config(folder / "config.yaml")
-    given: dict[str, Any] = {
-        name: value for name, value in (("prompts", prompts), ("pairs", pairs), ("judge", judge)) if value
-    }
-    config.evaluation = dataclasses.replace(config.evaluation, **given)
-    config.trackers = []
-    if not config.evaluation.prompts:
-        raise ValueError("evaluation.prompts is not set in the run's config; expected --prompts FILE")
-    checkpoint = find_checkpoint(folder, which)
+def evaluate_run(folder: str | Path, which: str = "last", **measured: Any) -> str:
+    """Measure a checkpoint of a run on held-out prompts and pairs, by default those of its config; returns a report.
+
+    which: "last", "best" (by the judge) or a round. measured: keys of `evaluation` in place of the run's.
+    """
+    config, checkpoint = run_to_evaluate(folder, which, **measured)
     trainer = build_trainer(config)
-    round_ = load_checkpoint(trainer, checkpoint)
+    with waiting("loading the checkpoint"):
+        round_ = load_checkpoint(trainer, checkpoint, to_train=False, key="checkpoint")
     measures, rollout, batch = trainer.evaluate(trainer.eval_prompts)
-    judged = None if trainer.judge is None else judge_scores(trainer.judge, rollout.prompts, rollout.completions)
+    with waiting("judge"):
+        judged = None if trainer.judge is None else judge_scores(trainer.judge, rollout.prompts, rollout.completions)
     names = {
         "reward/mean": "reward (w = Omega)",
         "reward/initial": "initial reward model's score",
@@ -220,16 +243,9 @@ def evaluate_run(
 
 
 def _load(key: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
-    """What a key of the config names, None for "". Errors name the key."""
-    if not name:
-        return None
-    try:
-        return load(name, **options)
-    except (ValueError, OSError, ImportError) as error:
-        if str(error).startswith(key):
-            raise
-        kind = next(kind for kind in (ValueError, OSError, ImportError) if isinstance(error, kind))
-        raise kind(f"{key}: {error}") from error
+    """What a key of the config names, None for "". Errors name the key, and progress says what is being loaded."""
+    with waiting(f"loading {key}"):
+        return named(key, load, name, **options)
 
 
 def _check_device(key: str, name: str | None) -> None:
@@ -250,122 +266,136 @@ def fit_reward_from_files(
     policy: str | Path | None = None,
     held_out: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
+    skip_invalid: bool = False,
     reward_model_revision: str | None = None,
     policy_revision: str | None = None,
     trust_remote_code: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     lora_rank: int = 0,
     learning_rate: float = 1e-4,
     batch_size: int = 16,
+    keep_head: bool = False,
+    max_epochs: int | None = None,
+    tolerance: float = TOLERANCE,
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
     """What `r2m fit-reward` does: a folder with the fitted reward model, `fit.json` and `calibration.png`.
 
-    pairs, held_out: sources of `r2m.data.load_pairs`; without `held_out`, a random tenth of the pairs, all pairs of a
-        prompt together, is held out. Pairs of more tokens than the reward model's `max_length` are dropped.
+    pairs, held_out: sources of `r2m.data.load_pairs`, which takes `columns` and `skip_invalid`; without `held_out`, a
+        random tenth of the pairs, all pairs of a prompt together, is held out. Pairs of more tokens than the reward
+        model's `max_length` are dropped.
     reward_model, policy: folders or hub ids; without `policy` there is no cross-attention and no R2M reward model.
-    dtype: of both models' frozen weights.
+    dtype: of both models' frozen weights; None: bfloat16 where the device multiplies it natively, else float32.
+    lora_rank, learning_rate, batch_size, keep_head, max_epochs, tolerance: see `fit_reward`.
     settings: those of a new reward model that differ from the defaults (`R2MRewardModel.from_pretrained`).
 
     The folder is a sequence-classification checkpoint and, given the policy, an R2M reward model. Returns what it
     writes to `fit.json`. Raises what `fit_reward` and the loaders raise; ValueError for fewer than ten pairs without
-    `held_out`, for settings that a saved R2M reward model contradicts, and for an output folder with other files;
-    OSError for one that cannot be written.
+    `held_out`, for settings that a saved R2M reward model contradicts, for `keep_head` of a model without a head, and
+    for an output folder that is not empty; OSError for one that cannot be written. After an error, or if it is
+    interrupted, nothing is left in the folder.
     """
     output = Path(output)
-    training = load_pairs(pairs, columns=columns)
-    validation = None if held_out is None else load_pairs(held_out, columns=columns)
-    _check_output(output, reward_model)
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    saved = saved_config(reward_model, reward_model_revision)
-    for name, value in settings.items():
-        if saved is not None and getattr(saved, name) != value:
-            raise ValueError(f"{name} is {value!r}; the R2M reward model {reward_model} has {getattr(saved, name)!r}")
-    needs_policy = sorted({"inner_width", "num_heads", "floor", "standardize"} & settings.keys())
-    if policy is None and needs_policy:
-        raise ValueError(f"{needs_policy[0]} is given without a policy; expected the model that is attended to")
-    model = R2MRewardModel.from_pretrained(
-        reward_model,
-        # A new one needs some policy; without one nothing of the cross-attention is trained or written.
-        policy=reward_model if saved is None and policy is None else policy,
-        revision=reward_model_revision,
-        policy_revision=policy_revision,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        device=device,
-        **settings,
-    )
-    loaded_policy: Any = None
-    tokenizer = None
-    if policy is not None:
-        where: dict[str, Any] = {"revision": policy_revision, "trust_remote_code": trust_remote_code}
-        loaded_policy = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype, **where)
-        loaded_policy.to(device)
-        tokenizer = load_tokenizer(str(policy), **where)
-
-    def usable(some: list[Preference]) -> list[Preference]:
-        for t in (model.tokenizer, tokenizer):
-            some = some if t is None else usable_pairs(t, some, model.config.max_length)
-        return some
-
-    loaded = len(training) + len(validation or [])
-    training = usable(training)
-    if validation is None:
-        if len(training) < 10:
+    named("reward_model", check_model, str(reward_model))
+    named("policy", check_model, str(policy or ""))
+    how: Any = {"columns": columns, "skip_invalid": skip_invalid}
+    training = load_pairs(pairs, **how)
+    validation = None if held_out is None else load_pairs(held_out, **how)
+    with new_folder(output):
+        torch.manual_seed(seed)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = compute_dtype(device) if dtype is None else dtype
+        saved = saved_config(reward_model, reward_model_revision)
+        for name, value in settings.items():
+            if saved is not None and getattr(saved, name) not in (None, value):
+                raise ValueError(
+                    f"{name} is {value!r}; the R2M reward model {reward_model} has {getattr(saved, name)!r}"
+                )
+        needs_policy = sorted({"inner_width", "num_heads", "floor", "standardize", "positions"} & settings.keys())
+        if policy is None and needs_policy:
+            raise ValueError(f"{needs_policy[0]} is given without a policy; expected the model that is attended to")
+        if policy is not None:
+            check_no_adapter("policy", policy, policy_revision)
+        if keep_head and saved is None and not _is_classifier(reward_model, reward_model_revision, trust_remote_code):
             raise ValueError(
-                f"pairs: {pairs} has {len(training)} that can be used, of which a tenth is held out; "
-                "expected at least 10, or a file of held-out pairs"
+                f"keep_head is True, and reward_model {reward_model} is a language model without a head; "
+                "expected a sequence-classification checkpoint, or a fit without keep_head"
             )
-        training, validation = split_pairs(training, seed, len(training) // 10)
-    else:
-        validation = usable(validation)
-    report = {
-        "pairs": str(pairs),
-        "held_out": None if held_out is None else str(held_out),
-        "reward_model": str(reward_model),
-        "policy": None if policy is None else str(policy),
-        "lora_rank": lora_rank,
-        "seed": seed,
-        "training_pairs": len(training),
-        "held_out_pairs": len(validation),
-        "dropped_pairs": loaded - len(training) - len(validation),
-    } | fit_reward(
-        model,
-        training,
-        validation,
-        policy=loaded_policy,
-        tokenizer=tokenizer,
-        lora_rank=lora_rank,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        cache=True,
-        calibration_plot=output / "calibration.png",
-    )
-    if policy is not None:
-        model.save_pretrained(output, include_backbone=True)
-    else:
-        model.save_classifier(output)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):  # of an earlier fit with a policy
-            (output / name).unlink(missing_ok=True)
-    (output / FIT_REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    return report
-
-
-def _check_output(output: Path, reward_model: str | Path) -> None:
-    """Before the work: that `output` can be written, and that nothing in it is lost but an earlier fit."""
-    if output.is_dir() and any(output.iterdir()) and not (output / FIT_REPORT).is_file():
-        raise ValueError(
-            f"output {output} holds other files; expected a new or empty folder, or that of an earlier fit"
+        model = _load(
+            "reward_model",
+            R2MRewardModel.from_pretrained,
+            str(reward_model),
+            # A new one needs some policy; without one nothing of the cross-attention is trained or written.
+            policy=reward_model if saved is None and policy is None else policy,
+            revision=reward_model_revision,
+            policy_revision=policy_revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            device=device,
+            **settings,
         )
-    if output.resolve() == Path(reward_model).resolve():
-        raise ValueError(f"output {output} is the reward model's own folder; expected another")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise OSError(f"output {output} cannot be written: {error}") from error
+        model.config.positions = settings.get("positions", model.config.positions)  # a saved model may not name them
+        loaded_policy: Any = None
+        tokenizer = None
+        if policy is not None:
+            where: dict[str, Any] = {"revision": policy_revision, "trust_remote_code": trust_remote_code}
+            loaded_policy = _load("policy", AutoModelForCausalLM.from_pretrained, str(policy), dtype=dtype, **where)
+            loaded_policy.to(device)
+            tokenizer = load_tokenizer(str(policy), **where)
+
+        loaded = len(training) + len(validation or [])
+        with waiting("reading the pairs"):
+            training = model.usable_pairs(training, tokenizer, loaded_policy)
+        if validation is None:
+            if len(training) < 10:
+                raise ValueError(
+                    f"pairs: {pairs} has {len(training)} that can be used, of which a tenth is held out; "
+                    "expected at least 10, or a file of held-out pairs"
+                )
+            training, validation = split_pairs(training, seed, len(training) // 10)
+        else:
+            with waiting("reading the held-out pairs"):
+                validation = model.usable_pairs(validation, tokenizer, loaded_policy)
+        report = {
+            "pairs": str(pairs),
+            "held_out": None if held_out is None else str(held_out),
+            "reward_model": str(reward_model),
+            "policy": None if policy is None else str(policy),
+            "positions": None if policy is None else model.config.positions or "all",
+            "lora_rank": lora_rank,
+            "keep_head": keep_head,
+            "seed": seed,
+            "training_pairs": len(training),
+            "held_out_pairs": len(validation),
+            "dropped_pairs": loaded - len(training) - len(validation),
+        } | fit_reward(
+            model,
+            training,
+            validation,
+            policy=loaded_policy,
+            tokenizer=tokenizer,
+            lora_rank=lora_rank,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            keep_head=keep_head,
+            max_epochs=max_epochs,
+            tolerance=tolerance,
+            cache=True,
+            calibration_plot=output / "calibration.png",
+        )
+        with waiting(f"writing {output}"):
+            if policy is not None:
+                model.save_pretrained(output, include_backbone=True)
+            else:
+                model.save_classifier(output)
+        (output / FIT_REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        return report
+
+
+def _is_classifier(name: str | Path, revision: str | None, trust_remote_code: bool) -> bool:
+    config = AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code)
+    return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
 
 
 def split_pairs(pairs: list[Preference], seed: int, count: int) -> tuple[list[Preference], list[Preference]]:

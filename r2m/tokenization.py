@@ -1,4 +1,7 @@
-"""Token ids of prompts, cached on disk, and which prompts and pairs are short enough."""
+"""Texts and token ids: what the policy reads and says, what a reward model reads, and which of it is short enough.
+
+Ids of many prompts are cached on disk.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import chain, groupby, pairwise
+from itertools import chain, compress, groupby, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from r2m.data import Preference, Prompt
+from r2m.data import Preference, Prompt, check_list
 from r2m.models import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -33,22 +37,21 @@ _BATCH = 1024
 # tokenised in 0.3 s.
 _CACHE_FROM = 1_000_000
 
+# Chat templates fail in their own words (TemplateError), in transformers' (ValueError), or on an unexpected type.
+_REFUSALS = (TemplateError, ValueError, TypeError)
+
+# A tag that opens the reasoning, at the end of a prompt, and tokens that it takes at most.
+_REASONING, _TAG_TOKENS = re.compile(r"<[\w:]*(?:think|thought|reason)[\w:]*>\s*\Z"), 16
+
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: chat messages through the chat template with the assistant's turn opened, text as it is.
 
     Special tokens come in once: a text that begins with the beginning-of-sequence token, as a rendered chat does, gets
-    no more of them. Raises ValueError, naming the prompt's beginning, if the tokenizer has no chat template or the
-    template refuses the messages.
+    no more of them. Raises ValueError, naming the prompt's beginning and roles, if the tokenizer has no chat template
+    or the template refuses the messages.
     """
-    if isinstance(prompt, str):
-        return tokenizer(prompt, add_special_tokens=_lacks_special_tokens(tokenizer, prompt)).input_ids
-    try:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except (ValueError, TemplateError) as error:
-        shown = json.dumps(prompt, ensure_ascii=False)
-        raise ValueError(f"prompt {shown[:80]}: the chat template cannot render it: {error}") from None
-    return cast(list[int], ids)
+    return _encode(tokenizer, [prompt])[0]
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -57,6 +60,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     Those of large inputs and a fast tokenizer are kept in `tokenized` in the cache directory (`R2M_CACHE`) and read
     from there the next time. A cache that cannot be read or written costs a warning and the time.
     """
+    check_list("prompts", prompts, "load_prompts")
     path = _cache_file(tokenizer, prompts)
     if path is None:
         return _encode(tokenizer, prompts)
@@ -64,6 +68,56 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     if rows is None:
         rows = _encode(tokenizer, prompts)
         _write(path, rows)
+    return rows
+
+
+def response_texts(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
+) -> list[str]:
+    """What the assistant says in each of B sequences: the response without special tokens, behind what the chat
+    template has opened of it at the prompt's end, such as "<think>"."""
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    return [
+        _opened(tokenizer, prompt, ids) + text for prompt, ids, text in zip(prompts, prompt_ids, texts, strict=True)
+    ]
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    texts: Sequence[str],
+) -> list[list[int]]:
+    """Token ids of B texts of the assistant as the policy samples them: tokenised by themselves, without special
+    tokens, and without what the chat template has opened already."""
+    said = [
+        _without_beginning(text, _opened(tokenizer, prompt, ids))
+        for prompt, ids, text in zip(prompts, prompt_ids, texts, strict=True)
+    ]
+    return list(_encode_texts(tokenizer, said, add_special_tokens=False))
+
+
+def encode_whole(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str], *, suffix: str = ""
+) -> list[list[int]]:
+    """Token ids of B prompts with their completions, as a reward model reads them.
+
+    Chat messages go through the chat template with the completion as the assistant's turn. A text prompt is continued
+    by completion and `suffix` as they are, with the special tokens that the tokenizer adds; one that begins with the
+    beginning-of-sequence token gets no second one. Raises ValueError as `encode_prompt` does.
+    """
+    rows: list[list[int]] = []
+    for is_text, run in groupby(zip(prompts, completions, strict=True), lambda pair: isinstance(pair[0], str)):
+        if is_text:
+            texts = [f"{prompt}{completion}{suffix}" for prompt, completion in run]
+            encoded = _encode_texts(tokenizer, texts, add_special_tokens=True)
+            rows += [_bos_once(tokenizer, text, ids) for text, ids in zip(texts, encoded, strict=True)]
+        else:
+            chats = [[*prompt, {"role": "assistant", "content": completion}] for prompt, completion in run]
+            rows += _encode_chats(tokenizer, chats, add_generation_prompt=False)
     return rows
 
 
@@ -86,21 +140,38 @@ def usable_prompts(
 
 
 def usable_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], max_tokens: int) -> list[Preference]:
-    """The pairs of which prompt + chosen and prompt + rejected both have at most `max_tokens` tokens, and prompt,
-    chosen and rejected at least 1 each; a warning counts the others.
+    """The pairs of which the policy reads at most `max_tokens` tokens, prompt + chosen as well as prompt + rejected,
+    and of prompt, chosen and rejected at least 1 each; a warning counts the others.
 
-    Completions are tokenised by themselves, without special tokens. Raises ValueError if no pair is left.
+    Completions are those of `encode_responses`. Raises ValueError if no pair is left.
     """
-    prompts, chosen, rejected = (
-        map(len, encode_prompts(tokenizer, [pair.prompt for pair in pairs])),
-        map(len, _encode_texts(tokenizer, [pair.chosen for pair in pairs], add_special_tokens=False)),
-        map(len, _encode_texts(tokenizer, [pair.rejected for pair in pairs], add_special_tokens=False)),
+    check_list("pairs", pairs, "load_pairs")
+    prompts = [pair.prompt for pair in pairs]
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    chosen, rejected = (
+        encode_responses(tokenizer, prompts, prompt_ids, texts)
+        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
     )
-    kept = [
-        pair
-        for pair, p, c, r in zip(pairs, prompts, chosen, rejected, strict=True)
-        if min(p, c, r) > 0 and p + max(c, r) <= max_tokens
-    ]
+    lengths = [tuple(map(len, ids)) for ids in zip(prompt_ids, chosen, rejected, strict=True)]
+    fits = [min(p, c, r) > 0 and p + max(c, r) <= max_tokens for p, c, r in lengths]
+    return _usable_pairs(pairs, fits, max_tokens)
+
+
+def usable_whole_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], max_tokens: int, *, suffix: str = ""
+) -> list[Preference]:
+    """The same for a reward model, which reads either text as `encode_whole` gives it."""
+    prompts = [pair.prompt for pair in pairs]
+    chosen, rejected = (
+        encode_whole(tokenizer, prompts, texts, suffix=suffix)
+        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    )
+    fits = [0 < len(c) <= max_tokens and 0 < len(r) <= max_tokens for c, r in zip(chosen, rejected, strict=True)]
+    return _usable_pairs(pairs, fits, max_tokens)
+
+
+def _usable_pairs(pairs: Sequence[Preference], fits: Sequence[bool], max_tokens: int) -> list[Preference]:
+    kept = list(compress(pairs, fits))
     if not kept:
         raise ValueError(
             f"pairs: none of {len(pairs)} has prompt and completions of at least 1 token each and at most {max_tokens} "
@@ -124,7 +195,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> li
         if is_text:
             rows += _encode_texts(tokenizer, cast(list[str], list(run)), add_special_tokens=lacks_special_tokens)
         else:
-            rows += _encode_chats(tokenizer, list(run))
+            rows += _encode_chats(tokenizer, list(run), add_generation_prompt=True)
     return rows
 
 
@@ -135,20 +206,58 @@ def _encode_texts(
         yield from tokenizer(texts[start : start + _BATCH], add_special_tokens=add_special_tokens).input_ids
 
 
-def _encode_chats(tokenizer: Any, chats: list[Prompt]) -> Iterator[list[int]]:
+def _encode_chats(tokenizer: Any, chats: Sequence[Prompt], *, add_generation_prompt: bool) -> Iterator[list[int]]:
+    def encode(some: Sequence[Prompt]) -> list[list[int]]:
+        return tokenizer.apply_chat_template(
+            some, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+
     for start in range(0, len(chats), _BATCH):
         batch = chats[start : start + _BATCH]
         try:
-            rows = tokenizer.apply_chat_template(batch, add_generation_prompt=True, tokenize=True, return_dict=False)
-        except (ValueError, TemplateError):
+            rows = encode(batch)
+        except _REFUSALS:
             for chat in batch:
-                encode_prompt(tokenizer, chat)  # raises, naming the prompt
+                try:
+                    encode([chat])
+                except _REFUSALS as error:
+                    raise _refused(tokenizer, chat, error) from None
             raise
         yield from rows
 
 
+def _refused(tokenizer: Any, chat: Any, error: Exception) -> ValueError:
+    roles = ", ".join(str(message["role"]) for message in chat)
+    return ValueError(
+        f"prompt {json.dumps(chat, ensure_ascii=False)[:80]}: the chat template of "
+        f"{tokenizer.name_or_path or 'the tokenizer'} cannot render messages of the roles {roles}: {error}; expected "
+        "messages that it can render, prompts of text, or another chat_template in the tokenizer"
+    )
+
+
 def _lacks_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """An unfinished text that begins with the beginning-of-sequence token has all of them."""
     return not tokenizer.bos_token or not text.startswith(tokenizer.bos_token)
+
+
+def _bos_once(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
+    """A whole text keeps what the tokenizer adds at its end."""
+    is_doubled = not _lacks_special_tokens(tokenizer, text) and ids[:2] == [tokenizer.bos_token_id] * 2
+    return ids[1:] if is_doubled else ids
+
+
+def _opened(tokenizer: Any, prompt: Prompt, ids: list[int]) -> str:
+    """What the template has opened of the assistant's text behind messages, "" for none. Special tokens, which decoding
+    drops from the response too, are no text."""
+    if isinstance(prompt, str):
+        return ""
+    found = _REASONING.search(tokenizer.decode(ids[-_TAG_TOKENS:]))
+    return "" if found is None or found[0].strip() in tokenizer.all_special_tokens else found[0]
+
+
+def _without_beginning(text: str, beginning: str) -> str:
+    exact = text.startswith(beginning)
+    return text.removeprefix(beginning if exact else beginning.strip())
 
 
 # ---- the cache: all ids in one row, and where each prompt's begin ----

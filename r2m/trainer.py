@@ -30,7 +30,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from r2m import processes
+from r2m import processes, progress
 from r2m.advantages import assign_credit, less_unfinished
 from r2m.checkpoint import (
     append_metrics,
@@ -45,7 +45,8 @@ from r2m.checkpoint import (
     save_checkpoint,
 )
 from r2m.config import GROUP_METHODS, R2MConfig, config_to_yaml
-from r2m.data import Preference, Prompt
+from r2m.data import Preference, Prompt, check_list
+from r2m.devices import resolve_precision
 from r2m.evaluation import Judge, mean_score
 from r2m.export import write_policy_card
 from r2m.fitting import embed_pairs, feature_statistics, pair_accuracy, score_rollout, stream_hidden, tokenize_pairs
@@ -57,14 +58,19 @@ from r2m.monitor import (
     report_start,
     sample_table,
     start_trackers,
+    timed,
+    warn_about_clipping,
     warn_about_degenerate_groups,
     warn_about_drift,
+    warn_about_exploitation,
     warn_about_settings,
 )
-from r2m.policy import compact_head_input, disable_dropout, freeze_reference
+from r2m.policy import check_tokens, compact_head_input, disable_dropout, freeze_reference, training_mode
 from r2m.policy_loss import policy_loss, sequence_kl, token_entropy, token_log_probs
-from r2m.reward_model import R2MRewardModel
+from r2m.progress import track, waiting
+from r2m.reward_model import R2MRewardModel, hidden_width
 from r2m.rollout import Annotations, Rollout, RolloutFn, sample
+from r2m.self_check import check_policy
 from r2m.sigterm import Sigterm, Terminated, on_sigterm
 from r2m.tokenization import usable_prompts
 from r2m.updater import R2MUpdater
@@ -93,9 +99,11 @@ class R2MTrainer:
     held_out_pairs: human preferences on which the reward model's accuracy is measured as often.
     sample_metrics: extra metrics from the samples of every round.
 
-    Raises ValueError for no prompts, a judge without eval_prompts, ReMax with a rollout_fn, a reward model of another
-    width or on another device, or trainable weights that are not float32; ImportError for a tracker that is not
-    installed; FloatingPointError, naming phase and round, as soon as a loss is not finite.
+    Raises TypeError for text where a list is expected, and for a judge that is no function; ValueError for no prompts,
+    a reward model whose head is random (`R2MRewardModel.head_is_new`), a judge without eval_prompts, ReMax with a
+    rollout_fn, a reward model of another width, on another device or whose chat template refuses the prompts, or
+    trainable weights that are not float32; ImportError for a tracker that is not installed; FloatingPointError, naming
+    phase and round, as soon as a loss is not finite.
     """
 
     def __init__(
@@ -112,8 +120,15 @@ class R2MTrainer:
         held_out_pairs: list[Preference] | None = None,
         sample_metrics: SampleMetrics | None = None,
     ):
+        # A copy, checked as a whole: keys may have been assigned one by one.
+        config = resolve_precision(dataclasses.replace(config), next(policy.parameters()).device)
         self.config, self.tokenizer, self.reward_model = config, tokenizer, reward_model
         self.rollout_fn, self.sample_metrics, self.judge = rollout_fn, sample_metrics, judge
+        check_list("prompts", prompts, "load_prompts")
+        check_list("eval_prompts", eval_prompts, "load_prompts")
+        check_list("held_out_pairs", held_out_pairs, "load_pairs")
+        if judge is not None and not callable(judge):
+            raise TypeError(f"judge is {judge!r}; expected a function: r2m.evaluation.load_judge makes one of a name")
         check_trackers(config.trackers)
         processes.start(config.placement.timeout)
         config.check_processes(processes.number())
@@ -124,12 +139,12 @@ class R2MTrainer:
                 "algorithm is 'remax' with a rollout_fn, which only samples; "
                 "expected none, so that the greedy responses can be generated too"
             )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
         limit = config.generation.max_prompt_tokens
         self.prompts, self.prompt_ids = usable_prompts(tokenizer, prompts, limit)
-        self.eval_prompts = usable_prompts(tokenizer, eval_prompts, limit)[0] if eval_prompts else []
-        reward_model.check_policy_width(policy.config.get_text_config().hidden_size)
+        self.eval_prompts, eval_ids = usable_prompts(tokenizer, eval_prompts, limit) if eval_prompts else ([], [])
+        check_tokens(policy, tokenizer, [*self.prompt_ids, *eval_ids], config.generation.max_new_tokens)
+        reward_model.check_policy_width(hidden_width(policy))
+        reward_model.check_prompts([*self.prompts, *self.eval_prompts])
         compact_head_input(policy)
         if config.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -138,6 +153,7 @@ class R2MTrainer:
             raise ValueError("placement.shard_policy is true with an adapter; expected false, or a policy without one")
         self.reference = freeze_reference(policy, offload=place.offload_reference, shard=place.shard_policy)
         disable_dropout(policy)  # the reference adapter's too
+        policy.eval()  # but where activations are recomputed: see `training_mode`
         if place.shard_policy:
             processes.shard(policy)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -176,7 +192,7 @@ class R2MTrainer:
             self.pairs_held_out = len(held_out_pairs)
             own = processes.share(held_out_pairs)
             self.held_out = self._embed_pairs(own), tokenize_pairs(policy, tokenizer, own, config.r2m.positions)
-        warn_about_settings(config)
+        warn_about_settings(config, has_adapter=isinstance(policy, PeftModel))
 
     # ---- Algorithm 1 ----
 
@@ -189,7 +205,7 @@ class R2MTrainer:
         On SIGTERM the run saves a checkpoint and raises SystemExit, at once while it samples and scores, else at the
         end of the round. Raises OSError if output_dir cannot be written, is another run's, or holds rounds already.
         """
-        with claim(self.output_dir), on_sigterm() as sigterm, logging_redirect_tqdm():
+        with processes.ends_all(), claim(self.output_dir), on_sigterm() as sigterm, logging_redirect_tqdm():
             first_round = self._open_output(resume_from)
             rounds = tqdm(
                 range(first_round, self.config.rounds + 1),
@@ -201,7 +217,7 @@ class R2MTrainer:
             for t in rounds:
                 row: dict[str, float] = {"round": t}
                 self._set_seed(self.config.seed * 1_000_003 + t)  # a round's noise depends on nothing before it
-                with self._saved_if_stopped(t):
+                with self._saved_if_stopped(t), progress.phase(f"round {t} of {self.config.rounds}"):
                     # Nothing has moved yet; but one process must not leave while others wait for it.
                     with sigterm.interrupts() if processes.number() == 1 else nullcontext():
                         with phase("rollout", row, self.device):
@@ -237,7 +253,8 @@ class R2MTrainer:
 
         One forward pass of the policy gives old log-probabilities and, on the way, the hidden states that the rewards
         need. With `first_epoch` (see `scores_in_first_epoch`) it is that epoch's pass too: as soon as a micro-batch has
-        its advantages its loss goes backward, and `optimize_policy` goes on from there.
+        its advantages its loss goes backward, and `optimize_policy` goes on from there; `seconds/first_epoch` is the
+        time of that pass, forward and backward.
         """
         config = self.config
         micro_batches = list(chain(*self._minibatches(len(rollout.prompts))))
@@ -245,15 +262,18 @@ class R2MTrainer:
         if config.algorithm == "remax":
             batch.baseline = self._greedy_scores(rollout).repeat_interleave(config.num_generations)
         refreshes = first_epoch and config.epochs == 1
-        self.policy.train(first_epoch)  # decides gradient checkpointing, and nothing else: dropout is off
+        if first_epoch:
+            training_mode(self.policy)
         totals: dict[str, Tensor] = {}
-        for rows in micro_batches:
-            last = rows is micro_batches[-1]
-            with torch.set_grad_enabled(first_epoch), processes.averages_gradients(self.wrapped, last):
-                log_probs = self._score(rollout, batch, rows, refreshes)
-                if first_epoch:
-                    assign_credit(rollout, batch, config, rows)
-                    self._accumulate(log_probs, rollout, batch, rows, totals)
+        what = "first epoch, micro-batch" if first_epoch else "policy, micro-batch"
+        with timed("first_epoch", row, self.device) if first_epoch else nullcontext():
+            for rows in track(micro_batches, what):
+                last = rows is micro_batches[-1]
+                with torch.set_grad_enabled(first_epoch), processes.averages_gradients(self.wrapped, last):
+                    log_probs = self._score(rollout, batch, rows, refreshes)
+                    if first_epoch:
+                        assign_credit(rollout, batch, config, rows)
+                        self._accumulate(log_probs, rollout, batch, rows, totals)
         self._check_finite(batch, t)
         if first_epoch:
             batch.first_epoch = totals
@@ -267,7 +287,7 @@ class R2MTrainer:
     def optimize_policy(self, rollout: Rollout, batch: Annotations, t: int, row: dict[str, float]) -> None:
         """Step 4: k epochs over the round (equation 7); the last one's forward passes refresh the feedback for free."""
         config = self.config
-        self.policy.train()
+        training_mode(self.policy)
         count = len(rollout.prompts)
         minibatches = self._minibatches(count)
         totals = batch.first_epoch or {}
@@ -276,14 +296,17 @@ class R2MTrainer:
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + t)  # one for all processes
         for epoch in range(1 if batch.first_epoch is None else 2, config.epochs + 1):
             refresh = epoch == config.epochs and self._taps_policy
-            for i in torch.randperm(len(minibatches), generator=order).tolist():
-                for rows in minibatches[i]:
-                    with processes.averages_gradients(self.wrapped, rows is minibatches[i][-1]):
-                        logits = self._logits(self.wrapped, rollout, rows, self.updater.collect if refresh else None)
-                        ids = rollout.completion_ids[rows]
-                        log_probs = token_log_probs(logits, ids, config.generation.temperature)
-                        self._accumulate(log_probs, rollout, batch, rows, totals)
-                row["policy/grad_norm"] = self._step_policy(t, epoch)
+            picked = torch.randperm(len(minibatches), generator=order).tolist()
+            with progress.phase(f"epoch {epoch} of {config.epochs}"):
+                for i in track(picked, "minibatch"):
+                    for rows in track(minibatches[i], "micro-batch"):
+                        with processes.averages_gradients(self.wrapped, rows is minibatches[i][-1]):
+                            consume = self.updater.collect if refresh else None
+                            logits = self._logits(self.wrapped, rollout, rows, consume)
+                            ids = rollout.completion_ids[rows]
+                            log_probs = token_log_probs(logits, ids, config.generation.temperature)
+                            self._accumulate(log_probs, rollout, batch, rows, totals)
+                    row["policy/grad_norm"] = self._step_policy(t, epoch)
         self.policy.eval()
         means = {f"policy/{name}": (v / (config.epochs * count)).item() for name, v in totals.items()}
         row |= processes.mean(means)
@@ -339,7 +362,7 @@ class R2MTrainer:
         elif not self._taps_policy:
             consume = self._feed(batch, collect=True)  # the reference never changes: one pass scores and refreshes
         with self.reference() as reference:
-            for rows in micro_batches:
+            for rows in track(micro_batches, "reference, micro-batch"):
                 logits = self._logits(reference, rollout, rows, consume)
                 batch.reference_log_probs[rows] = token_log_probs(
                     logits, rollout.completion_ids[rows], self.config.generation.temperature
@@ -381,14 +404,14 @@ class R2MTrainer:
             raise ValueError("rollout.greedy is None; expected the greedy responses, as R2MTrainer.sample makes them")
         rte = self._embed(greedy.prompts, greedy.completions)
         weight = self.updater.weight if self.config.r2m.attends else 1.0
-        rewards = self.updater.scale * self._score_apart(rte, greedy, weight, self.config.micro_batch_size)
+        rewards = self.updater.scale * self._score_apart(rte, greedy, weight)
         return less_unfinished(rewards, greedy.finished, self.config.missing_eos_penalty)
 
-    def _score_apart(self, rte: Tensor, rollout: Rollout, weight: float, batch_size: int = 32) -> Tensor:
+    def _score_apart(self, rte: Tensor, rollout: Rollout, weight: float) -> Tensor:
         """Rewards [B] of texts that are no samples of the round, in passes of their own where w < 1 needs them."""
         if weight == 1:
             return self.reward_model.vanilla_score(rte)
-        source = self.config.r2m.source
+        source, batch_size = self.config.r2m.source, self.config.micro_batch_size
         feedback_of = self.reference() if source == "reference" else nullcontext(self.policy)
         with feedback_of as model, self.autocast():
             return score_rollout(
@@ -460,31 +483,50 @@ class R2MTrainer:
 
         Returns the measures that a round logs (those inside groups from 2 generations on), the samples and what is
         known of them. The random numbers are the same in every call. Of several processes each samples a share, and
-        returns the measures of all and its own samples.
+        returns the measures of all and its own samples. A reward model that still lacks its statistics is standardised
+        by these samples, and lacks them again afterwards.
         """
+        check_list("prompts", prompts, "load_prompts")
         self._set_seed(self.config.seed)
-        rollout = self._sample(processes.share(prompts), num_generations)
+        with progress.phase("sampling"):
+            rollout = self._sample(processes.share(prompts), num_generations)
         micro_batches = self._micro_batches(0, len(rollout.prompts))
-        batch = self._blank_annotations(rollout, self.config.rounds, micro_batches)
-        for rows in micro_batches:
-            self._score(rollout, batch, rows)
+        with self._undone():
+            batch = self._blank_annotations(rollout, self.config.rounds, micro_batches)
+            for rows in track(micro_batches, "policy, micro-batch"):
+                self._score(rollout, batch, rows)
         self._check_finite(batch, self.config.rounds)
         batch.scores.copy_(batch.rewards)
         batch.kl.copy_(sequence_kl(batch.log_probs, batch.reference_log_probs, rollout.completion_mask))
         return describe_samples(rollout, batch, self.config, num_generations, len(prompts)), rollout, batch
 
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Leave the updater's round as it is, and a reward model without statistics, too."""
+        updater, self.updater = self.updater, copy.copy(self.updater)  # a new round makes tensors of its own
+        changed = [self.reward_model, self.initial_head] if self.reward_model.needs_statistics else []
+        states = [copy.deepcopy(module.state_dict()) for module in changed]
+        try:
+            yield
+        finally:
+            self.updater = updater
+            for module, state in zip(changed, states, strict=True):
+                module.load_state_dict(state)
+
     def evaluate_held_out(self) -> dict[str, float]:
         """The measures of a metrics row on what training never sees: `eval/*` on the prompts, `rm/pair_accuracy`."""
         row: dict[str, float] = {}
         if self.eval_prompts:
-            measures, rollout, _ = self.evaluate(self.eval_prompts)
+            with progress.phase("held-out prompts"):
+                measures, rollout, _ = self.evaluate(self.eval_prompts)
             names = {"reward/mean": "reward", "reward/initial": "initial_reward", "policy/kl": "kl"}
             names |= {"length/mean": "length", "length/eos_share": "eos_share"}
             row |= {f"eval/{name}": measures[key] for key, name in names.items()}
             if self.judge is not None:
                 completions = processes.gather_items(rollout.completions)[: len(self.eval_prompts)]
                 if processes.index() == 0:
-                    row["eval/judge"] = mean_score(self.judge, self.eval_prompts, completions)
+                    with waiting("judge"):
+                        row["eval/judge"] = mean_score(self.judge, self.eval_prompts, completions)
         if self.held_out is not None:
             row["rm/pair_accuracy"] = self.held_out_accuracy()
         return row
@@ -501,7 +543,8 @@ class R2MTrainer:
             weight = 1.0
         elif weight is None:
             weight = self.config.r2m.floor
-        by_pair = self._score_apart(rte, rollout, weight).unflatten(0, (2, -1)).T
+        with progress.phase("held-out pairs"):
+            by_pair = self._score_apart(rte, rollout, weight).unflatten(0, (2, -1)).T
         return pair_accuracy(processes.gather(by_pair)[: self.pairs_held_out].T.flatten())
 
     # ---- the run's folder ----
@@ -531,6 +574,7 @@ class R2MTrainer:
             check_unused(self.output_dir)
         checkpoint = None if resume_from is None else checkpoint_to_resume(self.config, resume_from)
         first_round = 1 if checkpoint is None else 1 + load_checkpoint(self, checkpoint)
+        check_policy(self)  # not before: a sharded policy would keep the weights that its passes have gathered
         processes.wait()  # all have read what the first now changes
         if processes.index() == 0:
             self.history = cut_back(self.output_dir, first_round)
@@ -541,7 +585,7 @@ class R2MTrainer:
             logger.info("resumed from %s: %d rounds to go", checkpoint, self.config.rounds - first_round + 1)
         return first_round
 
-    def _finish_round(self, rollout: Rollout, batch: Annotations, row: dict[str, float], progress: Any) -> None:
+    def _finish_round(self, rollout: Rollout, batch: Annotations, row: dict[str, float], bar: Any) -> None:
         config, t = self.config, int(row["round"])
         for schedule in self.schedules:
             schedule.step()
@@ -556,13 +600,15 @@ class R2MTrainer:
             append_metrics(self.output_dir, row)
         self.accelerator.log(row, step=t)
         shown = {"reward": "reward/mean", "kl": "policy/kl", "entropy": "policy/entropy"}
-        progress.set_postfix({name: f"{row[key]:.3f}" for name, key in shown.items()})
+        bar.set_postfix({name: f"{row[key]:.3f}" for name, key in shown.items()})
         if t == 1:
             report_start(row, config)
         if config.evaluation.samples_every and t % config.evaluation.samples_every == 0:
             logger.info("samples of round %d:\n%s", t, sample_table(rollout, batch))
-        warn_about_drift(self.history[0], row)
+        warn_about_drift(self.history)
         warn_about_degenerate_groups(self.history)
+        warn_about_exploitation(self.history)
+        warn_about_clipping(self.history)
 
     def _is_last(self, t: int, row: dict[str, float], sigterm: Sigterm) -> bool:
         """Save what is due after round t; whether training ends with it."""
@@ -625,11 +671,11 @@ class R2MTrainer:
 
     def _embed(self, prompts: list[Prompt], completions: list[str]) -> Tensor:
         with self.reward_model.backbone_loaded():
-            return self.reward_model.embed(prompts, completions)
+            return self.reward_model.embed(prompts, completions, batch_size=self.config.micro_batch_size)
 
     def _embed_pairs(self, pairs: list[Preference]) -> Tensor:
-        with self.reward_model.backbone_loaded():
-            return embed_pairs(self.reward_model, pairs)
+        with self.reward_model.backbone_loaded(), progress.phase("held-out pairs"):
+            return embed_pairs(self.reward_model, pairs, self.config.micro_batch_size)
 
     def _take_statistics(self, rte: Tensor, rollout: Rollout) -> None:
         """Standardise by the first round's samples; for a reward model whose statistics no fit has set."""
@@ -661,4 +707,7 @@ def lr_factor(schedule: str, warmup: int, rounds: int, done: int) -> float:
     if done < warmup:
         return (done + 1) / (warmup + 1)
     share = (done - warmup) / max(1, rounds - warmup)
-    return {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[schedule]
+    factors = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
+    if schedule not in factors:
+        raise ValueError(f"schedule is {schedule!r}; expected {', '.join(map(repr, factors))}")
+    return factors[schedule]

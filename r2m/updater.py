@@ -10,7 +10,7 @@ from torch import Tensor
 from r2m import processes
 from r2m.config import R2M
 from r2m.hidden_states import noise_like
-from r2m.reward_model import R2MRewardModel
+from r2m.reward_model import R2MRewardModel, without_feedback
 from r2m_kernels import attention_pool_dot, attention_pool_with_gradient, grebt_loss, time_weight
 
 Rows = slice | list[int]  # sequences of the round in one micro-batch
@@ -42,8 +42,12 @@ class R2MUpdater:
                 f"settings.scale_anchor is True with feedback {settings.feedback!r} and num_generations "
                 f"{num_generations}; expected feedback frozen or trained and at least 2 responses to compare"
             )
+        reward_model.check_head()
         head_alone = settings.feedback == "head"
         reward_model.config.floor = 1.0 if head_alone else settings.floor  # what w(t) will have been at t = T
+        if settings.attends:
+            reward_model.config.check_positions(settings.positions)
+            reward_model.config.positions = settings.positions  # what the attention is trained on from now on
         self.reward_model = reward_model
         self.settings = settings
         self.total_steps = total_steps
@@ -88,9 +92,9 @@ class R2MUpdater:
     def score(self, rows: Rows, hidden: Tensor, mask: Tensor) -> Tensor:
         """Rewards float32 [b] of the sequences `rows`, for hidden [b, S, D_p] and mask bool [b, S] (True = attend)."""
         hidden = self._feedback(hidden, mask)
-        value, _ = attention_pool_dot(self._query[rows], hidden, self._direction, mask=mask, scale=1.0)
+        value, lse = attention_pool_dot(self._query[rows], hidden, self._direction, mask=mask, scale=1.0)
         value = value.sum(-1) if value.ndim == 2 else value  # heads
-        self._feedback_value[rows] = value + self._offset
+        self._feedback_value[rows] = (value + self._offset).masked_fill(without_feedback(lse), 0)
         fused = self._feedback_value[rows] + self.weight * self._vanilla[rows] + self.reward_model.head.bias
         return self.scale * fused
 
@@ -121,7 +125,7 @@ class R2MUpdater:
             if self.settings.scale_anchor:
                 metrics["reward/scale"] = self.scale
                 self._anchor()
-            rewards = self.reward_model.reward(self._absorbed, self._pooled, self._gradient, self.weight)
+            rewards = self.reward_model.reward(self._absorbed, self._pooled, self._gradient, self.weight, lse=self._lse)
         else:
             rewards = self.reward_model.vanilla_score(self._rte)
         groups, annotated = rewards.view(-1, self.num_generations), annotated.view(-1, self.num_generations)
@@ -158,8 +162,9 @@ class R2MUpdater:
             state |= {"scale": self.scale, "initial_weight": self._initial_weight}
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict[str, Any], *, to_train: bool = True) -> None:
+        if to_train:
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.settings.scale_anchor:
             self.scale, self._initial_weight = state["scale"], state["initial_weight"]
 

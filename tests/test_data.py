@@ -1,4 +1,5 @@
 import csv
+import gzip
 import json
 import re
 import sys
@@ -170,7 +171,10 @@ def test_a_missing_field_names_file_line_and_field(tmp_path):
     rows = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(10_001)]
     assert len(load_pairs(write_jsonl(tmp_path / "pairs.jsonl", *rows))) == 10_001
     del rows[9_999]["chosen"]
-    message = "pairs.jsonl, line 10000: the field \"chosen\" is missing, found ['prompt', 'rejected']"
+    message = (
+        "pairs.jsonl, line 10000: the field \"chosen\" is missing, found ['prompt', 'rejected']; where it has another "
+        "name, columns says which, such as prompt=question"
+    )
     with pytest.raises(ValueError, match=re.escape(message) + "$"):
         load_pairs(write_jsonl(tmp_path / "pairs.jsonl", *rows))
 
@@ -284,6 +288,187 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, name):
         load_prompts(tmp_path / name)
 
 
+@pytest.mark.parametrize("start", ["[{", "[ {", "[\n {", " [\t{"])
+def test_messages_in_a_csv_field_may_have_spaces_between_their_brackets(tmp_path, start):
+    messages = json.dumps([USER]).replace("[{", start, 1)
+    assert load_prompts(write_csv(tmp_path / "prompts.csv", ["prompt"], [messages])) == [[USER]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "prompt,id,prompt\na,1,b\n", "p.csv, line 1: the column 'prompt' comes twice in the header"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}\n',
+            "p.jsonl, line 2: the name 'prompt' comes twice",
+        ),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "p.json: the name 'prompt' comes twice in an object"),
+    ],
+)
+def test_a_name_that_comes_twice_is_an_error(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(tmp_path / name)
+
+
+def test_unnamed_columns_of_a_spreadsheet_are_ignored(tmp_path):
+    assert load_prompts(write_csv(tmp_path / "p.csv", ["prompt", "", ""], ["a", "", ""])) == ["a"]
+
+
+# ---- text that is none ----
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("load", "row", "field"),
+    [
+        (load_prompts, {"prompt": f"ab{HALF}"}, "prompt"),
+        (load_prompts, {"prompt": [{"role": "user", "content": f"ab{HALF}"}]}, "prompt"),
+        (load_pairs, {"prompt": "p", "chosen": f"ab{HALF}", "rejected": "c"}, "chosen"),
+        (load_pairs, {"prompt": "p", "chosen": "c", "rejected": [assistant(f"ab{HALF}")]}, "rejected"),
+        (load_pairs, {"chosen": f"ab{HALF} c", "rejected": f"ab{HALF} d"}, "chosen"),
+        (load_pairs, {"chosen": [USER, assistant("c")], "rejected": [USER, assistant(f"ab{HALF}")]}, "rejected"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_an_error_with_line_and_field(tmp_path, load, row, field):
+    path = write_jsonl(tmp_path / "data.jsonl", row)
+    with pytest.raises(ValueError, match=rf'line 1, field "{field}": .*ud83d\' at character 3 is half of a surrogate'):
+        load(path)
+
+
+def test_an_error_that_shows_half_of_a_surrogate_pair_can_be_printed(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", {"prompt": {"text": HALF}})
+    with pytest.raises(ValueError, match=r"got .*text") as error:
+        load_prompts(path)
+    assert str(error.value).encode()
+
+
+# ---- rows that are left out ----
+
+
+def test_rows_that_are_no_pair_are_skipped_and_counted_on_request(tmp_path, caplog):
+    fine = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    wrong = [
+        {"prompt": "p", "chosen": "c", "rejected": "c"},
+        {"prompt": "p", "chosen": "c", "rejected": " "},
+        {"chosen": "ab", "rejected": "abc"},
+        {"chosen": "yes", "rejected": "no"},
+        {"prompt": "p", "chosen": "c"},
+        ["p", "c", "r"],
+    ]
+    path = write_jsonl(tmp_path / "pairs.jsonl", fine, *wrong, fine)
+    assert load_pairs(path, skip_invalid=True) == [Preference("p", "c", "r")] * 2
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f'{path}: skipped, 6 of 8 rows are no pairs; the first: {path}, line 2: the fields "chosen" and "rejected" are '
+        'equal: "c"'
+    )
+
+
+def test_prompts_are_skipped_likewise_and_a_damaged_line_stays_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": ""}, {"prompt": "a"}, {"prompt": [assistant("b")]})
+    assert load_prompts(path, skip_invalid=True) == ["a"]
+    path.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(ValueError, match="line 2: not valid JSON"):
+        load_prompts(path, skip_invalid=True)
+
+
+def test_nothing_left_after_skipping_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", {"text": "a"}, {"text": "b"})
+    with pytest.raises(ValueError, match=r"p.jsonl: 2 of 2 rows are no prompts; the first: .* \"prompt\" is missing"):
+        load_prompts(path, skip_invalid=True)
+
+
+# ---- other files ----
+
+ROWS = [{"prompt": "a"}, {"prompt": [SYSTEM, USER]}]
+
+
+@pytest.mark.parametrize("name", ["p.json", "lines.json", "p.json.gz", "p.jsonl.gz", "p.csv.gz", "p.txt.gz"])
+def test_the_same_prompts_from_files_of_every_kind(tmp_path, name):
+    path, lines = tmp_path / name, "".join(json.dumps(row) + "\n" for row in ROWS)
+    if "txt" in name or "csv" in name:
+        content = "prompt\na\n" if "csv" in name else "a\n"
+        expected = ["a"]
+    else:
+        content = lines if "lines" in name or "jsonl" in name else json.dumps(ROWS, indent=2)
+        expected = ["a", [SYSTEM, USER]]
+    with gzip.open(path, "wt") if name.endswith("gz") else path.open("w") as file:
+        file.write(content)
+    assert load_prompts(path) == expected
+
+
+def test_a_parquet_file_holds_texts_and_conversations(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"chosen": [USER, assistant(text)], "rejected": [USER, assistant("Green.")]} for text in ("Blue.", "Red.")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    assert load_pairs(tmp_path / "p.parquet") == [Preference([USER], text, "Green.") for text in ("Blue.", "Red.")]
+    parquet.write_table(pyarrow.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=r'p.parquet, row 2, field "prompt": .*got null'):
+        load_prompts(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl.gz", b'{"prompt": "a"}\n', "p.jsonl.gz: cannot be decompressed: Not a gzipped file"),
+        (
+            "p.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9],
+            "p.jsonl.gz: cannot be decompressed: Compressed",
+        ),
+        (
+            "p.json",
+            b'[{"prompt": "a"},\n {"prompt": ]',
+            "p.json: not valid JSON: Expecting value at line 2, character 13",
+        ),
+        ("p.json", b'[{"prompt": 5}]', 'p.json, row 1, field "prompt": .*got 5'),
+        ("p.parquet", b"PAR1", "p.parquet: not a .parquet file that can be read"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(tmp_path / name)
+
+
+def test_a_parquet_file_without_the_package_is_an_error_with_advice(tmp_path, monkeypatch):
+    (tmp_path / "p.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"p\.parquet: .*pip install pyarrow"):
+        load_prompts(tmp_path / "p.parquet")
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "data/pairs.jsnl",
+            r"data/pairs.jsnl: no such file or folder; did you mean data/pairs.jsonl\?; expected a file",
+        ),
+        (
+            "data/other",
+            r"data/other: no such .* \(data is a folder here, so this is taken for a path, not for a hub id\)",
+        ),
+        ("data/other:test", r"data/other: no such file or folder"),
+        ("some/where/else", r"some/where/else: no such file or folder; expected a file named"),
+        ("word", "word: no such file or folder; expected a file named"),
+    ],
+)
+def test_a_name_that_is_no_file_is_an_error_before_a_hub_is_asked(tmp_path, monkeypatch, source, message):
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "pairs.jsonl", {"prompt": "a"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(FileNotFoundError, match=message):
+        load_prompts(source)
+
+
 # ---- datasets ----
 
 
@@ -348,14 +533,14 @@ def test_a_hub_dataset_is_asked_for_by_name_and_split(monkeypatch, datasets, sou
 
 def test_a_dataset_without_the_package_is_an_error_with_advice(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"owner/name: .*pip install 'r2m\[data\]'"):
+    with pytest.raises(ImportError, match=r"owner/name: .*pip install 'r2m-kernels\[data\]'"):
         load_prompts("owner/name")
 
 
 def test_a_source_that_is_nothing_known_is_an_error(tmp_path):
-    (tmp_path / "prompts.parquet").write_text("")
-    with pytest.raises(ValueError, match=r"prompts\.parquet: expected a file named \*\.jsonl, \*\.csv or \*\.txt"):
-        load_prompts(tmp_path / "prompts.parquet")
-    for name in ("prompts.jsonl", "prompts.csv", "prompts.txt", "folder"):
+    (tmp_path / "prompts.xlsx").write_text("")
+    with pytest.raises(ValueError, match=r"prompts\.xlsx: expected a file named \*\.jsonl, \*\.json, \*\.csv, \*\.txt"):
+        load_prompts(tmp_path / "prompts.xlsx")
+    for name in ("prompts.jsonl", "prompts.json.gz", "prompts.csv", "prompts.txt", "prompts.parquet", "folder"):
         with pytest.raises(FileNotFoundError, match=name):
             load_prompts(tmp_path / name)

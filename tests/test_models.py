@@ -107,7 +107,7 @@ def test_download_wheel_that_pip_cannot_find(wheelhouse, tmp_path):
 
 def test_smollm2_without_gguf(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"needs gguf: pip install 'r2m\[demo\]'"):
+    with pytest.raises(ImportError, match=r"needs gguf: pip install 'r2m-kernels\[demo\]'"):
         models.smollm2()
     assert list(cache.iterdir()) == []
 

@@ -71,7 +71,7 @@ def test_missing_extra_is_named(monkeypatch, module, call, name):
     for loaded in [key for key in sys.modules if key.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"{name}: pip install 'r2m\[demo\]'"):
+    with pytest.raises(ImportError, match=rf"{name}: pip install 'r2m-kernels\[demo\]'"):
         eval(call)
 
 

@@ -3,8 +3,9 @@ import math
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
-from r2m.plots import COMPARISON_PANELS, RUN_PANELS, plot_calibration, plot_comparison, plot_run
+from r2m.plots import COMPARISON_PANELS, RUN_PANELS, dress, plot_calibration, plot_comparison, plot_run
 
 
 def rows(count, leave_out=()):
@@ -81,3 +82,11 @@ def test_half_a_row_of_a_run_that_is_going_on_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"round": 1, "policy/kl": 0.5}\n{"round": 2, "poli')
     plot_run(tmp_path / "metrics.jsonl", tmp_path / "metrics.png")
     assert (tmp_path / "metrics.png").stat().st_size > 0
+
+
+def test_rounds_and_depths_are_whole_numbers():
+    for label in ("round", "depth (layers)"):
+        ax = Figure().add_subplot()
+        ax.plot([0, 1, 2, 3], [0, 1, 2, 3])
+        dress(ax, "", label, "")
+        assert all(float(tick).is_integer() for tick in ax.get_xticks())

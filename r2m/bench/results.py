@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from r2m_kernels import __version__
+
 FORMAT = 1  # of the JSON file
 OWN = "R2M: "  # begins the parts of a round that plain RLOO does not have
 
@@ -40,7 +42,7 @@ class Row:
     p20: float | None = None
     p80: float | None = None
     runs: int = 0
-    noise: float | None = None  # how far apart the medians of two series of runs were: |a - b| / their mean
+    noise: float | None = None  # how far apart the medians of two series of runs were: |a - b| / their mean; see spread
     peak_bytes: int | None = None  # the most memory beyond the inputs, results included
     held_bytes: int | None = None  # what lies there between the calls beside hidden: weights and optimizer state
     launches: int | None = None  # kernels, on a GPU
@@ -52,6 +54,13 @@ class Row:
     def bandwidth(self) -> float | None:
         """ideal_bytes / median, in bytes per second."""
         return self.ideal_bytes / self.median if self.ideal_bytes and self.median else None
+
+    @property
+    def spread(self) -> float | None:
+        """How far apart the runs were: (p80 - p20) / median. Two medians can agree by chance while the runs do not."""
+        if self.median is None or self.p20 is None or self.p80 is None:
+            return None
+        return (self.p80 - self.p20) / self.median
 
     @property
     def own_seconds(self) -> float:
@@ -105,7 +114,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "r2m": metadata.version("r2m"),
+        "r2m": __version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
@@ -167,7 +176,7 @@ def _driver(device: torch.device) -> str | None:
 
 def format_table(rows: Sequence[Row]) -> str:
     """Plain text for a terminal: a paragraph for every op, mode and case, a line a provider."""
-    head = ["", "median ms", "p20", "p80", "noise", "MB", "launches", "GB/s", "of ideal"]
+    head = ["", "median ms", "p20", "p80", "spread", "MB", "launches", "GB/s", "of ideal"]
     width = max(len(row.provider) for row in rows)
     paragraphs: dict[str, list[str]] = {}
     for row in rows:
@@ -179,7 +188,7 @@ def format_table(rows: Sequence[Row]) -> str:
         cells = [
             row.provider,
             *(format_number(None if x is None else 1e3 * x) for x in (row.median, row.p20, row.p80)),
-            format_percent(row.noise),
+            format_percent(row.spread),
             format_number(None if row.peak_bytes is None else row.peak_bytes / 1e6),
             "-" if row.launches is None else str(row.launches),
             format_number(None if row.bandwidth is None else row.bandwidth / 1e9),

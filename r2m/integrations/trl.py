@@ -14,26 +14,31 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from packaging.specifiers import SpecifierSet
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from r2m import processes
 from r2m.config import R2M
 from r2m.data import Prompt
 from r2m.hidden_states import policy_backbone
-from r2m.reward_model import WEIGHTS_FILE, R2MRewardModel
+from r2m.policy import dropout_rates
+from r2m.reward_model import WEIGHTS_FILE, R2MRewardModel, hidden_width
 from r2m.rollout import collate
+from r2m.tokenization import response_texts
 from r2m.updater import R2MUpdater
 
 logger = logging.getLogger(__name__)
@@ -73,7 +78,10 @@ def r2m_reward(
 
     Raises ImportError where TRL is missing or its release is not supported, ValueError for an argument out of range, a
     reward model partitioned by ZeRO-3 or without its statistics. The trainer's construction raises ValueError where its
-    arguments do not fit, training RuntimeError where its passes are not those that are expected.
+    arguments do not fit, or where the policy's hidden states depend on padding: TRL gives no position ids, so learned
+    positions are wrong (a policy that FSDP or DeepSpeed shards is not tried). Training raises ValueError before
+    anything is sampled where the policy has dropout or other noise, or the reward model's chat template refuses the
+    prompts; RuntimeError where its passes are not those that are expected.
     """
     _check_version()
     settings = settings or R2M()
@@ -169,13 +177,17 @@ class R2MCallback(TrainerCallback):
         updater = self._updater if self._model.training else None  # None: a held-out batch
         if updater is not None:
             self._align_reward_model()  # of a rollout that ended inside an optimizer step
-        texts = [_text(completion) for completion in completions]
+        prompt_ids = [ids for prompt, run in groupby(prompts) for ids in [self._prompt_ids(prompt)] * len(list(run))]
+        for completion in completions:
+            _check_text(completion)
+        # Of messages TRL may have parsed a part away, such as the reasoning.
+        texts = response_texts(self._tokenizer, prompts, prompt_ids, completion_ids)
         rte = self.reward_model.embed(prompts, texts)
         if updater is not None:
             t = min(updater.total_steps, self._rollouts_before + len(self.history) + 1)
             updater.begin_round(rte, t)
         rewards, rows_of, skipped = rte.new_empty(len(rte)), dict[Tokens, list[int]](), list[int]()
-        for sequences, hidden, mask in self._passes_over(prompts, texts, completion_ids):
+        for sequences, hidden, mask in self._passes_over(prompts, texts, prompt_ids, completion_ids):
             rows = slice(len(skipped), len(skipped) + len(sequences))
             for row, sequence in enumerate(sequences, rows.start):
                 prompt_length = _prompt_length(sequence, completion_ids[row])
@@ -200,7 +212,9 @@ class R2MCallback(TrainerCallback):
             self._unlogged = {}
         return rewards.tolist()
 
-    def _passes_over(self, prompts: list[Prompt], texts: list[str], completion_ids: list[list[int]]) -> Iterator[_Pass]:
+    def _passes_over(
+        self, prompts: list[Prompt], texts: list[str], prompt_ids: list[list[int]], completion_ids: list[list[int]]
+    ) -> Iterator[_Pass]:
         """The policy's passes over these samples, in their order."""
         if self.capture == "scoring":
             found = sum(len(one.sequences) for one in self._captured)
@@ -222,18 +236,14 @@ class R2MCallback(TrainerCallback):
         batch = collate(
             prompts,
             texts,
-            [self._prompt_ids(prompt) for prompt in prompts],
+            prompt_ids,
             completion_ids,
             pad_id=tokenizer.pad_token_id,
             device=args.device,
         )
-        precision = torch.float16 if args.fp16 else torch.bfloat16
         for start in range(0, len(texts), size):
             ids, mask = batch.input_ids[start : start + size], batch.attention_mask[start : start + size]
-            with torch.autocast(args.device.type, precision, enabled=args.bf16 or args.fp16):
-                # As TRL calls it: no position ids.
-                output = self._backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-            yield _Pass(_sequences(ids, mask), output.last_hidden_state, mask)
+            yield _Pass(_sequences(ids, mask), _hidden_states(self._backbone, ids, mask.long(), args), mask)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         """As TRL tokenises it."""
@@ -288,9 +298,10 @@ class R2MCallback(TrainerCallback):
             raise ValueError("callback belongs to another trainer already; expected a new r2m_reward for each")
         _check_arguments(args, self.num_generations)
         self._model, self._tokenizer = kwargs["model"], kwargs["processing_class"]
-        self.reward_model.check_policy_width(self._model.config.get_text_config().hidden_size)
+        self.reward_model.check_policy_width(hidden_width(self._model))
         self.reward_model.to(args.device)
         self._backbone = policy_backbone(self._model)
+        _check_positions(self._model, self._backbone, args)
         self._backbone.register_forward_hook(self._on_forward, with_kwargs=True)
         layers = (module for module in self._model.modules() if isinstance(module, BaseTunerLayer))
         self._adapter_layer = next(layers, None)
@@ -298,16 +309,21 @@ class R2MCallback(TrainerCallback):
         self._args = args
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        batches = kwargs["train_dataloader"]
+        self.reward_model.check_prompts(_prompts(batches.dataset))
+        _check_noise(self._model, self._backbone, args)
         # TRL counts optimizer steps, of which a rollout may take several or less than one.
-        accumulated, length = args.gradient_accumulation_steps, _passes_a_rollout(args)
+        length, accumulated = _passes_a_rollout(args), args.gradient_accumulation_steps
+        epoch = len(batches) if has_length(batches) else None
         self._updater = R2MUpdater(
             self.reward_model,
             self.settings,
-            total_steps=-(-state.max_steps * accumulated // length),
+            total_steps=-(-_micro_batches(state.max_steps, accumulated, epoch) // length),
             num_generations=self.num_generations,
         )
         self.history, self._rollout = [], None
-        self._rollouts_before = state.global_step * accumulated // length  # of a run that goes on
+        # Of a run that goes on.
+        self._rollouts_before = _micro_batches(state.global_step, accumulated, epoch) // length
         processes.keep_equal(self.reward_model)
         if state.global_step:
             self._restore(args, state)
@@ -351,14 +367,108 @@ def _check_version() -> None:
     try:
         found = version("trl")
     except PackageNotFoundError:
-        raise ImportError("r2m.integrations.trl needs TRL: pip install 'r2m[trl]'") from None
+        raise ImportError("r2m.integrations.trl needs TRL: pip install 'r2m-kernels[trl]'") from None
     if not SpecifierSet(SUPPORTED).contains(found, prereleases=True):
-        raise ImportError(f"trl is {found}; expected {SUPPORTED}: pip install 'r2m[trl]'")
+        raise ImportError(f"trl is {found}; expected {SUPPORTED}: pip install 'r2m-kernels[trl]'")
 
 
 def _passes_a_rollout(args: Any) -> int:
     """Micro-batches that a process trains on between two generations."""
     return args.steps_per_generation * args.num_iterations
+
+
+def _micro_batches(steps: int, accumulated: int, epoch: int | None) -> int:
+    """Micro-batches of the first `steps` optimizer steps, of `accumulated` each. The last step of an epoch, of `epoch`
+    micro-batches, takes what is left of it; None: the epoch has no end."""
+    if not epoch:
+        return steps * accumulated
+    epochs, rest = divmod(steps, -(-epoch // accumulated))
+    return epochs * epoch + rest * accumulated
+
+
+def _prompts(dataset: Any) -> Iterable[Prompt]:
+    """Those that are known before training; a stream's come one by one."""
+    known = has_length(dataset) and "prompt" in (getattr(dataset, "column_names", None) or [])
+    return dataset["prompt"] if known else []
+
+
+def _hidden_states(backbone: nn.Module, ids: Tensor, mask: Tensor | None, args: Any) -> Tensor:
+    """As TRL calls the policy: under its autocast, without position ids."""
+    precision = torch.float16 if args.fp16 else torch.bfloat16
+    with torch.autocast(args.device.type, precision, enabled=args.bf16 or args.fp16):
+        return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def _check_positions(model: Any, backbone: Any, args: Any) -> None:
+    """Raises ValueError for a policy whose hidden states depend on the padding before a sequence."""
+    if _is_sharded():
+        return
+    ids, was_training = _some_ids(backbone), model.training
+    padded = torch.cat([ids[:, :1].expand(1, _PADDING), ids], 1)
+    mask = (torch.arange(padded.shape[1], device=ids.device) >= _PADDING).long()[None]
+    model.eval()
+    with torch.no_grad():
+        alone = _hidden_states(backbone, ids, torch.ones_like(ids), args)
+        behind_padding = _hidden_states(backbone, padded, mask, args)[:, _PADDING:]
+    model.train(was_training)
+    difference = _difference(behind_padding, alone)
+    if difference > _tolerance(backbone, args):
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose hidden states differ by {difference:.2g} standard deviations "
+            "behind padding: TRL pads prompts and gives no position ids; expected a model with relative positions, "
+            "such as rotary ones, or r2m.R2MTrainer, which gives position ids"
+        )
+
+
+def _check_noise(model: Any, backbone: Any, args: Any) -> None:
+    """Raises ValueError for a policy whose hidden states in training mode, in which TRL scores, are not those in eval
+    mode. A fresh adapter's dropout does not show yet, so rates are looked at too."""
+    rates = {f"{type(module).__name__}.{name} = {getattr(module, name):g}" for module, name in dropout_rates(model)}
+    if not rates and _differs_in_training(model, backbone, args):
+        rates = {"noise in training mode, such as a router's jitter"}
+    if rates:
+        raise ValueError(
+            f"model is a {type(model).__name__} with {', '.join(sorted(rates))}, and disable_dropout is "
+            f"{args.disable_dropout}: TRL scores in training mode, so rewards would be of noise; expected "
+            "disable_dropout=True in the trainer's args, and 0 in the model's config for what that does not reach"
+        )
+
+
+def _differs_in_training(model: Any, backbone: Any, args: Any) -> bool:
+    if _is_sharded():
+        return False
+    ids, was_training = _some_ids(backbone), model.training
+    with torch.no_grad(), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        # Without a mask a pass is not taken for one of TRL's.
+        model.train()
+        in_training = _hidden_states(backbone, ids, None, args)
+        model.eval()
+        exact = _hidden_states(backbone, ids, None, args)
+    model.train(was_training)
+    return _difference(in_training, exact) > _tolerance(backbone, args)
+
+
+_PADDING = 8  # tokens
+
+
+def _some_ids(backbone: Any) -> Tensor:
+    weight = backbone.get_input_embeddings().weight
+    return torch.arange(3, 15, device=weight.device)[None] % weight.shape[0]
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square over that of `expected` less its mean over the tokens: a few features may dwarf all others."""
+    actual, expected = actual.float(), expected.float()
+    return ((actual - expected).norm() / (expected - expected.mean(1, keepdim=True)).norm()).item()
+
+
+def _tolerance(backbone: Any, args: Any) -> float:
+    return 1e-3 if backbone.dtype == torch.float32 and not (args.bf16 or args.fp16) else 0.1
+
+
+def _is_sharded() -> bool:
+    """Whether a pass takes more than calling the policy."""
+    return AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _check_arguments(args: Any, num_generations: int) -> None:
@@ -423,13 +533,12 @@ def _feedback_mask(mask: Tensor, skipped: list[int]) -> Tensor:
     return mask & (place > start) & (place < place[:, -1:])
 
 
-def _text(completion: Any) -> str:
-    """The text of a completion as TRL hands it over: plain, or one message of the assistant."""
+def _check_text(completion: Any) -> None:
+    """Raises TypeError unless a completion is what TRL makes of one response: text, or one message of the assistant."""
     if isinstance(completion, str):
-        return completion
+        return
     if len(completion) != 1 or not isinstance(completion[0].get("content"), str):
         raise TypeError(
             f"completion has {len(completion)} messages, {completion!r:.80}; expected text, or one message "
             "with text (tools and images are not supported)"
         )
-    return completion[0]["content"]

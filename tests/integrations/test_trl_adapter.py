@@ -24,6 +24,7 @@ from r2m.config import R2M  # noqa: E402
 from r2m.hidden_states import policy_backbone  # noqa: E402
 from r2m.integrations import trl as adapter  # noqa: E402
 from r2m.integrations.trl import r2m_reward  # noqa: E402
+from r2m.policy import disable_dropout  # noqa: E402
 from r2m.reward_model import R2MRewardModel  # noqa: E402
 from r2m.updater import R2MUpdater  # noqa: E402
 from r2m_kernels import time_weight  # noqa: E402
@@ -32,6 +33,7 @@ K = 4
 TEXTS = ["say a", "hello there", "count: 1 2 3", "why"]
 CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
 TRAINERS = {"rloo": (trl.RLOOTrainer, trl.RLOOConfig), "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}
+WITH_DROPOUT = {"r": 4, "target_modules": ["q_proj"], "lora_dropout": 0.5, "task_type": "CAUSAL_LM"}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
@@ -469,7 +471,113 @@ def test_a_reward_that_is_not_finite(run):
 @pytest.mark.parametrize("completion", [[], [{"content": "a"}, {"content": "b"}], [{"role": "assistant"}]])
 def test_completions_with_tools(completion):
     with pytest.raises(TypeError, match="expected text, or one message with text"):
-        adapter._text(completion)
+        adapter._check_text(completion)
+
+
+# ---- policies whose hidden states are not theirs alone ----
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gpt_neox"])
+def test_a_policy_whose_hidden_states_depend_on_padding_is_refused(run, architecture):
+    model = tiny.policy_with_dropout(architecture)
+    disable_dropout(model)
+    if architecture == "gpt2":  # the others take positions from the mask, or relative ones
+        with pytest.raises(ValueError, match=r"GPT2LMHeadModel, whose hidden states .* behind padding.*R2MTrainer"):
+            run(model=model)
+    else:
+        assert run(model=model).model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"trainer": {"peft_config": LoraConfig(**WITH_DROPOUT)}}, r"Dropout\.p = 0\.5, and disable_dropout is False"),
+        ({"model": "gpt_neox"}, r"Dropout\.p = 0\.5, GPTNeoXAttention\.attention_dropout = 0\.5, and .* is False"),
+        # TRL's setting reaches modules of dropout alone.
+        (
+            {"model": "gpt_neox", "disable_dropout": True},
+            r"with GPTNeoXAttention\.attention_dropout = 0\.5, and .* True",
+        ),
+    ],
+)
+def test_a_policy_with_dropout_is_refused_with_the_settings_name(run, options, named):
+    if "model" in options:
+        options = options | {"model": tiny.policy_with_dropout(options["model"])}
+    with pytest.raises(ValueError, match=named + r".* expected disable_dropout=True in the trainer's args"):
+        run(**options).train()
+
+
+def test_dropout_that_the_trainer_switches_off_is_none(run):
+    one = run(
+        trainer={"peft_config": LoraConfig(**WITH_DROPOUT)}, disable_dropout=True
+    ).train()  # compares every reward
+    assert len(one.callback.history) == 2
+
+
+def test_other_noise_in_training_mode_is_found(run):
+    one = run()
+
+    def noise(module, args, output):
+        return output + torch.randn_like(output) if module.training else output
+
+    one.model.model.layers[0].mlp.register_forward_hook(noise)
+    state = torch.get_rng_state()
+    assert adapter._differs_in_training(one.model, one.callback._backbone, one.trainer.args)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match=r"noise in training mode, such as a router's jitter"):
+        one.train()
+
+
+# ---- what the reward model reads ----
+
+
+def test_a_reward_model_that_cannot_render_the_prompts_is_an_error_before_anything_is_sampled(run):
+    one = run(prompts=[[{"role": "system", "content": "be"}, *chat] for chat in CHATS])
+    one.reward_model.tokenizer.chat_template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}a"
+    with pytest.raises(ValueError, match=r"reward_model: prompt .* the roles system, user, assistant: no system"):
+        one.train()
+    assert not one.calls
+
+
+def test_the_reward_model_reads_the_reasoning_that_a_template_opens_or_the_trainer_parses_away(run, monkeypatch):
+    def embed(prompts, texts):
+        read.extend(texts)
+        raise InterruptedError  # all that is asked for here
+
+    one, read = run(prompts=CHATS), []
+    one.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    monkeypatch.setattr(one.reward_model, "embed", embed)
+    ids = one.tokenizer("so</think>yes").input_ids
+    message = {"role": "assistant", "content": "yes", "reasoning_content": "so"}
+    with pytest.raises(InterruptedError):
+        one.reward(prompts=CHATS[:2], completions=[[message]] * 2, completion_ids=[ids] * 2, log_metric=print)
+    assert read == ["<think>\nso</think>yes"] * 2
+
+
+# ---- rounds ----
+
+
+def test_an_epoch_that_does_not_fill_a_step_counts_what_it_has(run, tmp_path):
+    """Two epochs of 3 rollouts, of 2 micro-batches each: a step of 4 and one of 2 micro-batches."""
+    shape = {
+        "prompts": ["a", "b", *TEXTS], "gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 1,
+        "max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    expected = [time_weight(t, 6, 0.3) for t in range(1, 7)]
+    whole = run(folder=tmp_path / "run", **shape).train()
+    assert [call.weight for call in whole.calls] == pytest.approx(expected)
+    resumed = run(folder=tmp_path / "run", **shape)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert [call.weight for call in resumed.calls] == pytest.approx(expected[3:])
+    assert [row["rollout"] for row in resumed.callback.history] == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulated", "epoch", "expected"),
+    [(3, 4, None, 12), (3, 4, 6, 10), (4, 4, 6, 12), (1, 4, 6, 4), (2, 4, 3, 6), (5, 2, 4, 10), (0, 2, 3, 0)],
+)
+def test_micro_batches_of_steps(steps, accumulated, epoch, expected):
+    assert adapter._micro_batches(steps, accumulated, epoch) == expected
 
 
 @pytest.mark.parametrize("installed", ["0.29.1", "1.15.0"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from r2m import R2MRewardModel, load_config
+from r2m import R2MRewardModel, R2MTrainer, load_config
+from r2m import run as runs
 from r2m.cli import app
+from r2m.devices import resolve_precision
 from r2m.presets import preset_path
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -54,7 +57,8 @@ def test_a_run_writes_policy_reward_model_metrics_plot_and_config(run_file, tmp_
     assert [row["round"] for row in rows] == [1, 2]
     assert (out / "metrics.png").read_bytes().startswith(PNG)
     config = load_config(out / "config.yaml")
-    assert config == load_config(run_file, ["rounds=2", "r2m.floor=0.7", "learning_rate=1e-3", "kl.beta=0.01"])
+    given = load_config(run_file, ["rounds=2", "r2m.floor=0.7", "learning_rate=1e-3", "kl.beta=0.01"])
+    assert config == resolve_precision(given)
 
     policy = AutoModelForCausalLM.from_pretrained(out / "policy")
     start = dict(tiny.policy(num_hidden_layers=1).named_parameters())
@@ -63,6 +67,54 @@ def test_a_run_writes_policy_reward_model_metrics_plot_and_config(run_file, tmp_
     assert (names["policy"], names["backbone"]) == (str(tmp_path / "policy"), str(reward_checkpoint))
     reward_model = R2MRewardModel.from_pretrained(out / "reward_model")
     assert (reward_model.config.floor, reward_model.config.inner_width) == (0.7, 16)
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_names_the_last_checkpoint_and_the_command_that_goes_on(run_file, tmp_path, monkeypatch, caplog):
+    sample, out = R2MTrainer.sample, tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(R2MTrainer, "sample", lambda *given: interrupted() if given[1] == 2 else sample(*given))
+        assert train(run_file, "checkpoints.every=1", "seed=3").exit_code != 0
+    said, _, command = caplog.messages[-1].partition("; to go on from it: ")
+    assert said == f"interrupted after 1 of 3 rounds; the last checkpoint is {out}/checkpoint-1"
+    assert command == f"r2m train --config {out}/config.yaml --resume"
+    result = CliRunner().invoke(app, command.split()[1:])
+    assert result.exit_code == 0, result.output
+    assert rounds_in(out) == [1, 2, 3]
+
+
+def test_ctrl_c_before_a_checkpoint_says_that_there_is_none(run_file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(R2MTrainer, "sample", interrupted)
+    assert train(run_file).exit_code != 0
+    line = "interrupted after 0 of 3 rounds; there is no checkpoint; to start again: r2m train --config "
+    assert caplog.messages[-1].startswith(line)
+
+
+def test_sigterm_names_the_checkpoint_that_it_wrote(run_file, tmp_path, monkeypatch, caplog):
+    sample = R2MTrainer.sample
+
+    def terminated(trainer, t):
+        if t == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return sample(trainer, t)
+
+    monkeypatch.setattr(R2MTrainer, "sample", terminated)
+    assert train(run_file, "checkpoints.every=0").exit_code == 143
+    assert caplog.messages[-1].startswith(
+        f"stopped by SIGTERM after 1 of 3 rounds; the last checkpoint is {tmp_path}/out/checkpoint-1; to go"
+    )
+
+
+def test_a_run_that_is_interrupted_before_its_first_round_leaves_no_folder(run_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "load_models", interrupted)
+    assert train(run_file, f"output_dir={tmp_path}/some/where").exit_code != 0
+    assert not (tmp_path / "some").exists()
+    (tmp_path / "there").mkdir()
+    assert train(run_file, f"output_dir={tmp_path}/there").exit_code != 0
+    assert (tmp_path / "there").is_dir()
 
 
 def rounds_in(folder):

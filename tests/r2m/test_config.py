@@ -1,7 +1,11 @@
+import copy
+import pickle
+from dataclasses import replace
+
 import pytest
 import yaml
 
-from r2m.config import R2MConfig, config_to_yaml, load_config
+from r2m.config import KL, R2M, Lora, R2MConfig, config_to_yaml, load_config
 
 
 def test_a_file_and_overrides_make_a_config(tmp_path):
@@ -132,3 +136,47 @@ def test_the_defaults_are_the_papers_dialogue_setup():
     config = R2MConfig()
     assert (config.prompts_per_round, config.num_generations, config.epochs) == (64, 8, 2)
     assert (config.r2m.alpha, config.r2m.inner_width, config.generation.temperature) == (0.3, 2048, 0.7)
+
+
+# ---- the same checks in Python ----
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: R2MConfig(algorithm="RLOO"), "algorithm: .*'rloo', 'grpo', .*; given 'RLOO'"),
+        (lambda: R2MConfig(rounds=2.5), "rounds: .*integer.*given 2.5"),
+        (lambda: R2MConfig(r2m={"flor": 0.7}), r"unknown key 'r2m.flor'; did you mean 'r2m.floor'\?"),
+        (lambda: R2MConfig(trackers="wandb"), "trackers: .*list; given 'wandb'"),
+        (lambda: R2MConfig(lora=8), "lora: .*given 8"),
+        (lambda: R2MConfig(minibatches=7), "minibatches is 7; expected a divisor"),
+        (lambda: R2MConfig(columns={"promt": "text"}), "columns: unknown field 'promt'; expected 'prompt'"),
+        (lambda: R2MConfig(evaluation={"columns": {"promt": "text"}}), "evaluation.columns: unknown field 'promt'"),
+        (lambda: R2M(feedback="trainned"), "r2m.feedback: .*given 'trainned'"),
+        (lambda: R2M(floor=1.5), "r2m.floor is 1.5; expected a value between 0 and 1"),
+        (lambda: R2M(flor=0.7), r"unknown key 'r2m.flor'; did you mean 'r2m.floor'\?"),
+        (lambda: KL(placement="rewards"), "kl.placement: .*'loss' or 'reward'; given 'rewards'"),
+        (lambda: replace(R2MConfig(), algorithm="RLOO"), "algorithm: .*given 'RLOO'"),
+        (lambda: replace(R2MConfig(), rounds=0), "rounds is 0; expected at least 1"),
+        (lambda: setattr(R2MConfig(), "lr_schedule", "step"), "lr_schedule: .*given 'step'"),
+        (lambda: setattr(R2MConfig().r2m, "source", "none"), "r2m.source: .*given 'none'"),
+        (lambda: setattr(R2MConfig(), "round", 3), r"unknown key 'round'; did you mean 'rounds'\?"),
+    ],
+)
+def test_a_mistake_in_python_is_the_error_of_the_file(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_block_may_be_a_mapping_and_is_a_block_then():
+    config = R2MConfig(r2m={"floor": 0.7}, lora={"rank": 4})
+    assert config == R2MConfig(r2m=R2M(floor=0.7), lora=Lora(rank=4))
+    assert config.r2m.attends and config.lora.alpha == 32
+
+
+def test_configs_are_copied_pickled_and_replaced_whole():
+    config = R2MConfig(lora=Lora(rank=4), rounds=7)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    other = replace(config, rounds=8)
+    other.r2m.floor = 0.1
+    assert (config.rounds, config.r2m.floor) == (7, 0.6)  # no block is shared

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import yaml
 from typer.testing import CliRunner
 
+from r2m import diagnose as diagnose_module
 from r2m import diagnostics
 from r2m.cli import app
 from r2m.data import Preference
@@ -244,6 +245,10 @@ HEALTHY = {
     "policy/entropy": 2.0,
     "length/mean": 100.0,
     "policy/kl": 1.0,
+    "policy/clip_share": 0.1,
+    "reward/mean": -0.5,
+    "reward/initial": -0.7,
+    "reward/std": 1.0,
 }
 
 
@@ -273,6 +278,12 @@ def test_thirds_are_means_over_the_rounds_that_have_a_metric():
         ("policy/entropy", 0.9, "fell from 2.00 to 0.90 nats"),
         ("length/mean", 250.0, "from 100 to 250 tokens"),
         ("length/mean", 40.0, "from 100 to 40 tokens"),
+        (
+            "reward/mean",
+            2.44,
+            r"own reward rose from -0.500 to 2.440, .* score went from -0.700 to -0.700\. The policy may exploit",
+        ),
+        ("policy/clip_share", 0.5, "10% of the importance ratios are clipped over the first third, 50% over the last"),
     ],
 )
 def test_what_degenerates_is_said_alone_and_in_plain_words(metric, value, said):
@@ -290,10 +301,19 @@ def test_what_degenerates_is_said_alone_and_in_plain_words(metric, value, said):
         {"grebt/pair_flips": 0.5},
         {"policy/entropy": 1.1},
         {"length/mean": 190.0},
+        {"reward/mean": -0.1},
+        {"reward/mean": 2.44, "reward/initial": 0.0},
+        {"policy/clip_share": 0.25},
     ],
 )
 def test_what_stays_within_bounds_is_not_warned_about(last):
     assert degeneration(thirds(rows(**last)), eps=0.01) == []
+
+
+def test_the_judges_word_is_beside_a_reward_that_rises_alone():
+    table = thirds([row | {"eval/judge": 1.0 / row["round"]} for row in rows(**{"reward/mean": 2.44})])
+    (warning,) = degeneration(table, eps=0.01)
+    assert "; the judge's went from 0.750 to 0.183. The policy may exploit" in warning
 
 
 def test_a_run_without_feedback_lacks_metrics_and_is_no_error():
@@ -340,7 +360,7 @@ def test_before_a_run_everything_is_measured_and_no_file_of_the_reward_model_cha
     )
     assert result.exit_code == 0, result.output
     assert {path: path.read_bytes() for path in (files / "reward").iterdir()} == before
-    out = files / "run" / "diagnosis"
+    out = files / "run" / "diagnosis" / "before"
     for name in ("depths.png", "similarity.png", "alignment.png"):
         assert (out / name).read_bytes().startswith(PNG)
     assert (out / "report.md").read_text().strip() in result.stdout
@@ -371,18 +391,30 @@ def test_the_same_command_gives_the_same_figures_and_takes_held_out_pairs(files)
 def test_after_a_run_the_report_has_thirds_and_warnings(tmp_path):
     (tmp_path / "config.yaml").write_text("rounds: 6\nr2m: {eps: 0.02}\n")
     metrics = rows(**{"reward/degenerate_share": 0.37})
+    metrics[0]["eval/judge"] = 0.125
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     result = diagnose(tmp_path)
     assert result.exit_code == 0, result.output
     assert "- group std under eps (0.02) in 37% of groups over the last third" in result.stdout
     assert "| share of groups with a std under eps " in result.stdout and "0.370 " in result.stdout
-    assert RUN_METRICS["reward/initial"] not in result.stdout  # the rows have none
-    assert (tmp_path / "diagnosis" / "metrics.png").read_bytes().startswith(PNG)
-    assert json.loads((tmp_path / "diagnosis" / "diagnostics.json").read_text())["rounds"] == 6
+    assert RUN_METRICS["judge/vader"] not in result.stdout  # the rows have none
+    assert f"| {RUN_METRICS['eval/judge']} " in result.stdout and "| 0.125 " in result.stdout
+    out = tmp_path / "diagnosis" / "after"
+    assert (out / "metrics.png").read_bytes().startswith(PNG)
+    assert json.loads((out / "diagnostics.json").read_text())["rounds"] == 6
 
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
     result = diagnose(tmp_path, "--output", tmp_path / "elsewhere")
     assert "Nothing to warn about." in result.stdout and (tmp_path / "elsewhere" / "report.md").is_file()
+
+
+def test_an_interrupted_diagnosis_leaves_no_empty_folder(files, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diagnose_module, "load_models", interrupted)
+    assert diagnose(files / "run.yaml", "--pairs", files / "pairs.jsonl").exit_code != 0
+    assert not (files / "run").exists()
 
 
 def test_mistakes_end_in_one_clear_line(files):

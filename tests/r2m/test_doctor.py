@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from r2m import doctor
 from r2m.cli import app
 from r2m.config import config_from_dict
-from r2m_kernels import available_implementations
+from r2m_kernels import __version__, available_implementations
 
 
 @pytest.fixture
@@ -21,7 +21,9 @@ def settings(tmp_path):
     tiny.llama_config(32, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
     generation = {"max_prompt_tokens": 8, "max_new_tokens": 8}
     small = {"prompts_per_round": 2, "num_generations": 2, "micro_batch_size": 2, "generation": generation}
-    return {"policy": str(tmp_path / "model"), "reward_model": str(tmp_path / "model"), **small}
+    classifier = tiny.llama_config(32, architectures=["LlamaForSequenceClassification"], num_labels=1)
+    classifier.save_pretrained(tmp_path / "reward_model")
+    return {"policy": str(tmp_path / "model"), "reward_model": str(tmp_path / "reward_model"), **small}
 
 
 def ask(*arguments):
@@ -30,8 +32,9 @@ def ask(*arguments):
 
 def test_versions_devices_operators_and_compilers_are_listed():
     text = doctor.report()
+    assert f"r2m-kernels {__version__}\n" in text
     assert f"torch {torch.__version__}" in text and f"transformers {metadata.version('transformers')}" in text
-    assert re.search(r"cpu: \d+ cores, \d+\.\d GiB memory, \d+\.\d GiB free", text)
+    assert re.search(r"cpu: \d+ cores, \d+\.\d GiB memory, \d+\.\d GiB free, (no )?native bfloat16 products", text)
     why_not = available_implementations()
     for name, reason in why_not.items():
         assert f"{name}: {reason or 'can run'}" in text

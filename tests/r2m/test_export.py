@@ -4,21 +4,23 @@ import dataclasses
 import json
 import logging
 
+import architectures
 import pytest
 import tiny
 import torch
 import yaml
 from huggingface_hub import RepoUrl
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from typer.testing import CliRunner
 
-from r2m import R2MRewardModel
+from r2m import R2MRewardModel, export
 from r2m.cli import app
 from r2m.config import Lora, R2MConfig, config_to_yaml
 from r2m.export import export_run, push_to_hub, write_policy_card
 from r2m.policy import freeze_reference, load_policy
+from r2m_kernels import __version__
 
 IDS = torch.tensor([[5, 9, 40, 7], [200, 3, 8, 11]])
 
@@ -39,8 +41,8 @@ def move(policy, scale=0.1):
 def make_run(tmp_path, reward_checkpoint):
     """The folder of a run that has ended, as trainer and checkpoints write it; returns (run, policy at the end)."""
 
-    def build(*, lora=None, dtype=torch.float32, precision="float32"):
-        base = tiny.policy().to(dtype)
+    def build(*, lora=None, dtype=torch.float32, precision="float32", **model):
+        base = tiny.policy(**model).to(dtype)
         base.generation_config.do_sample, base.generation_config.top_k = True, 17
         base.save_pretrained(tmp_path / "base")
         tiny.tokenizer(pad="</s>").save_pretrained(tmp_path / "base")
@@ -156,6 +158,58 @@ def test_the_reference_adapter_stays_behind(make_run, tmp_path):
     assert [file.parent for file in out.rglob("adapter_model.safetensors")] == [out]
 
 
+# ---- adapters of weights that are read in two places ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "stays_tied"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+        ({"target_modules": ["q_proj"]}, True),
+    ],
+)
+def test_a_merge_unties_embeddings_of_which_the_adapter_moved_one(make_run, tmp_path, settings, stays_tied):
+    adapter = LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    get_peft_model(tiny.policy(tie_word_embeddings=True), adapter).save_pretrained(tmp_path / "start")
+    run, policy = make_run(lora=Lora(adapter=str(tmp_path / "start")), tie_word_embeddings=True)
+    out = export_run(run, tmp_path / "out", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(out).eval()
+    torch.testing.assert_close(logits(merged), logits(policy), rtol=1e-4, atol=1e-4)
+    assert merged.config.tie_word_embeddings == stays_tied
+
+
+@pytest.mark.parametrize(("lora", "merge"), [(None, False), (Lora(rank=2), False), (Lora(rank=2), True)])
+def test_a_folder_that_loads_as_another_model_is_an_error_and_removed(make_run, tmp_path, monkeypatch, lora, merge):
+    run, _ = make_run(lora=lora)
+    owner = PreTrainedModel if lora is None or merge else PeftModel
+    save = owner.save_pretrained
+
+    @torch.no_grad()
+    def save_another(model, folder, **options):
+        weight = [p for name, p in model.named_parameters() if "q_proj" in name][-1]
+        weight.mul_(-3)
+        save(model, folder, **options)
+        weight.div_(-3)
+
+    monkeypatch.setattr(owner, "save_pretrained", save_another)
+    with pytest.raises(ValueError, match="is not the trained policy: its logits are off by"):
+        export_run(run, tmp_path / "out", merge=merge)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_peft_loads_differently_from_what_was_saved_is_an_error(tmp_path):
+    """peft's renaming for Laguna takes the shared experts' weights for others."""
+    model, folder = architectures.tiny_model(architectures.tiny_config("laguna")), tmp_path / "base"
+    model.save_pretrained(folder)
+    settings = LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    config = R2MConfig(policy=str(folder), precision="float32", lora=Lora(adapter=str(tmp_path / "adapter")))
+    with pytest.raises(ValueError, match=r"peft loads other weights than are saved there, such as .*shared_experts"):
+        load_policy(config)
+
+
 # ---- the card ----
 
 
@@ -174,7 +228,7 @@ def test_the_card_says_what_was_done(make_run, tmp_path, lora):
     assert "seconds" not in text
     assert "| `generation.temperature` | `0.7` |" in text
     assert "| `r2m.eps` | `0.01` |" in text
-    assert f"torch {torch.__version__}" in text
+    assert f"r2m-kernels {__version__}, torch {torch.__version__}, transformers " in text
     assert str(tmp_path) not in text
 
 
@@ -204,6 +258,18 @@ def test_what_a_run_does_not_hold_is_named(make_run, tmp_path):
     (run / "policy").rename(run / "elsewhere")
     with pytest.raises(FileNotFoundError, match="its run has not ended; expected a checkpoint to be chosen"):
         export_run(run, tmp_path / "out")
+
+
+def test_an_interrupted_export_leaves_nothing(make_run, tmp_path, monkeypatch):
+    run, _ = make_run()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "write_policy_card", interrupted)  # all but the card is written
+    with pytest.raises(KeyboardInterrupt):
+        export_run(run, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_with_something_in_it_is_not_written_to(make_run, tmp_path):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from r2m import Preference, R2MRewardModel, fit_reward, fitting, run
 from r2m.cli import app
+from r2m.devices import compute_dtype
 from r2m.fitting import embed_pairs, pair_accuracy, reliability, score_rollout, tokenize_pairs
 from r2m.run import fit_reward_from_files
 
@@ -107,11 +108,10 @@ def test_the_folder_scores_alike_in_transformers_and_in_r2m(
 
 
 def test_without_a_policy_the_folder_is_a_classifier_only_and_a_start_for_r2m(
-    tmp_path, pairs_file, reward_checkpoint, policy_folder, policy
+    tmp_path, pairs_file, reward_checkpoint, policy
 ):
     out = tmp_path / "out"
-    fit(pairs_file, reward_checkpoint, out, policy=policy_folder, inner_width=8)
-    report = fit(pairs_file, reward_checkpoint, out)  # over the earlier fit
+    report = fit(pairs_file, reward_checkpoint, out, max_epochs=20)
     assert "accuracy_fused" not in report
     assert not list(out.glob("r2m*"))
     assert "arXiv" not in (out / "README.md").read_text()
@@ -326,13 +326,15 @@ def test_the_command_fits_reports_and_takes_names_of_columns(tmp_path, reward_ch
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--pairs", tmp_path / "pairs.jsonl", "--columns", "prompt=question", "--max-length", 100]
     options += ["--reward-model", reward_checkpoint, "--policy", policy_folder, "--inner-width", 8]
+    options += ["--positions", "response", "--max-epochs", 200, "--tolerance", 0.01]
     caplog.set_level(logging.WARNING)
     result = command(*options, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     for line in ("training_pairs: 36", "held_out_pairs: 4", "dropped_pairs: 1", "accuracy_vanilla: ", "loss_fused: "):
         assert line in result.stdout
     assert "dropped 1 of 41 pairs" in caplog.text
-    assert load_file(tmp_path / "out" / "model.safetensors")["score.weight"].dtype == torch.bfloat16
+    assert "positions: response" in result.stdout
+    assert load_file(tmp_path / "out" / "model.safetensors")["score.weight"].dtype == compute_dtype("cpu")
     assert R2MRewardModel.from_pretrained(tmp_path / "out").config.max_length == 100
 
 
@@ -343,7 +345,14 @@ MISTAKES = {
     "an unknown column": ("--columns prompt=question", "question"),
     "an unknown token": ("--rte-token first", "rte_token is 'first'; expected 'checkpoint' or 'last'"),
     "settings of the cross-attention alone": ("--standardize", "standardize is given without a policy"),
-    "a folder with other files": ("--output full", "output full holds other files; expected a new or empty folder"),
+    "a folder with other files": ("--output full", "output full is not empty; expected a new folder"),
+    "an earlier fit": ("--output saved", "output saved is not empty; expected a new folder"),
+    "a head that is not there": (
+        "--reward-model wide --policy wide --keep-head",
+        "keep_head is True, and reward_model wide is a language model without a head; expected a sequence-classif",
+    ),
+    "a head that alone is kept": ("--keep-head", "keep_head is True without a policy"),
+    "other positions": ("--policy wide --positions prompt", "positions is 'prompt'; expected 'all' or 'response'"),
     "a file for a folder": ("--output few.jsonl", "output few.jsonl cannot be written"),
     "the reward model's folder": ("--output reward", "output reward "),
     "settings of a saved model": (
@@ -368,7 +377,7 @@ def test_a_mistake_is_one_line_and_leaves_no_model(tmp_path, reward_checkpoint, 
     given = {"--pairs": "pairs.jsonl", "--reward-model": "reward", "--output": "out"}
     words = iter(options.split())
     for word in words:
-        given[word] = None if word == "--standardize" else next(words)
+        given[word] = None if word in ("--standardize", "--keep-head") else next(words)
     if name == "settings of a saved model":
         given["--policy"] = "wide"
     result = command(*(word for item in given.items() for word in item if word is not None))
@@ -376,8 +385,34 @@ def test_a_mistake_is_one_line_and_leaves_no_model(tmp_path, reward_checkpoint, 
     line = result.stderr.splitlines()[-1]
     assert line.startswith("error: ")
     assert message in line
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()
     assert (tmp_path / "full" / "model.safetensors").read_text() == "another model"
+
+
+@pytest.mark.parametrize("moment", ["fit_reward", "save"])
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_an_interrupted_fit_leaves_the_folder_as_it_was(
+    tmp_path, pairs_file, reward_checkpoint, monkeypatch, moment, there
+):
+    def interrupted(model, *arguments, **options):
+        raise KeyboardInterrupt
+
+    def interrupted_while_writing(model, folder):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    if moment == "fit_reward":
+        monkeypatch.setattr(run, "fit_reward", interrupted)
+    else:
+        monkeypatch.setattr(run, "fit_reward", lambda *_, **options: {})
+        monkeypatch.setattr(R2MRewardModel, "save_classifier", interrupted_while_writing)
+    folder = tmp_path / "new" / "out"
+    if there:
+        folder.mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        fit(pairs_file, reward_checkpoint, folder)
+    assert (tmp_path / "new").exists() == there
+    assert not list(tmp_path.glob("new/out/*"))
 
 
 def test_weights_that_are_not_finite_stop_the_fit(tmp_path, pairs_file, reward_checkpoint):

@@ -1,12 +1,15 @@
 """Bradley-Terry fits on preferences that are known to be learnable, or known not to be."""
 
+import json
+import logging
 import math
 
 import pytest
 import tiny
 import torch
 
-from r2m import Preference, fit_reward
+from r2m import Preference, R2MRewardModel, fit_reward
+from r2m.config import R2M
 from r2m.fitting import (
     embed_pairs,
     feature_statistics,
@@ -19,6 +22,7 @@ from r2m.fitting import (
     warm_start,
 )
 from r2m.rollout import collate
+from r2m.updater import R2MUpdater
 
 WORDS = ["film", "story", "plot", "cast", "music", "ending"]
 PAIRS = [Preference(f"the {word} is ", "good!", "so bad") for word in WORDS]
@@ -100,6 +104,26 @@ def test_a_head_that_learned_nothing_is_an_error_and_not_nan(reward_model):
 def test_embeddings_that_are_not_finite_stop_the_fit(reward_model):
     with pytest.raises(FloatingPointError, match="Bradley-Terry fit of the head: the held-out loss is nan"):
         fit_head(reward_model, preferences(4, 0), preferences(4, 1) * math.nan)
+
+
+def test_easy_pairs_end_the_fit_long_before_its_limit(reward_model, caplog):
+    """Their loss falls by the same share in every step, without an end: what counts is what is left of the first."""
+    caplog.set_level(logging.WARNING, logger="r2m")  # how far a slow fit is goes to the log, too
+    rte, held_out = preferences(200, 0, strength=16.0), preferences(100, 1, strength=16.0)
+    steps = fit_head(reward_model, rte, held_out)["head_steps"]
+    assert 0 < steps < 1000
+    assert pair_accuracy(reward_model.vanilla_score(held_out)) == 1
+    assert caplog.messages == []
+    assert fit_head(reward_model, rte, held_out, tolerance=0.1)["head_steps"] < steps
+
+
+def test_a_limit_of_epochs_ends_the_fit_and_says_how_to_go_on(reward_model, caplog):
+    caplog.set_level(logging.WARNING, logger="r2m")
+    rte, held_out = preferences(20, 0), preferences(10, 1)
+    assert fit_head(reward_model, rte, held_out, max_epochs=3)["head_steps"] == 3
+    (line,) = caplog.messages
+    assert line.startswith("Bradley-Terry fit of the head: the held-out loss was still falling, to 0.")
+    assert line.endswith(", after 3 steps; to go on, set max_epochs (--max-epochs) to more than 3")
 
 
 # ---- the warm start ----
@@ -185,6 +209,49 @@ def test_the_policy_adds_the_warm_start_and_leaves_head_and_statistics_as_they_a
     assert changed(both, copies(head_only)) == {f"attention.w_{x}" for x in "qkvo"}
 
 
+def test_a_head_that_is_kept_scores_as_before_and_the_attention_is_fitted_to_it(reward_model, policy, tokenizer):
+    before = copies(reward_model)
+    report = fit_reward(
+        reward_model, PAIRS, HELD_OUT, policy=policy, tokenizer=tokenizer, keep_head=True, max_epochs=30
+    )
+    assert report.keys() == VANILLA | FUSED
+    assert (report["head_steps"], report["scale"]) == (0, 1.0)
+    assert report["accuracy_vanilla"] == pair_accuracy(reward_model.vanilla_score(embed_pairs(reward_model, HELD_OUT)))
+    assert report["warm_start_steps"] > 0
+    assert changed(reward_model, before) == {f"attention.w_{x}" for x in "qkvo"}
+
+
+@pytest.mark.parametrize("positions", [None, "all", "response"])
+def test_the_fit_reads_the_positions_of_the_reward_model_and_keeps_them(
+    reward_checkpoint, policy, tokenizer, tmp_path, positions
+):
+    reward_model = tiny.reward_model(reward_checkpoint, policy, standardize=True, positions=positions)
+    fit_reward(reward_model, PAIRS, HELD_OUT, policy=policy, tokenizer=tokenizer, max_epochs=2)
+    read = positions or "all"
+    packed, _ = pack_hidden(policy, tokenize_pairs(policy, tokenizer, PAIRS, read))
+    torch.testing.assert_close(reward_model.feedback_mean, packed.mean(0), rtol=1e-4, atol=1e-5)
+    held_out = tokenize_pairs(policy, tokenizer, HELD_OUT, read)
+    rewards = score_rollout(reward_model, policy, embed_pairs(reward_model, HELD_OUT), held_out, 0.6)
+    reward_model.save_pretrained(tmp_path)
+    loaded = R2MRewardModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert loaded.config.positions == read
+    with pytest.raises(ValueError, match=f"and the reward model was fitted on '{read}'; expected r2m.positions={read}"):
+        R2MUpdater(loaded, R2M(positions="response" if read == "all" else "all"), total_steps=1, num_generations=2)
+    again = score_rollout(loaded, policy, embed_pairs(loaded, HELD_OUT), held_out, 0.6)
+    torch.testing.assert_close(again, rewards)
+
+
+def test_a_reward_model_saved_before_positions_were_kept_goes_with_any(reward_model, tmp_path):
+    reward_model.save_pretrained(tmp_path)
+    file = tmp_path / "r2m_config.json"
+    values = json.loads(file.read_text())
+    del values["positions"]
+    file.write_text(json.dumps(values))
+    loaded = R2MRewardModel.from_pretrained(tmp_path)
+    R2MUpdater(loaded, R2M(positions="response"), total_steps=1, num_generations=2)
+    assert loaded.config.positions == "response"  # what a run trains on from now on
+
+
 def test_a_tokenizer_without_padding_token_will_do(policy):
     expected = tokenize_pairs(policy, tiny.tokenizer(pad="</s>"), PAIRS)
     actual = tokenize_pairs(policy, tiny.tokenizer(pad=None), PAIRS)
@@ -239,6 +306,12 @@ def test_statistics_skip_a_batch_without_feedback(batch_size):
     torch.testing.assert_close(scale, expected.std(0, correction=0))
 
 
+def test_statistics_of_nothing_are_an_error():
+    rollout = collate([""] * 2, [""] * 2, [[5]] * 2, [[7]] * 2, pad_id=0, positions="response")
+    with pytest.raises(ValueError, match="standardize: no text has a position whose hidden state counts"):
+        feature_statistics(iter([(slice(0, 2), torch.randn(2, 2, 3))]), rollout)
+
+
 def test_packed_and_padded_scores_of_pairs_agree(reward_model, policy, tokenizer):
     rollout, rte = tokenize_pairs(policy, tokenizer, PAIRS), embed_pairs(reward_model, PAIRS)
     hidden, cu_seqlens = pack_hidden(policy, rollout)
@@ -279,6 +352,29 @@ def test_no_pairs_is_an_error(reward_model, pairs, validation_pairs):
     message = f"{len(pairs)} pairs and {len(validation_pairs)} validation_pairs; expected at least 1 of each"
     with pytest.raises(ValueError, match=message):
         fit_reward(reward_model, pairs, validation_pairs)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep_head": True}, "keep_head is True without a policy, so that nothing is fitted; expected a policy"),
+        ({"max_epochs": 0}, "max_epochs is 0; expected at least 1"),
+        ({"tolerance": 1.0}, "tolerance is 1.0; expected a share, at least 0 and less than 1"),
+    ],
+)
+def test_settings_that_fit_nothing_are_an_error(reward_model, given, message):
+    with pytest.raises(ValueError, match=message):
+        fit_reward(reward_model, PAIRS, HELD_OUT, **given)
+
+
+def test_a_head_is_not_kept_beside_an_adapter_that_trains_it(reward_model, policy, tokenizer):
+    with pytest.raises(ValueError, match="keep_head is True with lora_rank 2; expected a policy, and lora_rank 0"):
+        fit_reward(reward_model, PAIRS, HELD_OUT, policy=policy, tokenizer=tokenizer, keep_head=True, lora_rank=2)
+
+
+def test_positions_have_two_names(reward_checkpoint, policy):
+    with pytest.raises(ValueError, match="positions is 'prompt'; expected 'all' or 'response'"):
+        tiny.reward_model(reward_checkpoint, policy, positions="prompt")
 
 
 def test_a_policy_without_its_tokenizer_is_an_error(reward_model, policy):

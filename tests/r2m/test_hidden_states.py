@@ -3,8 +3,9 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from r2m.hidden_states import HiddenStateTap, noise_like
+from r2m.hidden_states import HiddenStateTap, noise_like, policy_backbone
 from r2m.memory import MemoryTracker
 
 
@@ -77,6 +78,13 @@ def test_the_hook_is_removed_when_the_block_raises(inputs):
         raise KeyError
     model(**inputs, use_cache=False)
     assert calls == []
+
+
+def test_a_base_model_under_another_name_than_the_prefix_is_found(inputs):
+    settings = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32}
+    settings |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    model = Llama4ForCausalLM(Llama4TextConfig(**settings, num_local_experts=2)).eval()
+    assert policy_backbone(model) is model.model
 
 
 def test_a_model_without_a_decoder_is_an_error():

@@ -134,7 +134,7 @@ TABLE = 128256 * 4096
 
 def test_a_config_alone_is_enough(large):
     """The paper's batch; sizes that can be counted by hand."""
-    parts = estimate_memory(config_from_dict(large)).parts
+    parts = estimate_memory(config_from_dict(large | {"placement": {"device": "cuda"}})).parts
     weights = 4 * (LAYERS + 2 * TABLE)
     for part in ("policy weights", "reference", "gradients"):
         assert parts[part] == pytest.approx(weights, rel=1e-3)

@@ -9,9 +9,16 @@ import pytest
 import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from r2m import R2MTrainer
-from r2m.config import config_from_dict
-from r2m.monitor import check_trackers, sample_table, warn_about_degenerate_groups, warn_about_settings
+from r2m import R2MTrainer, trainer
+from r2m.config import R2MConfig, config_from_dict
+from r2m.monitor import (
+    check_trackers,
+    sample_table,
+    warn_about_clipping,
+    warn_about_degenerate_groups,
+    warn_about_exploitation,
+    warn_about_settings,
+)
 
 K = 3
 
@@ -68,7 +75,7 @@ def test_a_run_whose_responses_are_all_alike_says_so_once(make, caplog):
 @pytest.mark.parametrize("floor", [0.9, 0.95, 1.0])
 def test_a_floor_that_hides_the_attention_throughout_is_warned_about(caplog, floor):
     caplog.set_level(logging.INFO)
-    warn_about_settings(config_from_dict({"r2m": {"floor": floor}}))
+    warn_about_settings(config_from_dict({"r2m": {"floor": floor}}), has_adapter=False)
     assert messages(caplog, logging.WARNING) == [
         f"w(t) never falls below 0.9 in 100 rounds with r2m.floor = {floor:g}: it hides the attention throughout"
     ]
@@ -78,7 +85,7 @@ def test_a_floor_that_hides_the_attention_throughout_is_warned_about(caplog, flo
 @pytest.mark.parametrize("rounds", [5, 10, 100, 122])
 def test_the_round_from_which_the_attention_shows_is_named(caplog, rounds):
     caplog.set_level(logging.INFO)
-    warn_about_settings(config_from_dict({"rounds": rounds}))
+    warn_about_settings(config_from_dict({"rounds": rounds}), has_adapter=False)
     # cos(pi t / T) / 2 + 1/2 < 0.9 from t > T acos(0.8) / pi on
     first = math.floor(rounds * math.acos(0.8) / math.pi) + 1
     assert messages(caplog, logging.INFO) == [
@@ -90,7 +97,7 @@ def test_the_round_from_which_the_attention_shows_is_named(caplog, rounds):
 @pytest.mark.parametrize("values", [{"rounds": 4}, {"rounds": 100, "r2m": {"feedback": "none", "floor": 1.0}}])
 def test_nothing_is_said_where_the_attention_shows_from_the_first_round_or_is_not_asked(caplog, values):
     caplog.set_level(logging.INFO)
-    warn_about_settings(config_from_dict(values))
+    warn_about_settings(config_from_dict(values), has_adapter=False)
     assert messages(caplog, logging.INFO) + messages(caplog, logging.WARNING) == []
 
 
@@ -105,9 +112,64 @@ def test_nothing_is_said_where_the_attention_shows_from_the_first_round_or_is_no
 )
 def test_micro_batches_that_split_groups_cost_a_pass_and_are_mentioned(caplog, values, said):
     caplog.set_level(logging.INFO)
-    warn_about_settings(config_from_dict({"rounds": 4, **values}))
+    warn_about_settings(config_from_dict({"rounds": 4, **values}), has_adapter=False)
     message = "micro_batch_size = 12 is no multiple of num_generations = 8: scoring takes a forward pass of its own"
     assert [line.startswith(message) for line in messages(caplog, logging.INFO)] == [True] * said
+
+
+def rising(own, initial, std=1.0):
+    return [
+        {"round": t, "reward/mean": x, "reward/initial": y, "reward/std": std}
+        for t, (x, y) in enumerate(zip(own, initial, strict=True), 1)
+    ]
+
+
+RISE = [0.0, 0.0, 0.0, 0.2, 0.6, 1.0, 1.4, 1.8, 0.0, 0.0, 0.0, 2.0]
+
+
+def warned_rounds(caplog, history):
+    for t in range(1, len(history) + 1):
+        warn_about_exploitation(history[:t])
+    return [line.partition(":")[0] for line in messages(caplog, logging.WARNING)]
+
+
+def test_a_reward_that_rises_without_the_initial_models_score_is_warned_about_when_it_begins(caplog):
+    """The mean over the last three rounds passes half a deviation in round 6, and again after it has been below."""
+    assert warned_rounds(caplog, rising(RISE, [-0.7] * 12)) == ["round 6", "round 12"]
+    first = messages(caplog, logging.WARNING)[0]
+    assert "rose from 0.000 to 0.600, and the initial reward model's score went from -0.700 to -0.700" in first
+    assert "raise kl.beta" in first
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        rising(RISE, [0.3 * x for x in RISE]),  # the initial model agrees
+        rising(RISE, [0.0] * 12, std=4.0),  # less than the rewards scatter
+        rising(RISE[:5], [0.0] * 5),  # too few rounds
+        [{key: x for key, x in row.items() if key != "reward/std"} for row in rising(RISE, [0.0] * 12)],
+    ],
+    ids=["initial", "spread", "few", "one response"],
+)
+def test_no_exploitation_is_claimed_where_there_is_none_to_see(caplog, history):
+    assert warned_rounds(caplog, history) == []
+
+
+def test_many_clipped_ratios_are_warned_about_whenever_they_become_many(caplog):
+    history = [{"round": t, "policy/clip_share": share} for t, share in enumerate([0.25, 0.5, 0.5, 0.0, 0.26], 1)]
+    for t in range(1, 6):
+        warn_about_clipping(history[:t])
+    lines = messages(caplog, logging.WARNING)
+    assert [line.partition(" of the")[0] for line in lines] == ["round 2: 50 %", "round 5: 26 %"]
+    assert "Lower learning_rate" in lines[0]
+
+
+def test_a_run_looks_for_both_in_every_round(make, monkeypatch):
+    seen = []
+    for name in ("warn_about_exploitation", "warn_about_clipping"):
+        monkeypatch.setattr(trainer, name, lambda history, name=name: seen.append((name, len(history))))
+    make(rounds=2).train()
+    assert sorted(seen) == [(name, t) for name in ("warn_about_clipping", "warn_about_exploitation") for t in (1, 2)]
 
 
 # ---- samples ----
@@ -190,6 +252,15 @@ def test_a_resumed_run_goes_on_under_its_own_name(make, tmp_path):
 
 
 # ---- learning rates ----
+
+
+@pytest.mark.parametrize(
+    ("has_adapter", "rate", "said"), [(True, 1e-6, True), (True, 1e-4, False), (False, 1e-6, False)]
+)
+def test_an_adapter_at_the_learning_rate_of_a_whole_model_is_warned_about(caplog, has_adapter, rate, said):
+    caplog.set_level(logging.WARNING)
+    warn_about_settings(R2MConfig(learning_rate=rate), has_adapter=has_adapter)
+    assert ("learning_rate = 1e-06 on an adapter, which starts at zero" in caplog.text) == said
 
 
 def rates_of(trainer, resume_from=None):

@@ -57,7 +57,7 @@ def test_human_replay_adds_bradley_terry_on_pairs_at_the_rounds_weight(make, mon
     rewards = model.score(embed_pairs(model, some), hidden, weight=weight, mask=rollout.feedback_mask)
     human_loss = -F.logsigmoid(rewards[:2] - rewards[2:]).mean()
     absorbed, updater = trainer.updater._absorbed, trainer.updater
-    own = model.reward(absorbed, updater._pooled, updater._gradient, weight).view(N, K)
+    own = model.reward(absorbed, updater._pooled, updater._gradient, weight, lse=updater._lse).view(N, K)
     loss, _ = grebt_reference.grebt_loss(own, alpha=0.3, eps=1e-2, pair_scores=batch.scores.view(N, K))
     trained = updater.optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss.mean() + 0.5 * human_loss, trained, retain_graph=True)
@@ -75,7 +75,9 @@ def test_agreement_gate_trains_on_the_groups_whose_pair_the_initial_model_picks_
     # The first group's pair as the initial model would have it, the second's the other way round.
     batch.initial.copy_(torch.stack([scores[0], -scores[1]]).flatten())
     updater = trainer.updater
-    own = trainer.reward_model.reward(updater._absorbed, updater._pooled, updater._gradient, updater.weight)
+    own = trainer.reward_model.reward(
+        updater._absorbed, updater._pooled, updater._gradient, updater.weight, lse=updater._lse
+    )
     loss, _ = grebt_reference.grebt_loss(own.view(N, K)[:1], alpha=0.3, eps=1e-2, pair_scores=scores[:1])
     trained = updater.optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss.sum(), trained, retain_graph=True)

@@ -1,11 +1,14 @@
 """Loading a policy, adapters, the frozen reference, and dropout."""
 
 import importlib.util
+import re
 
+import architectures
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from r2m.config import Lora, Placement, R2MConfig
 from r2m.policy import add_adapter, disable_dropout, freeze_reference, load_policy, load_tokenizer
@@ -87,6 +90,49 @@ def test_an_adapter_sits_on_the_layers_and_modules_asked_for(settings, layers, m
     assert {path[0] for path in paths} == layers
     assert {path[2] for path in paths} == modules
     assert len(paths) == 2 * len(layers) * len(modules)
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("gpt2", {"c_attn", "c_proj", "c_fc"}),
+        ("gptj", {"q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"}),
+        ("bloom", {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        ("falcon", {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        ("mpt", {"Wqkv", "out_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_the_last_layers_are_adapted_whatever_they_are_called(name, modules):
+    policy = add_adapter(architectures.tiny_model(architectures.tiny_config(name)), Lora(rank=2, top_layers=1))
+    paths = [re.search(r"\.(?:h|blocks)\.(\d+)\.(.+)\.lora_[AB]", name).groups() for name in trainable(policy)]
+    assert {layer for layer, _ in paths} == {"1"}
+    assert {path.rpartition(".")[2] for _, path in paths} == modules
+
+
+def test_all_linear_leaves_out_what_a_mamba_kernel_reads_past_the_adapter():
+    def model():
+        return architectures.tiny_model(architectures.tiny_config("mamba"))
+
+    names = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in trainable(add_adapter(model(), Lora(rank=2)))}
+    assert names == {"in_proj", "x_proj", "dt_proj"}
+    with pytest.raises(ValueError, match=r"lora\.target_modules is \['out_proj'\]: .*incompatible with Mamba"):
+        add_adapter(model(), Lora(rank=2, target_modules=["out_proj"]))
+
+
+def test_an_adapter_in_the_policys_place_is_an_error_that_says_where_it_goes(checkpoint, tmp_path):
+    add_adapter(AutoModelForCausalLM.from_pretrained(checkpoint), Lora(rank=2)).save_pretrained(tmp_path / "adapter")
+    expected = (
+        f"policy is {tmp_path / 'adapter'}, an adapter; expected a whole model: policy={checkpoint} and lora.adap"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_policy(R2MConfig(policy=str(tmp_path / "adapter"), precision="float32"))
+
+
+def test_an_adapter_with_biases_has_no_reference():
+    settings = LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM")
+    policy = get_peft_model(tiny.policy(attention_bias=True), settings)
+    with pytest.raises(ValueError, match=r"lora\.adapter has bias 'lora_only'.* expected an adapter with bias 'none'"):
+        freeze_reference(policy)
 
 
 def test_training_can_start_from_a_saved_adapter(checkpoint, tmp_path):

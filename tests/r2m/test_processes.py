@@ -153,6 +153,18 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(reward_checkpoint,
         assert_same_run(resumed, whole, 0)
 
 
+@pytest.mark.parametrize(("settings", "failing"), [({}, 1), (SHARDED, 0)], ids=["copies", "sharded"])
+def test_an_error_in_one_process_ends_all_with_its_reason(reward_checkpoint, tmp_path, settings, failing):
+    """Also where the one that fails holds the store, and long before the 30 minutes of `placement.timeout`."""
+    ended = finish(start(tmp_path, reward_checkpoint, {"run": {"fails_in": [2, failing], **settings}, "never": {}}))
+    assert "FloatingPointError: phase" not in ended[1 - failing][1]
+    for status, output in ended:
+        assert status == 1, output
+        assert "a reward is not finite; last good checkpoint: " in output
+    assert f"process {failing} failed: FloatingPointError: a reward is not finite" in ended[1 - failing][1]
+    assert not (tmp_path / "never").exists()
+
+
 def test_accelerate_launch_runs_the_command_line(tmp_path, reward_checkpoint):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     config = write_config(tmp_path, reward_checkpoint)

@@ -1,13 +1,23 @@
 import json
 from importlib.util import find_spec
 
+import architectures
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
-from r2m import R2MRewardModel
+from r2m import Preference, R2MRewardModel
+from r2m.config import Lora
+from r2m.hidden_states import policy_backbone
+from r2m.policy import add_adapter
 from r2m_kernels.attention_pool import reference
 
 PROMPTS = ["hello ", "what is this? ", "x"]
@@ -61,6 +71,45 @@ def test_chat_prompts_use_the_reward_models_own_template(reward_model):
     torch.testing.assert_close(chat, text)
 
 
+def test_a_rendered_chat_scores_as_its_messages_where_the_tokenizer_adds_a_token_at_the_beginning(reward_model):
+    tokenizer = reward_model.tokenizer
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    chat = reward_model.embed([[{"role": "user", "content": "hi"}]], ["yes"])
+    text = reward_model.embed(["<s>user:hi</s><s>assistant:"], ["yes</s>"])
+    assert torch.equal(text, chat)
+
+
+def test_a_template_that_refuses_a_prompt_says_so_with_model_and_roles(reward_model, reward_checkpoint):
+    reward_model.tokenizer.chat_template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}a"
+    system, user = {"role": "system", "content": "be"}, {"role": "user", "content": "hi"}
+    reward_model.check_prompts(["text", [user], [user, {"role": "assistant", "content": "a"}, user]])
+    message = (
+        rf"reward_model: prompt .* of {reward_checkpoint} cannot render .* roles system, user, assistant: no system"
+    )
+    for ask in (
+        lambda: reward_model.check_prompts([[user], [system, user]]),
+        lambda: reward_model.embed([[system, user]], ["a"]),
+    ):
+        with pytest.raises(ValueError, match=message + "; expected messages that it can render"):
+            ask()
+    with pytest.raises(ValueError, match=message.removeprefix("reward_model: ")):
+        reward_model.usable_pairs([Preference([system, user], "a", "b")])
+
+
+def test_usable_pairs_fit_the_reward_model_and_the_policy(reward_model, tokenizer):
+    short, long = Preference("ab", "c", "d"), Preference("ab", "c", "d" * 20)
+    reward_model.config.max_length = 6
+    reward_model.config.suffix = "!!!"
+    assert reward_model.usable_pairs([short, long]) == [short]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> <s> <s> <s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    with pytest.raises(ValueError, match="pairs: none of 1"):
+        reward_model.usable_pairs([short, long], tokenizer)
+
+
 def test_long_texts_lose_their_beginning(reward_model):
     reward_model.config.max_length = 10
     torch.testing.assert_close(reward_model.embed(["x" * 90], ["0123456789"]), reward_model.embed([""], ["0123456789"]))
@@ -101,6 +150,11 @@ def test_the_score_is_equations_1_to_3(reward_checkpoint, policy, num_heads, sta
         strict=True,
     ):
         torch.testing.assert_close(ours, exact)
+
+
+def test_statistics_need_two_texts(reward_model):
+    with pytest.raises(ValueError, match="rte has 1 rows; expected those of at least 2 texts"):
+        reward_model.set_statistics(torch.randn(1, 24), torch.zeros(32), torch.ones(32))
 
 
 def test_only_the_small_part_trains_and_is_saved(reward_model, tmp_path):
@@ -263,7 +317,61 @@ def test_placements_that_exclude_each_other_or_do_not_exist_are_errors(reward_ch
         tiny.reward_model(reward_checkpoint, policy, quantization="2bit")
 
 
+# ---- a causal LM as the backbone ----
+
+
+@pytest.fixture
+def causal_lm(tmp_path, tokenizer):
+    def save(name):
+        model = architectures.tiny_model(architectures.tiny_config(name))
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.mark.parametrize("name", ["granite", "mamba", "llama4_text"])
+def test_a_causal_lm_without_a_classifier_class_gets_a_head_that_is_saved_with_it(causal_lm, policy, tmp_path, name):
+    folder = causal_lm(name)
+    model = tiny.reward_model(folder, policy)
+    rte = model.embed(PROMPTS, COMPLETIONS)
+    own = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([model.encode(PROMPTS[1], COMPLETIONS[1])])
+    with torch.no_grad():
+        states = policy_backbone(own)(input_ids=ids).last_hidden_state[0]
+    torch.testing.assert_close(rte[1], states[model._rte_position(ids[0].tolist())], rtol=1e-4, atol=1e-4)
+    model.head.weight.data.normal_()
+    model.save_classifier(tmp_path / "classifier")
+    model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    expected = model.vanilla_score(rte)
+    for loaded in (
+        tiny.reward_model(tmp_path / "classifier", policy),
+        R2MRewardModel.from_pretrained(tmp_path / "whole", dtype=torch.float32),
+    ):
+        scores = loaded.vanilla_score(loaded.embed(PROMPTS, COMPLETIONS))
+        torch.testing.assert_close(scores - scores[0], expected - expected[0], rtol=1e-4, atol=1e-4)
+    assert "r2m.models.sequence_classifier(AutoConfig" in (tmp_path / "classifier" / "README.md").read_text()
+
+
+def test_max_length_is_at_most_the_backbones_positions(causal_lm, policy):
+    folder = causal_lm("gpt2")  # of 64 positions
+    assert tiny.reward_model(folder, policy).config.max_length == 64
+    assert tiny.reward_model(folder, policy, max_length=9).config.max_length == 9
+    with pytest.raises(ValueError, match="max_length is 65; expected at most 64, the positions of reward_model"):
+        tiny.reward_model(folder, policy, max_length=65)
+    assert tiny.reward_model(causal_lm("llama"), policy).config.max_length == 2048  # rotary: computed
+
+
 # ---- bad input ----
+
+
+def test_an_adapter_in_a_reward_models_place_is_an_error(tmp_path, policy):
+    add_adapter(tiny.policy(), Lora(rank=2)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"reward_model is .*, an adapter; expected a whole model: the model that peft"
+    ):
+        tiny.reward_model(tmp_path, policy)
 
 
 def test_a_policy_of_another_width_is_an_error(reward_model, tmp_path):

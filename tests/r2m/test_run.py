@@ -11,9 +11,12 @@ import tiny
 import torch
 import yaml
 
-from r2m import load_config
+from r2m import R2MRewardModel, fitting, load_config
+from r2m import run as run_module
 from r2m.checkpoint import best_round, checkpoints, load_checkpoint, read_metrics
-from r2m.run import build_trainer, dry_run, evaluate_run, run
+from r2m.data import Preference
+from r2m.folder import run_to_evaluate
+from r2m.run import build_trainer, dry_run, evaluate_run, load_data, run
 
 PROMPTS = ["hello ", "what is it? ", "a b", [{"role": "user", "content": "hi"}]]
 HELD_OUT = ["who ", "why? ", "x"]
@@ -22,7 +25,7 @@ K = 3
 
 
 def judge(prompts, responses):
-    return [len(response) % 7 for response in responses]
+    return [sum(response.encode()) % 97 for response in responses]
 
 
 def other_judge(prompts, responses):
@@ -199,6 +202,13 @@ def test_a_dry_run_misses_a_tracker_as_the_run_would(run_file, monkeypatch):
         dry_run(load_config(run_file, ["trackers=[tensorboard]"]))
 
 
+def test_positions_other_than_those_of_the_saved_reward_model_are_an_error(run_file, finished):
+    config = load_config(run_file, [f"reward_model={finished / 'reward_model'}", "r2m.positions=response"])
+    message = "r2m.positions is 'response', and the reward model was fitted on 'all'; expected r2m.positions=all, or"
+    with pytest.raises(ValueError, match=message):
+        build_trainer(config)
+
+
 # ---- measuring a finished run ----
 
 
@@ -267,6 +277,49 @@ def test_other_prompts_pairs_and_judge_take_the_place_of_the_runs(finished, tmp_
         evaluate_run(finished, judge="nonsense")
 
 
+def test_a_judge_whose_scores_are_all_equal_recommends_nothing(run_file):
+    config = load_config(run_file, [f"evaluation.judge={__file__}:other_judge", "rounds=2", "learning_rate=0"])
+    assert run(config).endswith("; the judge cannot tell which round is best: its scores of all of them are equal")
+    with pytest.raises(
+        FileNotFoundError, match=r"'best' is not in .*: the judge's scores of all rounds are equal, it can"
+    ):
+        evaluate_run(config.output_dir, "best")
+
+
+def test_a_damaged_checkpoint_is_what_the_option_chose(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-2" / "state.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^checkpoint: .*checkpoint-2 is damaged: state.pt has 0 bytes"):
+        evaluate_run(tmp_path / "out", "2")
+
+
+def test_files_of_evaluation_may_have_columns_of_their_own(run_file, tmp_path):
+    files = {
+        "prompts": write_jsonl(tmp_path / "p.jsonl", [{"question": "a"}]),
+        "evaluation.prompts": write_jsonl(tmp_path / "e.jsonl", [{"text": "b"}]),
+        "evaluation.pairs": write_jsonl(tmp_path / "h.jsonl", [{"text": "c", "chosen": "d", "rejected": "e"}]),
+    }
+    overrides = ["columns.prompt=question", *(f"{key}={file}" for key, file in files.items())]
+    data = load_data(load_config(run_file, [*overrides, "evaluation.columns.prompt=text"]))
+    assert (data["prompts"], data["eval_prompts"]) == (["a"], ["b"])
+    assert data["held_out_pairs"] == [Preference("c", "d", "e")]
+    with pytest.raises(ValueError, match=r'evaluation.prompts: .*the field "question" is missing.*columns says which'):
+        load_data(load_config(run_file, overrides))
+
+
+def test_the_columns_of_other_files_can_be_named_when_a_run_is_measured(finished):
+    config, checkpoint = run_to_evaluate(finished, "last", columns={"prompt": "text"})
+    assert (config.evaluation.columns, checkpoint.name) == ({"prompt": "text"}, "checkpoint-3")
+
+
+def test_rows_that_are_none_are_skipped_by_the_config(run_file, tmp_path):
+    pairs = [{"prompt": "c", "chosen": "d", "rejected": "d"}, {"prompt": "c", "chosen": "d", "rejected": "e"}]
+    overrides = [f"evaluation.pairs={write_jsonl(tmp_path / 'ties.jsonl', pairs)}"]
+    with pytest.raises(ValueError, match=r"evaluation.pairs: .* are equal"):
+        load_data(load_config(run_file, overrides))
+    assert len(load_data(load_config(run_file, [*overrides, "skip_invalid=true"]))["held_out_pairs"]) == 1
+
+
 def test_a_judge_that_returns_too_few_scores_is_an_error(finished, tmp_path):
     (tmp_path / "judge.py").write_text("def judge(prompts, responses):\n    return [1.0]\n")
     with pytest.raises(ValueError, match="judge returned 1 scores for 3 responses"):
@@ -287,6 +340,31 @@ def test_what_cannot_be_measured_is_said(finished, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match=r"evaluation.prompts is not set in the run's config; expected --prompts FILE"):
         evaluate_run(tmp_path)
+
+
+def test_measuring_reads_no_state_of_an_optimizer_and_runs_no_more_sequences_than_a_micro_batch(finished, monkeypatch):
+    made, sequences = [], []
+    build, embed, stream = run_module.build_trainer, R2MRewardModel.run_backbone, fitting.stream_hidden
+
+    def built(config):
+        made.append(build(config))
+        return made[-1]
+
+    def embedded(model, rows):
+        sequences.append(len(rows))
+        return embed(model, rows)
+
+    def streamed(policy, rollout, batch_size):
+        sequences.append(batch_size)
+        return stream(policy, rollout, batch_size)
+
+    monkeypatch.setattr(run_module, "build_trainer", built)
+    monkeypatch.setattr(R2MRewardModel, "run_backbone", embedded)
+    monkeypatch.setattr(fitting, "stream_hidden", streamed)
+    evaluate_run(finished)
+    (trainer,) = made
+    assert not trainer.optimizer.state and not trainer.updater.optimizer.state
+    assert max(sequences) == trainer.config.micro_batch_size == K
 
 
 def test_measuring_leaves_a_run_as_it_was(finished):

@@ -13,7 +13,16 @@ from transformers import ByT5Tokenizer
 
 from r2m import tokenization
 from r2m.data import Preference
-from r2m.tokenization import encode_prompt, encode_prompts, usable_pairs, usable_prompts
+from r2m.tokenization import (
+    encode_prompt,
+    encode_prompts,
+    encode_responses,
+    encode_whole,
+    response_texts,
+    usable_pairs,
+    usable_prompts,
+    usable_whole_pairs,
+)
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "hi"}
@@ -74,7 +83,11 @@ def test_messages_that_the_template_cannot_render_are_named(encode):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}hi"
     )
     assert encode(refuses, [USER])
-    with pytest.raises(ValueError, match=r'prompt \[\{"role": "system", .*System role not supported'):
+    refuses.name_or_path = "models/refuses"
+    message = (
+        r'prompt \[\{"role": "system", .* the chat template of models/refuses cannot .* roles system, user: System'
+    )
+    with pytest.raises(ValueError, match=message):
         encode(refuses, [SYSTEM, USER])
     with pytest.raises(ValueError, match=r'prompt \[\{"role": "user", .*chat_template is not set'):
         encode(tiny.tokenizer(chat=False), [USER])
@@ -86,6 +99,61 @@ def test_of_many_prompts_the_one_that_the_template_refuses_is_named():
     prompts = [[USER], [USER, {"role": "tool", "content": "42"}], [USER]]
     with pytest.raises(ValueError, match=r'prompt .*"tool", "content": "42"'):
         encode_prompts(tokenizer, prompts)
+
+
+# ---- what a reward model reads, and what the assistant says ----
+
+
+def test_a_whole_text_has_its_special_tokens_once(adds_bos):
+    rendered = adds_bos.apply_chat_template([SYSTEM, USER], add_generation_prompt=True, tokenize=False)
+    texts = encode_whole(adds_bos, ["hi", rendered, [SYSTEM, USER]], [" you", "yes</s>", "yes"])
+    assert adds_bos.batch_decode(texts) == ["<s>hi you", rendered + "yes</s>", rendered + "yes</s>"]
+    assert texts[1] == texts[2]
+    assert adds_bos.decode(encode_whole(adds_bos, ["a"], ["b"], suffix="!")[0]) == "<s>ab!"
+
+
+def test_a_whole_text_keeps_the_token_that_the_tokenizer_adds_at_its_end(adds_bos):
+    specials = [(token, adds_bos.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    adds_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=specials)
+    texts = encode_whole(adds_bos, ["a", "<s>a"], ["b", "b"])
+    assert adds_bos.batch_decode(texts) == ["<s>ab</s>"] * 2
+
+
+@pytest.mark.parametrize("tag", ["<think>\n", "<think>", "<reasoning>\n\n", "<seed:think>"])
+def test_what_the_template_opens_of_the_assistants_text_belongs_to_it(tokenizer, tag):
+    tokenizer.chat_template += "{% if add_generation_prompt %}" + tag + "{% endif %}"
+    prompts = [[USER], [SYSTEM, USER], "text <think>"]
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    said = ["so</think>yes", "no", "so</think>yes"]
+    sampled = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in said]
+    texts = response_texts(tokenizer, prompts, prompt_ids, sampled)
+    assert texts == [tag + said[0], tag + said[1], said[2]]
+    # Back again, the tag is not doubled, however the data has it; a text without it is taken as it is.
+    for given in (texts, [tag.strip() + said[0], said[1], said[2]]):
+        ids = encode_responses(tokenizer, prompts, prompt_ids, given)
+        assert ids == [tokenizer(text).input_ids for text in said]
+
+
+def test_a_tag_that_is_a_special_token_is_no_text_and_one_in_a_message_opens_nothing(tokenizer):
+    prompts = [[{"role": "user", "content": "write <think>"}]]
+    assert response_texts(tokenizer, prompts, encode_prompts(tokenizer, prompts), [[5]]) == tokenizer.batch_decode(
+        [[5]]
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    assert prompt_ids[0][-1] == tokenizer.convert_tokens_to_ids("<think>")
+    assert response_texts(tokenizer, prompts, prompt_ids, [[5]]) == tokenizer.batch_decode([[5]])
+
+
+def test_of_whole_texts_those_are_usable_that_fit_with_suffix_and_template(tokenizer):
+    chat, text = Preference([USER], "a", "bb"), Preference("ab", "c", "dd")
+    length = max(map(len, encode_whole(tokenizer, [[USER]], ["bb"])))
+    assert usable_whole_pairs(tokenizer, [chat, text], length, suffix="!") == [chat, text]
+    assert usable_whole_pairs(tokenizer, [chat, text], length - 1, suffix="!") == [text]
+    assert usable_whole_pairs(tokenizer, [text], 5, suffix="!") == [text]
+    with pytest.raises(ValueError, match=r"pairs: none of 1 has .* at most 4 together"):
+        usable_whole_pairs(tokenizer, [text], 4, suffix="!")
 
 
 # ---- cache ----

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from r2m import Preference, R2MRewardModel, R2MTrainer, load_config
+from r2m import Preference, R2MRewardModel, R2MTrainer, load_config, progress
 from r2m.advantages import grpo_advantages, rloo_advantages
 from r2m.checkpoint import checkpoints
 from r2m.config import Lora, config_from_dict
@@ -119,7 +119,7 @@ def changed(module, before):
 
 
 def without_costs(rows):
-    return [{name: value for name, value in row.items() if name not in COSTS} for row in rows]
+    return [{name: x for name, x in row.items() if not name.startswith(("seconds/", "memory/"))} for row in rows]
 
 
 def written_rows(trainer):
@@ -166,6 +166,39 @@ def test_rounds_run_and_every_metric_is_finite_and_written(make, algorithm, plac
         assert [name for name, value in row.items() if not math.isfinite(value)] == []
     assert written_rows(trainer) == rows
     assert load_config(trainer.output_dir / "config.yaml") == trainer.config
+
+
+@pytest.mark.parametrize("micro_batch_size", [K, K - 1], ids=["whole groups", "split groups"])
+def test_seconds_of_the_first_epoch_are_told_where_scoring_is_its_pass(make, micro_batch_size):
+    (row,) = make(rounds=1, micro_batch_size=micro_batch_size).train()
+    assert ("seconds/first_epoch" in row) == (micro_batch_size == K)
+    assert 0 < row.get("seconds/first_epoch", row["seconds/annotate"] / 2) < row["seconds/annotate"]
+
+
+def test_a_round_says_its_phase_epoch_and_micro_batch_and_no_pass_is_larger(make, monkeypatch):
+    said, embedded = set(), []
+    monkeypatch.setattr(
+        progress, "say", lambda: said.add(", ".join(entry[0] for entry in progress._going_on if entry[0]))
+    )
+    run_backbone = R2MRewardModel.run_backbone
+    monkeypatch.setattr(
+        R2MRewardModel, "run_backbone", lambda model, rows: embedded.append(len(rows)) or run_backbone(model, rows)
+    )
+    make(rounds=1, micro_batch_size=2 * K - 1, epochs=2, held_out_pairs=PAIRS, eval_prompts=PROMPTS[:1]).train()
+    assert max(embedded) <= 2 * K - 1
+    for line in (
+        "round 1 of 1, sampling, batch 1 of 1, token 1 of 5",
+        "round 1 of 1, scoring, embedding, batch 2 of 2",
+        "round 1 of 1, scoring, reference, micro-batch 2 of 2",
+        "round 1 of 1, scoring, policy, micro-batch 2 of 2",
+        "round 1 of 1, policy update, epoch 2 of 2, minibatch 1 of 1, micro-batch 2 of 2",
+        "round 1 of 1, reward model update",
+        "round 1 of 1, held-out prompts, sampling, batch 1 of 1, token 1 of 5",
+        "held-out pairs, embedding, batch 1 of 1",
+        "round 1 of 1, held-out pairs, hidden states of the policy, batch 1 of 1",
+    ):
+        assert line in said, (line, said)
+    assert any(line.startswith("round 1 of 1, writing ") for line in said)
 
 
 @pytest.mark.parametrize("feedback", ["none", "frozen"])
@@ -365,9 +398,12 @@ def test_the_missing_end_penalty_lowers_exactly_the_unfinished(make):
 def recomputed_rewards(trainer, monkeypatch):
     """Rewards of one round as annotated and, after the policy's epochs, as recomputed; and its rollout."""
     recomputed, original = [], trainer.reward_model.reward
-    monkeypatch.setattr(
-        trainer.reward_model, "reward", lambda *args: recomputed.append(original(*args)) or recomputed[-1]
-    )
+
+    def reward(*args, **kwargs):
+        recomputed.append(original(*args, **kwargs))
+        return recomputed[-1]
+
+    monkeypatch.setattr(trainer.reward_model, "reward", reward)
     torch.manual_seed(0)
     rollout = trainer.sample(1)
     batch = trainer.annotate(rollout, 1, {})
@@ -415,7 +451,8 @@ def count_forwards(trainer):
 @pytest.mark.parametrize(
     "settings", [{}, {"algorithm": "grpo", "kl": {"placement": "reward"}, "gradient_checkpointing": True}]
 )
-def test_scoring_as_the_first_epoch_changes_no_weight_and_saves_a_pass(make, settings, epochs, precision):
+def test_scoring_as_the_first_epoch_changes_no_weight_and_saves_a_pass(make, settings, epochs, precision, monkeypatch):
+    monkeypatch.setattr("r2m.trainer.check_policy", lambda trainer: None)  # its passes are no round's
     whole, apart = (make(epochs=epochs, precision=precision, **settings) for _ in range(2))
     assert whole.scores_in_first_epoch
     apart.scores_in_first_epoch = False
@@ -620,14 +657,55 @@ def test_standardisation_takes_its_statistics_from_the_first_rounds_samples(make
     assert torch.equal(model.rte_scale, frozen[1])
 
 
-def test_evaluation_trains_nothing(make):
+def test_evaluation_trains_nothing_and_is_of_the_last_round(make):
     trainer = make(rounds=5)
     before, before_small = copies(trainer.policy), copies(trainer.reward_model)
-    row, rollout, _ = trainer.evaluate(["hello", "you"], K)
+    row, rollout, batch = trainer.evaluate(["hello", "you"], K)
     assert rollout.prompts == ["hello"] * K + ["you"] * K
-    assert trainer.updater.weight == 0.6
+    rte = trainer.reward_model.embed(rollout.prompts, rollout.completions)
+    expected = score_rollout(trainer.reward_model, trainer.policy, rte, rollout, 0.6)
+    torch.testing.assert_close(batch.rewards, expected)
     assert all(math.isfinite(value) for value in row.values())
     assert changed(trainer.policy, before) == changed(trainer.reward_model, before_small) == set()
+
+
+@pytest.mark.parametrize("settings", [{}, {"source": "reference"}, {"scale_anchor": True}, {"feedback": "head"}])
+def test_measuring_before_and_within_rounds_changes_no_bit(make, settings):
+    """Statistics come from the first round's samples, and a round's update sees that round's hidden states."""
+
+    def rounds(*, measures):
+        trainer = make(
+            epochs=1, r2m={"learning_rate": 1e-3} | settings, model={"standardize": True}, held_out_pairs=PAIRS
+        )
+        trainer.eval_prompts = HELD_OUT[:2]
+
+        def measure():
+            if measures:
+                torch.manual_seed(99)
+                trainer.evaluate(["hello", "you"], K)
+                trainer.evaluate_held_out()
+                trainer.held_out_accuracy(1.0)
+
+        rows = []
+        for t in (1, 2):
+            row = {}
+            measure()
+            torch.manual_seed(t)
+            rollout = trainer.sample(t)
+            measure()
+            batch = trainer.annotate(rollout, t, row)
+            measure()
+            trainer.optimize_policy(rollout, batch, t, row)
+            measure()
+            trainer.align_reward_model(batch, t, row)
+            rows.append(row)
+        return rows, trainer
+
+    (expected, plain), (rows, measured) = rounds(measures=False), rounds(measures=True)
+    assert rows == expected
+    for name in ("policy", "reward_model", "initial_head"):
+        assert changed(getattr(measured, name), copies(getattr(plain, name))) == set()
+    assert measured.updater.scale == plain.updater.scale
 
 
 HELD_OUT = ["who ", "why? ", [{"role": "user", "content": "hi"}]]
@@ -773,10 +851,30 @@ def test_a_drift_of_the_rewards_scale_is_warned_about(make, caplog, learning_rat
     assert all(f"{ratio:.2f} times" in line and "round 2" in line for line in warnings(caplog))
 
 
-@pytest.mark.parametrize(("spread", "drifts"), [(0.45, True), (0.55, False), (1.9, False), (2.1, True)])
-def test_twice_or_half_the_first_rounds_spread_is_a_drift(caplog, spread, drifts):
-    warn_about_drift({"round": 1, "reward/group_std": 3.0}, {"round": 9, "reward/group_std": 3.0 * spread})
-    assert len(warnings(caplog)) == drifts
+@pytest.mark.parametrize(
+    ("spreads", "rounds_said"),
+    [
+        ([0.45], [2]),
+        ([0.55], []),
+        ([1.9], []),
+        ([2.1], [2]),
+        ([2.1, 2.2, 1.5, 3.9, 4.1, 8.5, 6], [2, 6, 7]),  # once, and again at every further factor of 2
+        ([2.1, 0.4, 0.3, 0.2], [2, 3, 5]),  # either way
+    ],
+)
+def test_a_drift_of_the_spread_is_said_once_for_each_factor_of_two(caplog, spreads, rounds_said):
+    history = [{"round": t, "reward/group_std": 3.0 * spread} for t, spread in enumerate([1, *spreads], 1)]
+    for t in range(1, len(history) + 1):
+        warn_about_drift(history[:t])
+    assert [int(line.split()[1].rstrip(":")) for line in warnings(caplog)] == rounds_said
+
+
+def test_a_fall_of_accuracy_is_said_once_for_each_twentieth(caplog):
+    accuracies = [0.8, None, 0.76, 0.74, 0.72, None, 0.69, 0.74, 0.69]
+    history = [{"round": t} | ({} if a is None else {"rm/pair_accuracy": a}) for t, a in enumerate(accuracies, 1)]
+    for t in range(1, len(history) + 1):
+        warn_about_drift(history[:t])
+    assert [line.partition(":")[0] for line in warnings(caplog)] == ["round 4", "round 7"]
 
 
 def test_the_start_is_described(make, caplog):
@@ -813,6 +911,30 @@ def test_a_reward_model_for_another_width_is_an_error(make, reward_checkpoint):
     reward_model = tiny.reward_model(reward_checkpoint, tiny.policy(48))
     with pytest.raises(ValueError, match=r"hidden states of width 48 .* the policy given has width 32"):
         make(reward_model=reward_model)
+
+
+@pytest.mark.parametrize("which", ["prompts", "eval_prompts"])
+def test_a_reward_model_that_cannot_render_the_prompts_is_an_error_before_anything_is_sampled(
+    make, reward_checkpoint, which
+):
+    reward_model = tiny.reward_model(reward_checkpoint, small_policy())
+    reward_model.tokenizer.chat_template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}a"
+    make(reward_model=reward_model)
+    prompts = [[{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]]
+    with pytest.raises(ValueError, match=r"reward_model: prompt .* the roles system, user, assistant: no system"):
+        make(reward_model=reward_model, **{which: prompts})
+
+
+def test_the_reward_model_reads_the_reasoning_that_the_policys_template_opens(make, monkeypatch):
+    tokenizer, read = tiny.tokenizer(), []
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    trainer = make(tokenizer=tokenizer, prompts=[[{"role": "user", "content": "hi"}]], algorithm="remax")
+    embed = trainer.reward_model.embed
+    monkeypatch.setattr(
+        trainer.reward_model, "embed", lambda p, texts, **kw: read.extend(texts) or embed(p, texts, **kw)
+    )
+    trainer.annotate(trainer.sample(1), 1, {})
+    assert len(read) == N * K + N and all(text.startswith("<think>\n") for text in read)
 
 
 def test_a_reward_model_on_another_device_is_an_error(make, reward_checkpoint):

@@ -97,6 +97,28 @@ def test_streamed_scores_are_equations_1_to_3(reward_checkpoint, policy, model, 
     torch.testing.assert_close(data.score(updater), expected)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sequence_without_feedback_attends_to_nothing(reward_checkpoint, policy, model):
+    """Such as a response of one token where positions are those of the response: its A is 0."""
+    updater, data = make_updater(reward_checkpoint, policy, model=model), Round()
+    rows, hidden, mask = data.batches[0]
+    hidden[1], mask[1] = torch.nan, False
+    reward_model = updater.reward_model
+    updater.begin_round(data.rte, 8)
+    expected = expected_rewards(reward_model, data.rte, data.valid(), updater.weight)
+    alone = updater.weight * reward_model.standardized(data.rte[1]) @ reward_model.head.weight + reward_model.head.bias
+    torch.testing.assert_close(expected[1:2], alone)
+    torch.testing.assert_close(data.score(updater), expected)
+    torch.testing.assert_close(
+        reward_model.score(data.rte[rows], hidden, weight=updater.weight, mask=mask), expected[rows]
+    )
+    data.collect(updater)
+    pools = updater._pooled, updater._gradient
+    rewards = reward_model.reward(updater._absorbed, *pools, updater.weight, lse=updater._lse)
+    torch.testing.assert_close(rewards, expected)
+    assert math.isfinite(updater.step(expected.detach())["rm/grad_norm"])
+
+
 def test_scores_of_bfloat16_hidden_states_are_float32(reward_checkpoint, policy):
     updater, data = make_updater(reward_checkpoint, policy, dtype=torch.float32), Round(dtype=torch.float32)
     data.batches = [(rows, hidden.bfloat16(), mask) for rows, hidden, mask in data.batches]

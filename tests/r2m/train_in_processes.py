@@ -34,8 +34,11 @@ def stochastic_gradient_descent(parameters, **_):
     return torch.optim.SGD(parameters, lr=0.02)
 
 
-def train(folder, checkpoint, *, sgd=True, adapter=False, sampled=False, resume=None, killed_in=0, **settings):
-    """The metrics and weights of a run. killed_in: the round in which the second process dies."""
+def train(
+    folder, checkpoint, *, sgd=True, adapter=False, sampled=False, resume=None, killed_in=0, fails_in=None, **settings
+):
+    """The metrics and weights of a run. killed_in: the round in which the second process dies; fails_in: round and
+    process of an error."""
     values = {
         "prompts_per_round": 4, "micro_batch_size": 4, "r2m": {"standardize": True},
         "evaluation": {"every": 1}, "checkpoints": {"every": 1, "keep": 9},
@@ -60,6 +63,8 @@ def train(folder, checkpoint, *, sgd=True, adapter=False, sampled=False, resume=
     def annotate_or_die(rollout, t, row, **options):
         if t == killed_in and processes.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if fails_in is not None and [t, processes.index()] == fails_in:
+            raise FloatingPointError("a reward is not finite")
         return annotate(rollout, t, row, **options)
 
     trainer.annotate = annotate_or_die

@@ -1,0 +1,150 @@
+"""Before a run: does the policy compute the same values in every way in which a round runs it?
+
+A round samples with a cache, scores in padded batches, and trains. Where these disagree, as with position embeddings
+that count padding, states that run over it, or noise in training mode, rewards, advantages and importance ratios are of
+different models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from r2m.hidden_states import HiddenStateTap
+from r2m.policy import training_mode
+from r2m.policy_loss import token_log_probs
+from r2m.rollout import causal_lm, collate, generate
+
+if TYPE_CHECKING:
+    from r2m.trainer import R2MTrainer
+
+logger = logging.getLogger(__name__)
+
+PROMPT_TOKENS = (8, 5)  # of the two prompts: the second is padded
+NEW_TOKENS, CUT = 4, 2  # of their responses, and of the same cut short: the latter are padded
+# What may differ: nats of a token's log-probability, a share of hidden states. In bfloat16 rounding has its part.
+EXACT, ROUNDED = 1e-2, 0.25
+
+_NOT_SUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
+
+
+def check_policy(trainer: R2MTrainer) -> None:
+    """Raises ValueError if log-probabilities or hidden states of the same tokens depend on padding, on generation's
+    cache or on training mode; in bfloat16, where rounding may be the reason, logs a warning. Either names the number.
+
+    Two of the trainer's prompts, cut to a few tokens, with a greedy response each: a short generation and four forward
+    passes. Raises ValueError, too, for a policy that cannot run in one of these ways, or whose hidden states have
+    another width than the reward model attends to.
+    """
+    name = type(causal_lm(trainer.policy)).__name__
+    try:
+        differences, is_exact, width = _differences(trainer)
+    except torch.OutOfMemoryError:
+        raise
+    except _NOT_SUPPORTED as error:
+        raise ValueError(f"policy: {name} cannot run as in a round: {type(error).__name__}: {error}") from error
+    finally:
+        trainer.policy.eval()
+    known = trainer.reward_model.config.policy_width
+    if width not in (None, known):
+        raise ValueError(
+            f"policy: {name} has hidden states of width {width}; the reward model attends to width {known}"
+        )
+    limit = EXACT if is_exact else ROUNDED
+    found = [f"{what} {size:.3g}" for what, size in differences.items() if size > limit]  # NaN is a phase's to name
+    if not found:
+        return
+    message = f"policy: {name} gives the same tokens other values, by up to: {'; '.join(found)}; expected at most"
+    if is_exact:
+        raise ValueError(f"{message} {limit:g}: rewards and ratios would be of different models; it is not supported")
+    logger.warning("%s %g in bfloat16 (precision=float32 tells rounding from a fault)", message, limit)
+
+
+class _Pass(NamedTuple):
+    log_probs: list[Tensor]  # of each sequence [r], of its response
+    hidden: list[Tensor]  # of each sequence [s, D_p], at its feedback positions; none without policy feedback
+    is_exact: bool  # computed in float32
+
+
+@torch.no_grad()
+def _differences(trainer: R2MTrainer) -> tuple[dict[str, float], bool, int | None]:
+    """The greatest difference of each kind, whether it was computed in float32, and the width of hidden states."""
+    ids = trainer.prompt_ids[0], trainer.prompt_ids[-1]
+    prompts = [(row * size)[:size] for row, size in zip(ids, PROMPT_TOKENS, strict=True)]
+    responses, generated = _generate(trainer, prompts)
+    rows, lengths = [0, 0, 1, 1], [NEW_TOKENS, CUT] * 2
+    batch = [prompts[i] for i in rows], [responses[i][:length] for i, length in zip(rows, lengths, strict=True)]
+    trainer.policy.eval()
+    alone = [_alone(trainer, *both) for both in zip(prompts, responses, strict=True)]
+    padded = _run(trainer, *batch)
+    training_mode(trainer.policy)
+    trained = _run(trainer, *batch)
+    log_probs = [alone[i].log_probs[0] for i in rows]
+    width = None
+    differences = {
+        "in a padded batch (nats)": _greatest(padded.log_probs, log_probs),
+        "in training mode (nats)": _greatest(trained.log_probs, padded.log_probs),
+        "in generation (nats)": _greatest(generated, log_probs),
+    }
+    if padded.hidden:
+        states = [alone[i].hidden[0] for i in rows]
+        width = states[0].shape[-1]
+        spread = torch.cat(states).std().item()
+        differences["in the hidden states of a padded batch (relative)"] = _greatest(padded.hidden, states) / spread
+    return differences, padded.is_exact, width
+
+
+def _generate(trainer: R2MTrainer, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:
+    """A greedy response to each prompt, and log-probabilities [R] of it as each of two copies was generated."""
+    if trainer.rollout_fn is not None:
+        return [row[:1] * NEW_TOKENS for row in prompts], []
+    logits: list[Tensor] = []  # [4, V] of each pass
+    hook = causal_lm(trainer.policy).register_forward_hook(lambda module, args, out: logits.append(out.logits[:, -1]))
+    settings = dataclasses.replace(trainer.config.generation, max_new_tokens=NEW_TOKENS, stop_strings=[])
+    try:
+        with trainer.autocast():
+            rows = generate(trainer.policy, trainer.tokenizer, prompts, 2, settings, [], greedy=True)
+    finally:
+        hook.remove()
+    ids = torch.tensor(rows, device=trainer.device)
+    steps = torch.stack(logits[-NEW_TOKENS:], 1)  # [4, R, V]
+    return rows[::2], list(token_log_probs(steps, ids, settings.temperature))
+
+
+def _alone(trainer: R2MTrainer, prompt: list[int], response: list[int]) -> _Pass:
+    """The sequence as the model has it by itself: no padding, no mask, its own positions."""
+    hidden: list[Tensor] = []
+    ids = torch.tensor([prompt + response], device=trainer.device)
+    tap: AbstractContextManager[object] = nullcontext()
+    if trainer.config.r2m.attends:
+        tap = HiddenStateTap(trainer.policy, lambda states, _: hidden.append(states[0, :-1].float()))
+    with tap, trainer.autocast():
+        logits = trainer.policy(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
+    log_probs = token_log_probs(logits, ids[:, len(prompt) :], trainer.config.generation.temperature)
+    return _Pass(list(log_probs), hidden, logits.dtype == torch.float32)
+
+
+def _run(trainer: R2MTrainer, prompts: list[list[int]], responses: list[list[int]]) -> _Pass:
+    """A forward pass as the trainer's phases make it."""
+    texts: list[Any] = [""] * len(prompts)
+    hidden = list[Tensor]()
+    rollout = collate(texts, texts, prompts, responses, pad_id=trainer.tokenizer.pad_token_id, device=trainer.device)
+
+    def consume(rows: slice, states: Tensor, mask: Tensor) -> None:
+        hidden.extend(row[m].float() for row, m in zip(states, mask, strict=True))
+
+    logits = trainer._logits(trainer.policy, rollout, slice(None), consume if trainer.config.r2m.attends else None)
+    log_probs = token_log_probs(logits, rollout.completion_ids, trainer.config.generation.temperature)
+    kept = [row[: len(ids)] for row, ids in zip(log_probs, responses, strict=True)]
+    return _Pass(kept, hidden, logits.dtype == torch.float32)
+
+
+def _greatest(values: list[Tensor], expected: list[Tensor]) -> float:
+    """The greatest absolute difference; a sequence may be cut, or its expected values."""
+    pairs = zip(values, expected, strict=False)  # no values: nothing to compare
+    return max(((a[: len(b)] - b[: len(a)]).abs().max().item() for a, b in pairs), default=0.0)
