@@ -247,7 +247,7 @@ COLUMNS: dict[str, Callable[[Row, float | None], str]] = {
     "p20": lambda row, reference: show(row.p20, format_seconds),
     "p80": lambda row, reference: show(row.p80, format_seconds),
     "times ours": lambda row, reference: show(ratio(row, reference), times),
-    "noise": lambda row, reference: show(row.noise, lambda share: f"{100 * share:.1f} %"),
+    "spread": lambda row, reference: show(row.spread, lambda share: f"{100 * share:.1f} %"),
     "error": lambda row, reference: show(row.error, lambda error: f"{error:.1e}"),
     "memory": lambda row, reference: show(row.peak_bytes, format_bytes),
     "held": lambda row, reference: show(row.held_bytes, format_bytes),

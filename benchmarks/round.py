@@ -29,6 +29,7 @@ from r2m import R2MConfig, R2MRewardModel, R2MTrainer
 from r2m.bench.measure import release, summarize
 from r2m.bench.results import OWN, Row, device_name, format_shape
 from r2m.config import config_from_dict
+from r2m.devices import compute_dtype, resolve_precision
 from r2m.doctor import free_memory
 from r2m.memory import MemoryTracker
 from r2m.monitor import phase
@@ -92,6 +93,7 @@ ON_A_GPU: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 PROVIDERS = {"none": "RLOO", "trained": "RLOO + R2M"}  # by r2m.feedback
+DTYPES = {"bf16": "bfloat16", "float32": "float32"}  # as a row names them
 PHASES = ("rollout", "annotate", "policy", "reward_model")
 
 # Method of the trainer or its updater -> what its time is spent on. Time inside another of them is that one's.
@@ -149,11 +151,11 @@ def measure_round(shape: str, feedback: str, *, device: torch.device, rounds: in
         "parameters": sum(p.numel() for p in policy.parameters()),
         "trained": sum(p.numel() for p in trained),
     }
-    row = Row("round", "training_round", "round", shape, PROVIDERS[feedback], "bfloat16", sizes)
+    row = Row("round", "training_round", "round", shape, PROVIDERS[feedback], DTYPES[config.precision], sizes)
     # Policy and reference, which an adapter does without; gradients and AdamW's two moments; the reward model in
-    # bfloat16. Activations come on top.
+    # the same precision. Activations come on top.
     needed = (1 if config.lora else 2) * sum(p.nbytes for p in policy.parameters())
-    needed += 3 * sum(p.nbytes for p in trained) + 2 * sizes["parameters"]
+    needed += 3 * sum(p.nbytes for p in trained) + compute_dtype(device).itemsize * sizes["parameters"]
     free = free_memory(device)
     if needed > free:
         row.status = f"cannot run: needs {needed / 1e9:.1f} GB, this device has {free / 1e9:.1f} GB free"
@@ -249,7 +251,7 @@ def run_config(shape: str, feedback: str, device: torch.device, *, rounds: int) 
     settings = SHAPES[shape][1] | (ON_A_GPU.get(shape, {}) if device.type == "cuda" else {})
     # Plain RLOO has no cross-attention: here, next to none.
     width = {"inner_width": 1} if feedback == "none" else {}
-    return config_from_dict(
+    config = config_from_dict(
         settings
         | {
             "rounds": rounds,
@@ -257,6 +259,7 @@ def run_config(shape: str, feedback: str, device: torch.device, *, rounds: int) 
             "r2m": settings.get("r2m", {}) | {"feedback": feedback} | width,
         }
     )
+    return resolve_precision(config, device)
 
 
 def build(shape: str, config: R2MConfig, device: torch.device) -> R2MTrainer:
@@ -269,7 +272,7 @@ def build(shape: str, config: R2MConfig, device: torch.device) -> R2MTrainer:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
     with device:
-        classifier = AutoModelForSequenceClassification.from_config(architecture, dtype=torch.bfloat16)
+        classifier = AutoModelForSequenceClassification.from_config(architecture, dtype=compute_dtype(device))
     reward_model = R2MRewardModel(
         classifier,
         tokenizer,
@@ -295,7 +298,7 @@ def build(shape: str, config: R2MConfig, device: torch.device) -> R2MTrainer:
 def make_policy(shape: str, config: R2MConfig, device: torch.device) -> nn.Module:
     """As `r2m.load_policy`, without a checkpoint."""
     with device:
-        dtype = torch.bfloat16 if config.lora else torch.float32
+        dtype = torch.bfloat16 if config.lora and config.precision == "bf16" else torch.float32
         model = AutoModelForCausalLM.from_config(_architecture(shape), dtype=dtype)
         return add_adapter(model, config.lora) if config.lora else model
 

@@ -33,10 +33,11 @@ from r2m.bench.results import describe
 from r2m.config import R2MConfig, load_config
 from r2m.data import Preference, Prompt
 from r2m.demo import SUFFIX
+from r2m.devices import policy_device
 from r2m.fitting import embed_pairs, fit_reward, pair_accuracy, score_rollout, tokenize_pairs
 from r2m.models import cached, smollm2
 from r2m.movie_reviews import Scorer, Splits, distinct_2, fit_judge, load_splits, vader
-from r2m.policy import load_policy, load_tokenizer, policy_device
+from r2m.policy import load_policy, load_tokenizer
 from r2m.presets import preset_path
 from r2m.reward_model import R2MRewardModel
 from r2m.trainer import R2MTrainer
@@ -163,6 +164,7 @@ def config_of(run: Run, output: str = "") -> R2MConfig:
     chosen = settings(run)["overrides"]
     model = str(smollm2())
     names = [f"policy={model}", f"reward_model={model}", f"output_dir={output}", f"seed={run.seed}"]
+    names += ["precision=bf16"]  # whatever the machine: results of two precisions are not to be compared
     return load_config(preset_path(PRESET), [*names, *chosen])
 
 
@@ -242,6 +244,7 @@ def _fit(folder: Path, run: Run, config: R2MConfig, splits: Splits, tokenizer: A
     model = R2MRewardModel.from_pretrained(
         config.reward_model,
         policy=config.policy,
+        dtype=torch.bfloat16,
         device=device,
         inner_width=config.r2m.inner_width,
         floor=config.r2m.floor,
@@ -304,7 +307,9 @@ def perform(run: Run) -> dict[str, Any]:
         fit = json.loads((folder / "report.json").read_text())
         judge = fit_judge(splits.judge_train)
         own = R2MRewardModel.from_pretrained(
-            folder / ("warm" if arm.reward_model == "pretrained" else arm.reward_model), device=device
+            folder / ("warm" if arm.reward_model == "pretrained" else arm.reward_model),
+            dtype=torch.bfloat16,
+            device=device,
         )
         torch.manual_seed(run.seed)  # the same adapter for every arm
         policy = load_policy(config, device)
@@ -339,7 +344,7 @@ def perform(run: Run) -> dict[str, Any]:
         trained = time.perf_counter()
         evaluation, samples = evaluate(trainer, list(splits.eval_prompts[: EVALUATION["prompts"]]), judge)
         if arm.reward_model == "pretrained":  # the proxy is the same for every arm
-            shared = R2MRewardModel.from_pretrained(folder / "warm", device=device)
+            shared = R2MRewardModel.from_pretrained(folder / "warm", dtype=torch.bfloat16, device=device)
             prompts, completions = zip(*samples, strict=True)
             evaluation["initial"] = rounded(shared.vanilla_score(shared.embed(prompts, completions)))
         accuracy = {"after": trainer.held_out_accuracy(weight=1)}

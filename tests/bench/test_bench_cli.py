@@ -95,8 +95,11 @@ def test_several_heads_leave_the_update_out_and_say_so(tmp_path, policy):
         (["--heads", "3"], "heads is 3; expected a divisor of inner_width, which is 16"),
         (["--dtype", "int8"], "dtype is 'int8'; expected one of bfloat16, float16, float32"),
         (["--device", "mps"], "device is 'mps'; expected one of this machine: "),
-        (["--policy", "/no/model"], "policy is '/no/model', which is no folder; expected one, or a hub id"),
-        (["--reward-model", "/no/model"], "reward_model is '/no/model', which is no folder; expected one, or a hub id"),
+        (["--policy", "/no/model"], "--policy: /no/model: no such file or folder; expected the folder of a model"),
+        (
+            ["--reward-model", "/no/model"],
+            "--reward-model: /no/model: no such file or folder; expected the folder of a model",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_asked_or_measured(monkeypatch, tmp_path, arguments, message):

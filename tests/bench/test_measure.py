@@ -104,10 +104,19 @@ def test_medians_quantiles_and_noise():
     found = row()
     summarize(found, [1.0, 10.0, 3.0, 2.0], [2.0, 4.0, 6.0])
     assert (found.runs, found.median, found.p20, found.p80) == (7, 3.0, 2.0, 6.0)
-    assert found.noise == pytest.approx((4 - 2.5) / 3.25)
+    assert found.noise == pytest.approx((4 - 2.5) / 3.25) and found.spread == (6.0 - 2.0) / 3.0
     once = row()
     summarize(once, [5.0])
-    assert (once.runs, once.median, once.p20, once.p80, once.noise) == (1, 5.0, 5.0, 5.0, None)
+    assert (once.runs, once.median, once.p20, once.p80, once.noise, once.spread) == (1, 5.0, 5.0, 5.0, None, 0.0)
+    assert row().spread is None
+
+
+def test_two_medians_that_agree_do_not_hide_runs_that_do_not():
+    found = row()
+    summarize(found, [1.0, 5.0, 12.0], [1.0, 5.1, 12.0])
+    assert found.noise < 0.03 < 2 < found.spread
+    head, line = format_table([found]).splitlines()[1:]
+    assert "noise" not in head and head.split()[4] == "spread" and line.split()[4:6] == ["218", "%"]
 
 
 def test_peak_memory_is_the_most_that_lies_there_at_once():
@@ -196,7 +205,7 @@ def test_a_table_shows_a_status_in_the_place_of_numbers(results):
     title, head, ours, theirs = format_table(results.rows).splitlines()
     assert title == "op, forward: tiny, float32, B=2"
     assert head.split()[:3] == ["median", "ms", "p20"]
-    assert ours.split() == ["ours", "2.00", "1.90", "2.10", "1", "%", "-", "-", "0.002", "50", "%"]
+    assert ours.split() == ["ours", "2.00", "1.90", "2.10", "10", "%", "-", "-", "0.002", "50", "%"]
     assert theirs.split(maxsplit=1) == ["theirs", "cannot run: no GPU"]
 
 
