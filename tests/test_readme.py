@@ -20,7 +20,7 @@ def test_the_kernel_example_runs_and_trains_every_weight():
     names: dict = {}
     exec(blocks("python")[0], names)
     # Not the head's bias: GREBT does not see a shift of all rewards.
-    weights = [*names["attention"].parameters(), names["head"].weight]
+    weights = [*names["reward"].attention.parameters(), names["reward"].head.weight]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in weights)
 
 
@@ -32,6 +32,13 @@ def test_the_config_example_has_known_keys_only():
 
 def test_every_public_operator_is_listed():
     assert all(f"`{name}`" in README for name in r2m_kernels.__all__ if name != "available_implementations")
+
+
+def test_the_layout_names_every_module():
+    layout = README.partition("## Layout")[2]
+    for package in (r2m, r2m_kernels):
+        modules = [path.name for path in Path(package.__file__).parent.glob("*.py") if path.name != "__init__.py"]
+        assert modules and all(name in layout for name in modules)
 
 
 def test_names_imported_in_the_examples_exist():
