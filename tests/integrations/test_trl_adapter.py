@@ -588,7 +588,8 @@ def test_releases_that_are_not_supported(run, monkeypatch, installed):
 
 
 def test_the_extra_asks_for_the_same_releases():
-    assert f'trl = ["trl{adapter.SUPPORTED}", "datasets"]' in (ROOT / "pyproject.toml").read_text()
+    line = f'trl = ["r2m-kernels[train]", "trl{adapter.SUPPORTED}", "datasets"]'
+    assert line in (ROOT / "pyproject.toml").read_text()
 
 
 def test_no_trl(monkeypatch, run):
