@@ -280,7 +280,7 @@ def test_feedback_of_the_reference_stays_what_it_was_in_its_own_pass(make, monke
     move(trainer.policy)
     recomputed, original = [], trainer.reward_model.reward
     monkeypatch.setattr(
-        trainer.reward_model, "reward", lambda *args: recomputed.append(original(*args)) or recomputed[-1]
+        trainer.reward_model, "reward", lambda *args, **kw: recomputed.append(original(*args, **kw)) or recomputed[-1]
     )
     rollout = trainer.sample(2)
     passes = []
