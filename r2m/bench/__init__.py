@@ -13,7 +13,8 @@ from r2m.bench.ops import Case, run_cases
 from r2m.bench.plots import plot_providers
 from r2m.bench.results import Results, Row, describe, device_name, dtype_name, format_table
 from r2m.bench.update import run_updates
-from r2m.models import is_local, shown
+from r2m.models import shown
+from r2m.names import check_model, named
 from r2m.reward_model import hidden_width, saved_config
 
 PAPER_WIDTH = 4096  # of Llama-3-8B and of Skywork-Reward-V2-Llama-3.1-8B
@@ -85,8 +86,7 @@ def _hidden_size(argument: str, name: str | None) -> int:
     """Of a model's config; of a saved R2M reward model, its backbone's."""
     if name is None:
         return PAPER_WIDTH
-    if is_local(name) and not Path(name).is_dir():
-        raise ValueError(f"{argument} is {name!r}, which is no folder; expected one, or a hub id")
+    named(argument, check_model, name)
     saved = saved_config(name)
     if saved is not None:
         return hidden_width(saved.backbone, saved.backbone_revision, trust_remote_code=False)
