@@ -25,8 +25,9 @@ from r2m_kernels.registration import (
     autograd_ready,
     forbid_transforms,
     full_precision,
+    matrix_vector,
+    needs_own_backward,
     no_second_derivative,
-    product,
 )
 
 # torch.unflatten, not the method: torch.compile cannot trace that under torch.set_default_device.
@@ -62,9 +63,7 @@ def reward_direction(
     checks.heads(num_heads, w_v.shape[0])
     w = checks.fusion_weight(weight, head_weight)
     dtype = checks.accumulate_dtype(w_v)
-    by_head = torch.unflatten(product(phi.to(dtype)[None], w_o.to(dtype)), 1, (num_heads, -1))
-    g = product(by_head.transpose(0, 1), torch.unflatten(w_v.to(dtype), 0, (num_heads, -1)))
-    g = (1 - w) * g.squeeze(1)
+    g = (1 - w) * _into_heads(phi.to(dtype)[None], w_o.to(dtype), w_v.to(dtype), num_heads).squeeze(0)
     return g.squeeze(0) if num_heads == 1 else g
 
 
@@ -219,30 +218,111 @@ def sequence_to_token_attention(
     sequences: dict[str, Any] = {"cu_seqlens": cu_seqlens, "mask": mask, "impl": impl}
     scale = (w_q.shape[0] // num_heads) ** -0.5
     pooled, lse = attention_pool(u, hidden, scale=scale, return_lse=True, **sequences)
-    value = _by_head(pooled, torch.unflatten(w_v.to(dtype), 0, (num_heads, -1)).mT).flatten(1)
     if v_bias is not None:
         # The softmax weights sum to 1, except in an empty sequence, whose lse is -inf.
-        value = value + torch.where(lse.detach()[:, :1] == -torch.inf, 0.0, v_bias.to(dtype))
-    return product(value, w_o.to(dtype).mT).to(rte.dtype)
+        v_bias = torch.where(lse.detach()[:, :1] == -torch.inf, 0.0, v_bias.to(dtype))
+    return _out_of_heads(pooled, w_v.to(dtype), w_o.to(dtype), v_bias).to(rte.dtype)
 
 
 def _query(rte: Tensor, w_q: Tensor, w_k: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     """W_k^T W_q H [B, num_heads, D_p], computed in `dtype`."""
-    q = torch.unflatten(product(autograd_ready(rte).to(dtype), w_q.to(dtype).mT), -1, (num_heads, -1))
-    return _by_head(q, torch.unflatten(w_k.to(dtype), 0, (num_heads, -1)))
+    return _into_heads(autograd_ready(rte).to(dtype), w_q.to(dtype).mT, w_k.to(dtype), num_heads)
 
 
-def _by_head(x: Tensor, w: Tensor) -> Tensor:
-    """x [B, H, m] times w [H, m, n] for every head: [B, H, n]."""
-    if w.shape[0] == 1:  # on a CPU, a batch of one bfloat16 matrix can take 30 times as long as the matrix
-        return product(x[:, 0], w[0])[:, None]
-    return product(x.transpose(0, 1), w).transpose(0, 1)
+# The two chains of products around a pool. Each is the other's adjoint, x the small vector and c the one of D_p:
+# into  c = (x A) split into heads, each times its rows of W;    out  x = (c by head times W^T, joined) A^T.
+
+
+def _into_heads(x: Tensor, a: Tensor, w: Tensor, num_heads: int) -> Tensor:
+    """x [B, m], A [m, d], W [d, n] -> c [B, num_heads, n], with gradients that no autocast rounds."""
+    if needs_own_backward(x, a, w):
+        return _IntoHeads.apply(x, a, w, num_heads)
+    return _split(x @ a, w, num_heads)
+
+
+def _out_of_heads(c: Tensor, w: Tensor, a: Tensor, bias: Tensor | None) -> Tensor:
+    """c [B, num_heads, n], W [d, n], A [m, d], bias [B, d], added before A -> x [B, m], gradients as above."""
+    if needs_own_backward(c, w, a, bias):
+        return _OutOfHeads.apply(c, w, a, bias)
+    inner = _join(c, w)
+    return (inner if bias is None else inner + bias) @ a.mT
+
+
+def _split(inner: Tensor, w: Tensor, num_heads: int) -> Tensor:
+    """inner [B, d] by head times W [d, n]: [B, num_heads, n]."""
+    if num_heads == 1:  # on a CPU, a batch of one bfloat16 matrix can take 30 times as long as the matrix
+        return (inner @ w)[:, None]
+    inner, w = torch.unflatten(inner, 1, (num_heads, -1)), torch.unflatten(w, 0, (num_heads, -1))
+    return (inner.transpose(0, 1) @ w).transpose(0, 1)
+
+
+def _join(c: Tensor, w: Tensor) -> Tensor:
+    """c [B, num_heads, n] times W^T [n, d] by head: [B, d]."""
+    if c.shape[1] == 1:
+        return c[:, 0] @ w.mT
+    return (c.transpose(0, 1) @ torch.unflatten(w, 0, (c.shape[1], -1)).mT).transpose(0, 1).flatten(1)
+
+
+class _IntoHeads(torch.autograd.Function):
+    # Neither class has setup_context, with which every call would take 40 us more.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, w: Tensor, num_heads: int) -> Tensor:
+        inner = x @ a
+        ctx.save_for_backward(x, a, w, inner)
+        ctx.transposed = a.mT.is_contiguous() and not a.is_contiguous()  # torch.compile cannot ask this in a backward
+        return _split(inner, w, num_heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, a, w, inner), (needs_x, *needs, _) = grads, ctx.saved_tensors, ctx.needs_input_grad
+        with autocast_off(grad.device.type):
+            if torch.is_grad_enabled():  # for a second derivative, `inner` needs its history
+                inner = x @ a
+            grad_inner = _join(grad, w)
+            grad_x = grad_inner @ a.mT if needs_x else None
+            grad_a, grad_w = _weight_gradients(x, inner, grad_inner, grad, *needs, transposed=ctx.transposed)
+        return grad_x, grad_a, grad_w, None
+
+
+class _OutOfHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, c: Tensor, w: Tensor, a: Tensor, bias: Tensor | None) -> Tensor:
+        inner = _join(c, w) if bias is None else _join(c, w) + bias
+        ctx.save_for_backward(c, w, a, bias, inner)
+        return inner @ a.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (c, w, a, bias, inner), (needs_c, *needs, needs_bias) = grads, ctx.saved_tensors, ctx.needs_input_grad
+        with autocast_off(grad.device.type):
+            if torch.is_grad_enabled():
+                inner = _join(c, w) if bias is None else _join(c, w) + bias
+            grad_inner = grad @ a
+            grad_c = _split(grad_inner, w, c.shape[1]) if needs_c else None
+            grad_a, grad_w = _weight_gradients(grad, grad_inner, inner, c, *reversed(needs), transposed=False)
+        return grad_c, grad_w, grad_a, grad_inner if needs_bias else None
+
+
+def _weight_gradients(
+    x: Tensor, from_x: Tensor, from_c: Tensor, c: Tensor, needs_a: bool, needs_w: bool, *, transposed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A [m, d] and W [d, n] from both ends, x [B, m] and c [B, H, n], and what each is between A and W.
+
+    transposed: A is a transposed weight, whose gradient is then contiguous, too.
+    """
+    grad_a = grad_w = None
+    if needs_a:
+        grad_a = (from_c.mT @ x).mT if transposed else x.mT @ from_c
+    if needs_w:
+        heads = torch.unflatten(from_x, 1, (c.shape[1], -1))
+        grad_w = from_x.mT @ c[:, 0] if c.shape[1] == 1 else (heads.permute(1, 2, 0) @ c.transpose(0, 1)).flatten(0, 1)
+    return grad_a, grad_w
 
 
 @full_precision
 def _vanilla_reward(rte: Tensor, head_weight: Tensor, head_bias: Tensor | None, w: Tensor) -> Tensor:
     """w phi . H + b: what of the reward does not come from policy feedback."""
-    reward = w * product(autograd_ready(rte).to(w.dtype), head_weight.to(w.dtype))
+    reward = w * matrix_vector(autograd_ready(rte).to(w.dtype), head_weight.to(w.dtype))
     return reward if head_bias is None else reward + head_bias.to(w.dtype)
 
 

@@ -98,6 +98,7 @@ for _function in (_reason, _lacks):
     _function.__dict__["_dynamo_marked_constant"] = True
 
 
+@functools.cache
 def implementation(op: str, name: str) -> ModuleType:
     """The module that implements `op`, imported on first use so that importing r2m_kernels needs torch only."""
     return importlib.import_module(f"r2m_kernels.{op}.{name}_impl")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from r2m_kernels import checks
 from r2m_kernels.cross_attention import policy_feedback_reward, sequence_to_token_attention
-from r2m_kernels.registration import autograd_ready, full_precision, product
+from r2m_kernels.registration import autograd_ready, full_precision, matrix_vector
 
 
 class SequenceToTokenAttention(nn.Module):
@@ -166,4 +166,4 @@ class PolicyFeedbackReward(nn.Module):
 @full_precision
 def _linear_head(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = checks.accumulate_dtype(weight)
-    return product(autograd_ready(embedding).to(dtype), weight.to(dtype)) + bias.to(dtype)
+    return matrix_vector(autograd_ready(embedding).to(dtype), weight.to(dtype)) + bias.to(dtype)

@@ -19,7 +19,8 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device_type = next((t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), "cpu")
-        if not _has_autocast(device_type):  # most calls: the context costs more than all checks
+        # Most calls: the context costs more than all checks.
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return function(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return function(*args, **kwargs)
@@ -27,46 +28,39 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _has_autocast(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # it does not know meta tensors
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, for b a vector or with as many dimensions as a, whose gradients no autocast rounds either.
+def needs_own_backward(*tensors: Tensor | None) -> bool:
+    """Whether a gradient will be asked for, whose formula has to leave autocast itself.
 
     Autograd runs its own formulas under the autocast that is on during the backward; compiled, under that around the
-    compiled function.
+    compiled function. Not under torch.func, which knows derivatives of plain operations only.
     """
-    # Not under torch.func, which knows derivatives of a plain product only.
-    needed = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return _Product.apply(a, b) if needed and not torch._C._are_functorch_transforms_active() else a @ b
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return needed and not torch._C._are_functorch_transforms_active()
 
 
-class _Product(torch.autograd.Function):
-    # Without setup_context, with which every call would take 40 us more.
+def matrix_vector(a: Tensor, b: Tensor) -> Tensor:
+    """a [B, D] @ b [D], whose gradients no autocast rounds."""
+    return _MatrixVector.apply(a, b) if needs_own_backward(a, b) else a @ b
+
+
+class _MatrixVector(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        needs_a, needs_b = ctx.needs_input_grad
-        ctx.transposed = b.ndim == 2 and b.mT.is_contiguous() and not b.is_contiguous()
-        ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
+        ctx.save_for_backward(a, b)
         return a @ b
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,), (a, b) = grads, ctx.saved_tensors
-        grad_a = grad_b = None
+        (grad,), (a, b), (needs_a, needs_b) = grads, ctx.saved_tensors, ctx.needs_input_grad
         with autocast_off(grad.device.type):
-            if ctx.needs_input_grad[0]:
-                grad_a = grad[:, None] * b if b.ndim == 1 else product(grad, b.mT)
-            if ctx.needs_input_grad[1]:
-                # In the layout of b, which is often a transposed weight: its gradient is contiguous then.
-                grad_b = product(grad.mT, a).mT if ctx.transposed else product(a.mT, grad)
-        return grad_a, grad_b
+            grad_b = a.mT @ grad if needs_b else None
+        return grad[:, None] * b if needs_a else None, grad_b
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    """The context in which a backward computes, outside of any autocast."""
     # A backward is traced where its forward is: what is on there says nothing about where it will run.
-    if torch.compiler.is_compiling() or _has_autocast(device_type):
+    if torch.compiler.is_compiling() or (device_type != "meta" and torch.is_autocast_enabled(device_type)):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -22,6 +22,7 @@ from r2m_kernels import (
 )
 from r2m_kernels import fused_reward as fused_reward_op
 from r2m_kernels.attention_pool import reference
+from r2m_kernels.cross_attention import _out_of_heads
 from r2m_kernels.fusion.reference import fused_reward
 from r2m_kernels.grebt.reference import grebt_loss as literal_grebt_loss
 
@@ -222,6 +223,22 @@ def test_second_derivatives_of_the_reward_raise(leaf, loss):
     (gradient,) = torch.autograd.grad(total, inputs[leaf], create_graph=True)
     with pytest.raises(RuntimeError, match="reward_from_pools: second derivatives are not available"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_the_products_around_the_pool_have_first_and_second_derivatives(num_heads):
+    def leaf(*shape):
+        return torch.randn(shape, dtype=F64, requires_grad=True)
+
+    query = functools.partial(absorbed_query, num_heads=num_heads)
+    direction = functools.partial(reward_direction, weight=0.3, num_heads=num_heads)
+    for function, leaves in {
+        query: (leaf(3, 5), leaf(4, 5), leaf(4, 6)),
+        direction: (leaf(4, 6), leaf(5, 4), leaf(5)),
+        _out_of_heads: (leaf(3, num_heads, 6), leaf(4, 6), leaf(5, 4), leaf(3, 4)),
+    }.items():
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
 
 
 def test_second_derivatives_raise_in_the_two_read_form_too():
