@@ -109,6 +109,8 @@ clean:  ## remove the environment, caches and runs
 # The tested set of packages, in an environment of this folder.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "setting up .venv: some minutes"
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev,triton]'
+	@# pip says nothing while it unpacks
+	@(while sleep 8; do echo "setting up .venv: $$(ls .venv/lib/python*/site-packages 2>/dev/null | wc -l) entries in site-packages"; done) & \
+	  trap "kill $$!" EXIT; $(PYTHON) -m venv .venv && \
+	  $(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev,triton]'
 	@touch $@

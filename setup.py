@@ -60,6 +60,8 @@ class BuildPy(build_py):
         if not self.editable_mode:
             shutil.rmtree(packages / "r2m_kernels", ignore_errors=True)  # of an earlier build, which had other files
         super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "csrc", packages / "r2m_kernels" / "csrc")
         if WANTED:
             build_extension(packages / "r2m_kernels" / "lib")
 

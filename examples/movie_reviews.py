@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from r2m import load_tokenizer
+from r2m.demo.movie_reviews import Splits, fit_judge, load_splits
 from r2m.models import smollm2
-from r2m.movie_reviews import Splits, fit_judge, load_splits
 
 
 def splits() -> Splits:

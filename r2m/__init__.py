@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from r2m.config import R2MConfig, load_config
-    from r2m.data import Preference, load_pairs, load_prompts
-    from r2m.fitting import fit_reward
-    from r2m.hidden_states import HiddenStateTap
-    from r2m.policy import load_policy, load_tokenizer
-    from r2m.reward_model import R2MRewardModel
+    from r2m.data.sources import Preference, load_pairs, load_prompts
+    from r2m.fitting.recipe import fit_reward
+    from r2m.method.hidden_states import HiddenStateTap
+    from r2m.method.reward_model import R2MRewardModel
+    from r2m.method.updater import R2MUpdater
+    from r2m.policy.load import load_policy, load_tokenizer
     from r2m.trainer import R2MTrainer
-    from r2m.updater import R2MUpdater
     from r2m_kernels import __version__
 
 # The packages of the extra `train`, by the names that are imported.
@@ -38,18 +38,18 @@ _TRAIN = (
 
 # Where each public name lives. Imported on first use: `r2m --help` should not wait for torch and transformers.
 _HOME = {
-    "HiddenStateTap": "hidden_states",
-    "Preference": "data",
+    "HiddenStateTap": "method.hidden_states",
+    "Preference": "data.sources",
     "R2MConfig": "config",
-    "R2MRewardModel": "reward_model",
+    "R2MRewardModel": "method.reward_model",
     "R2MTrainer": "trainer",
-    "R2MUpdater": "updater",
-    "fit_reward": "fitting",
+    "R2MUpdater": "method.updater",
+    "fit_reward": "fitting.recipe",
     "load_config": "config",
-    "load_pairs": "data",
-    "load_policy": "policy",
-    "load_prompts": "data",
-    "load_tokenizer": "policy",
+    "load_pairs": "data.sources",
+    "load_policy": "policy.load",
+    "load_prompts": "data.sources",
+    "load_tokenizer": "policy.load",
 }
 
 __all__ = [

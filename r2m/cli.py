@@ -65,7 +65,7 @@ def demo(
         _check_models(("--policy", policy), ("--reward-model", reward_model))
         _check_sources(("--prompts", prompts))
 
-        from r2m.demo import run_demo
+        from r2m.demo.run import run_demo
 
         run_demo(policy=policy, reward_model=reward_model, prompts=prompts, rounds=rounds, seed=seed, output=output)
 
@@ -86,7 +86,7 @@ def train(
 ) -> None:
     """Train a policy with R2M; policy and reward model are saved in the config's output_dir."""
     with _clear_errors():
-        from r2m.folder import check_unused, read_manifest
+        from r2m.runs.folder import check_unused, read_manifest
 
         if resume and resume_from is not None:
             raise ValueError("--resume and --resume-from are both given; expected one of them")
@@ -97,7 +97,7 @@ def train(
             check_unused(settings.output_dir)
 
         from r2m import processes
-        from r2m import run as runs
+        from r2m.commands import run as runs
 
         text = runs.dry_run(settings) if dry_run else runs.run(settings, "last" if resume else resume_from)
         if processes.index() == 0:
@@ -161,7 +161,7 @@ def fit_reward(
 
         import transformers
 
-        from r2m.run import fit_reward_from_files
+        from r2m.commands.run import fit_reward_from_files
 
         transformers.logging.set_verbosity_error()  # the head is new on purpose
         settings: dict[str, Any] = {
@@ -210,13 +210,13 @@ def evaluate(
 ) -> None:
     """Rewards, judge, KL, lengths, pair accuracy and samples of a run's policy on held-out prompts."""
     with _clear_errors():
-        from r2m.folder import run_to_evaluate
+        from r2m.runs.folder import run_to_evaluate
 
         given = {"prompts": prompts, "pairs": pairs, "judge": judge, "columns": _columns(columns)}
         measured: dict[str, Any] = {name: value for name, value in given.items() if value}
         run_to_evaluate(run, checkpoint, **measured)
 
-        from r2m.run import evaluate_run
+        from r2m.commands.run import evaluate_run
 
         typer.echo(evaluate_run(run, checkpoint, **measured))
 
@@ -255,7 +255,7 @@ def diagnose(
                 raise ValueError(f"{source} is a run's folder: it takes --output alone; pairs are for a config")
             _check_run(Path(source))
 
-            from r2m import diagnose as diagnoses
+            from r2m.commands import diagnose as diagnoses
 
             typer.echo(diagnoses.diagnose_run(source, output))
         elif pairs is None:
@@ -264,7 +264,7 @@ def diagnose(
             _check_sources(("--pairs", pairs), ("--held-out", held_out), pairs=True)
             settings = _read_config(source, overrides, "policy", "reward_model", data=False)
 
-            from r2m import diagnose as diagnoses
+            from r2m.commands import diagnose as diagnoses
 
             typer.echo(diagnoses.diagnose_config(settings, pairs, output, **options))
 
@@ -284,7 +284,7 @@ def export(
 ) -> None:
     """Write a run's policy and reward model as from_pretrained and the Hugging Face hub expect them."""
     with _clear_errors():
-        from r2m.folder import find_checkpoint, read_run
+        from r2m.runs.folder import find_checkpoint, read_run
 
         if private and push_to_hub is None:
             raise ValueError("--private is given without --push-to-hub")
@@ -292,7 +292,7 @@ def export(
         if checkpoint is not None:
             find_checkpoint(run, checkpoint)
 
-        from r2m import export as exports
+        from r2m.commands import export as exports
 
         typer.echo(
             f"policy and reward model are in {exports.export_run(run, output, checkpoint=checkpoint, merge=merge)}"
@@ -325,7 +325,7 @@ def doctor(
         if config or overrides:
             settings = _read_config(config, overrides, "policy", "reward_model", data=False, head=False)
 
-        from r2m.doctor import report
+        from r2m.commands.doctor import report
 
         typer.echo(report(settings))
 
@@ -389,7 +389,7 @@ def _check_models(*options: tuple[str, str | None]) -> None:
 
 
 def _check_sources(*options: tuple[str, str | Path | None], pairs: bool = False) -> None:
-    from r2m.data import check_source
+    from r2m.data.sources import check_source
     from r2m.names import named
 
     for option, name in options:
@@ -397,14 +397,14 @@ def _check_sources(*options: tuple[str, str | Path | None], pairs: bool = False)
 
 
 def _check_run(folder: Path) -> None:
-    from r2m.folder import METRICS, read_metrics
+    from r2m.runs.folder import METRICS, read_metrics
 
     if not read_metrics(folder):
         raise FileNotFoundError(f"{folder} holds no {METRICS} with a round; expected the output_dir of a run")
 
 
 def _columns(items: list[str] | None) -> dict[str, str]:
-    from r2m.data import check_columns
+    from r2m.data.sources import check_columns
 
     for item in items or []:
         if "=" not in item:

@@ -17,9 +17,9 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 
-from r2m.data import check_columns, check_source
-from r2m.evaluation import check_judge
+from r2m.data.sources import check_columns, check_source
 from r2m.names import check_model, check_scores, named
+from r2m.runs.judge import check_judge
 
 _STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
 _Block = TypeVar("_Block")

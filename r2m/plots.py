@@ -139,7 +139,7 @@ def plot_calibration(bins: Mapping[str, Sequence[tuple[float, float, int]]], out
     another: accuracy with its standard error against confidence above, the pairs in each bin below.
 
     On the dotted line the probabilities are right; under it the model is too sure of itself. The bins are those of
-    `r2m.fitting.reliability`: ten between 0.5 and 1.
+    `r2m.fitting.recipe.reliability`: ten between 0.5 and 1.
     """
     figure = Figure(figsize=(4.6, 5.0), dpi=120, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])

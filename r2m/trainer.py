@@ -31,8 +31,29 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m import processes, progress
-from r2m.advantages import assign_credit, less_unfinished
-from r2m.checkpoint import (
+from r2m.commands.export import write_policy_card
+from r2m.config import GROUP_METHODS, R2MConfig, config_to_yaml
+from r2m.data.sources import Preference, Prompt, check_list
+from r2m.data.tokenization import usable_prompts
+from r2m.devices import resolve_precision
+from r2m.fitting.recipe import (
+    embed_pairs,
+    feature_statistics,
+    pair_accuracy,
+    score_rollout,
+    stream_hidden,
+    tokenize_pairs,
+)
+from r2m.method.hidden_states import HiddenStateTap
+from r2m.method.reward_model import R2MRewardModel, hidden_width
+from r2m.method.updater import R2MUpdater
+from r2m.policy.advantages import assign_credit, less_unfinished
+from r2m.policy.load import check_tokens, compact_head_input, disable_dropout, freeze_reference, training_mode
+from r2m.policy.loss import policy_loss, sequence_kl, token_entropy, token_log_probs
+from r2m.policy.rollout import Annotations, Rollout, RolloutFn, sample
+from r2m.policy.self_check import check_policy
+from r2m.progress import track, waiting
+from r2m.runs.checkpoint import (
     append_metrics,
     best_round,
     check_unused,
@@ -44,14 +65,8 @@ from r2m.checkpoint import (
     origin_of,
     save_checkpoint,
 )
-from r2m.config import GROUP_METHODS, R2MConfig, config_to_yaml
-from r2m.data import Preference, Prompt, check_list
-from r2m.devices import resolve_precision
-from r2m.evaluation import Judge, mean_score
-from r2m.export import write_policy_card
-from r2m.fitting import embed_pairs, feature_statistics, pair_accuracy, score_rollout, stream_hidden, tokenize_pairs
-from r2m.hidden_states import HiddenStateTap
-from r2m.monitor import (
+from r2m.runs.judge import Judge, mean_score
+from r2m.runs.monitor import (
     check_trackers,
     describe_samples,
     phase,
@@ -65,15 +80,7 @@ from r2m.monitor import (
     warn_about_exploitation,
     warn_about_settings,
 )
-from r2m.policy import check_tokens, compact_head_input, disable_dropout, freeze_reference, training_mode
-from r2m.policy_loss import policy_loss, sequence_kl, token_entropy, token_log_probs
-from r2m.progress import track, waiting
-from r2m.reward_model import R2MRewardModel, hidden_width
-from r2m.rollout import Annotations, Rollout, RolloutFn, sample
-from r2m.self_check import check_policy
-from r2m.sigterm import Sigterm, Terminated, on_sigterm
-from r2m.tokenization import usable_prompts
-from r2m.updater import R2MUpdater
+from r2m.runs.sigterm import Sigterm, Terminated, on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +135,7 @@ class R2MTrainer:
         check_list("eval_prompts", eval_prompts, "load_prompts")
         check_list("held_out_pairs", held_out_pairs, "load_pairs")
         if judge is not None and not callable(judge):
-            raise TypeError(f"judge is {judge!r}; expected a function: r2m.evaluation.load_judge makes one of a name")
+            raise TypeError(f"judge is {judge!r}; expected a function: r2m.runs.judge.load_judge makes one of a name")
         check_trackers(config.trackers)
         processes.start(config.placement.timeout)
         config.check_processes(processes.number())

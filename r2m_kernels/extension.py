@@ -20,7 +20,7 @@ import torch
 
 DEVICE_TYPES = ("cpu", "cuda")
 PACKAGE = Path(__file__).parent
-CSRC = PACKAGE / "csrc"
+CSRC = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"  # installed, or a checkout
 AHEAD_OF_TIME = PACKAGE / "lib"  # where setup.py puts what it builds
 SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 HOW_TO_BUILD = "python -m r2m_kernels.build"

@@ -397,11 +397,11 @@ def project(tmp_path, csrc):
         pytest.skip("building a wheel needs setuptools 77")
     folder = tmp_path / "project"
     folder.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("r2m", "r2m_kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "csrc", "lib"))
-    shutil.copytree(csrc, folder / "r2m_kernels" / "csrc")
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "lib"))
+    shutil.copytree(csrc, folder / "csrc")
     return folder
 
 

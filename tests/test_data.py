@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r2m.data import Preference, load_pairs, load_prompts
+from r2m.data.sources import Preference, load_pairs, load_prompts
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "What colour is the sky?"}

@@ -4,8 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from r2m.data import Preference
-from r2m.movie_reviews import (
+from r2m.data.sources import Preference
+from r2m.demo.movie_reviews import (
     PROMPT,
     Review,
     _clean,

@@ -76,7 +76,7 @@ def test_every_number_of_a_paper_preset_says_whose_it_is(name):
 
 
 def test_the_demo_preset_is_the_demos_config():
-    from r2m.demo import demo_config
+    from r2m.demo.run import demo_config
 
     policy, output = "HuggingFaceTB/SmolLM2-135M-Instruct", Path("runs/smollm2-demo")
     preset = load_config(preset_path("smollm2-demo"))

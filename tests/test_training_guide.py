@@ -23,10 +23,10 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from r2m.checkpoint import MAY_CHANGE, checkpoints, read_metrics
 from r2m.cli import app
 from r2m.config import load_config
-from r2m.evaluation import load_judge
+from r2m.runs.checkpoint import MAY_CHANGE, checkpoints, read_metrics
+from r2m.runs.judge import load_judge
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "training.md").read_text()

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2m.data import Preference
-from r2m.fitting import embed_pairs, pack_hidden, tokenize_pairs
-from r2m.rollout import Annotations
+from r2m.data.sources import Preference
+from r2m.fitting.recipe import embed_pairs, pack_hidden, tokenize_pairs
+from r2m.policy.rollout import Annotations
 from r2m.trainer import R2MTrainer
 from r2m_kernels import grebt_loss
 

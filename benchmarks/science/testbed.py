@@ -31,15 +31,15 @@ sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 from benchmarks.science.optional import REPLAY_WEIGHT, REPLAYED_PAIRS, AgreementGate, HumanReplay
 from r2m.bench.results import describe
 from r2m.config import R2MConfig, load_config
-from r2m.data import Preference, Prompt
-from r2m.demo import SUFFIX
+from r2m.data.sources import Preference, Prompt
+from r2m.demo.movie_reviews import Scorer, Splits, distinct_2, fit_judge, load_splits, vader
+from r2m.demo.run import SUFFIX
 from r2m.devices import policy_device
-from r2m.fitting import embed_pairs, fit_reward, pair_accuracy, score_rollout, tokenize_pairs
+from r2m.fitting.recipe import embed_pairs, fit_reward, pair_accuracy, score_rollout, tokenize_pairs
+from r2m.method.reward_model import R2MRewardModel
 from r2m.models import cached, smollm2
-from r2m.movie_reviews import Scorer, Splits, distinct_2, fit_judge, load_splits, vader
-from r2m.policy import load_policy, load_tokenizer
+from r2m.policy.load import load_policy, load_tokenizer
 from r2m.presets import preset_path
-from r2m.reward_model import R2MRewardModel
 from r2m.trainer import R2MTrainer
 
 # ---- settings: what a result depends on beside the code ----

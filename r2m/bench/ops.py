@@ -26,7 +26,7 @@ from r2m.bench.plain import (
     two_products,
 )
 from r2m.bench.results import Row, dtype_name
-from r2m.doctor import free_memory
+from r2m.commands.doctor import free_memory
 from r2m_kernels.attention_pool import reference as pool_reference
 from r2m_kernels.fusion import reference as fusion_reference
 from r2m_kernels.grebt import reference as grebt_reference

@@ -33,13 +33,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from r2m import processes
 from r2m.config import R2M
-from r2m.data import Prompt
-from r2m.hidden_states import policy_backbone
-from r2m.policy import dropout_rates
-from r2m.reward_model import WEIGHTS_FILE, R2MRewardModel, hidden_width
-from r2m.rollout import collate
-from r2m.tokenization import response_texts
-from r2m.updater import R2MUpdater
+from r2m.data.sources import Prompt
+from r2m.data.tokenization import response_texts
+from r2m.method.hidden_states import policy_backbone
+from r2m.method.reward_model import WEIGHTS_FILE, R2MRewardModel, hidden_width
+from r2m.method.updater import R2MUpdater
+from r2m.policy.load import dropout_rates
+from r2m.policy.rollout import collate
 
 logger = logging.getLogger(__name__)
 

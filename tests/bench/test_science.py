@@ -10,7 +10,7 @@ from benchmarks.science import claims, estimates, report, run, testbed
 from benchmarks.science.claims import Claim
 from benchmarks.science.estimates import Estimate
 from benchmarks.science.testbed import ARMS, CORE, SCENARIOS, Run
-from r2m.data import Preference
+from r2m.data.sources import Preference
 
 PROMPTS, SAMPLES = testbed.EVALUATION["prompts"], testbed.EVALUATION["samples"]
 

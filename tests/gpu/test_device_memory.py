@@ -5,9 +5,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from r2m.commands.memory import estimate_memory
+from r2m.commands.run import build_trainer
 from r2m.config import config_from_dict
-from r2m.memory import estimate_memory
-from r2m.run import build_trainer
 
 # Skipped here rather than by the fixture of this folder, which comes after the models below are made.
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

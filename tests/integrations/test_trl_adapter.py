@@ -21,12 +21,12 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments  # noqa: E402
 
 from r2m.config import R2M  # noqa: E402
-from r2m.hidden_states import policy_backbone  # noqa: E402
 from r2m.integrations import trl as adapter  # noqa: E402
 from r2m.integrations.trl import r2m_reward  # noqa: E402
-from r2m.policy import disable_dropout  # noqa: E402
-from r2m.reward_model import R2MRewardModel  # noqa: E402
-from r2m.updater import R2MUpdater  # noqa: E402
+from r2m.method.hidden_states import policy_backbone  # noqa: E402
+from r2m.method.reward_model import R2MRewardModel  # noqa: E402
+from r2m.method.updater import R2MUpdater  # noqa: E402
+from r2m.policy.load import disable_dropout  # noqa: E402
 from r2m_kernels import time_weight  # noqa: E402
 
 K = 4

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from test_trl_adapter import K, Run, tiny
 
-from r2m.updater import R2MUpdater
+from r2m.method.updater import R2MUpdater
 
 folder, checkpoint = map(Path, sys.argv[1:])
 args = {"gradient_accumulation_steps": 1, "num_iterations": 1, "max_steps": 1, "ddp_backend": "gloo"}

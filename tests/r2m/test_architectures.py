@@ -12,7 +12,7 @@ import torch
 
 from r2m import R2MRewardModel, R2MTrainer
 from r2m.config import Lora, config_from_dict
-from r2m.policy import add_adapter
+from r2m.policy.load import add_adapter
 
 pytestmark = pytest.mark.slow
 

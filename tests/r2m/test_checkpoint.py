@@ -19,7 +19,10 @@ import yaml
 from safetensors.torch import load_file
 
 from r2m import R2MTrainer, load_config
-from r2m.checkpoint import (
+from r2m.commands.run import build_trainer
+from r2m.config import Lora, config_from_dict
+from r2m.policy.load import add_adapter
+from r2m.runs.checkpoint import (
     MAY_CHANGE,
     checkpoints,
     claim,
@@ -29,9 +32,6 @@ from r2m.checkpoint import (
     read_metrics,
     save_checkpoint,
 )
-from r2m.config import Lora, config_from_dict
-from r2m.policy import add_adapter
-from r2m.run import build_trainer
 
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz", [{"role": "user", "content": "hi"}]]
 K = 4

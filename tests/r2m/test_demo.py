@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from r2m import demo
+from r2m.demo import run as demo
 
 
 @pytest.mark.real_model

@@ -9,8 +9,8 @@ import torch
 from r2m import devices
 from r2m.config import Lora, R2MConfig, config_from_dict, load_config
 from r2m.devices import compute_dtype, native_bfloat16, resolve_precision
-from r2m.policy import load_policy
-from r2m.reward_model import R2MRewardModel
+from r2m.method.reward_model import R2MRewardModel
+from r2m.policy.load import load_policy
 from r2m.trainer import R2MTrainer
 
 DTYPES = {True: torch.bfloat16, False: torch.float32}

@@ -12,12 +12,8 @@ import torch.nn.functional as F
 import yaml
 from typer.testing import CliRunner
 
-from r2m import diagnose as diagnose_module
-from r2m import diagnostics
-from r2m.cli import app
-from r2m.data import Preference
-from r2m.diagnose import RUN_METRICS
-from r2m.diagnostics import (
+from r2m.analysis import diagnostics
+from r2m.analysis.diagnostics import (
     Estimate,
     accuracies,
     accuracy_change,
@@ -36,8 +32,12 @@ from r2m.diagnostics import (
     text_pairs,
     thirds,
 )
-from r2m.fitting import embed_pairs, score_rollout, tokenize_pairs
-from r2m.reward_model import R2MRewardModel
+from r2m.cli import app
+from r2m.commands import diagnose as diagnose_module
+from r2m.commands.diagnose import RUN_METRICS
+from r2m.data.sources import Preference
+from r2m.fitting.recipe import embed_pairs, score_rollout, tokenize_pairs
+from r2m.method.reward_model import R2MRewardModel
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PAIRS = [Preference("Q:" * (1 + i % 3), f" yes {i}" * (1 + i % 4), f" no {i}" * (1 + i % 2)) for i in range(12)]

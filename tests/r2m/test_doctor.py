@@ -9,8 +9,8 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from r2m import doctor
 from r2m.cli import app
+from r2m.commands import doctor
 from r2m.config import config_from_dict
 from r2m_kernels import __version__, available_implementations
 

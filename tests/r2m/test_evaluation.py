@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from r2m.evaluation import judge_scores, load_judge, mean_score
+from r2m.runs.judge import judge_scores, load_judge, mean_score
 
 JUDGE = """
 from __future__ import annotations

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from typer.testing import CliRunner
 
-from r2m import R2MRewardModel, export
+from r2m import R2MRewardModel
 from r2m.cli import app
+from r2m.commands import export
+from r2m.commands.export import export_run, push_to_hub, write_policy_card
 from r2m.config import Lora, R2MConfig, config_to_yaml
-from r2m.export import export_run, push_to_hub, write_policy_card
-from r2m.policy import freeze_reference, load_policy
+from r2m.policy.load import freeze_reference, load_policy
 from r2m_kernels import __version__
 
 IDS = torch.tensor([[5, 9, 40, 7], [200, 3, 8, 11]])
@@ -321,7 +322,7 @@ class FakeHub:
 @pytest.fixture
 def hub(monkeypatch):
     fake = FakeHub({"me/public": False})
-    monkeypatch.setattr("r2m.export.HfApi", fake)
+    monkeypatch.setattr("r2m.commands.export.HfApi", fake)
     return fake
 
 

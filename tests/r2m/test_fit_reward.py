@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from r2m import Preference, R2MRewardModel, fit_reward, fitting, run
+from r2m import Preference, R2MRewardModel, fit_reward
 from r2m.cli import app
+from r2m.commands import run
+from r2m.commands.run import fit_reward_from_files
 from r2m.devices import compute_dtype
-from r2m.fitting import embed_pairs, pair_accuracy, reliability, score_rollout, tokenize_pairs
-from r2m.run import fit_reward_from_files
+from r2m.fitting import recipe as fitting
+from r2m.fitting.recipe import embed_pairs, pair_accuracy, reliability, score_rollout, tokenize_pairs
 
 WORDS = ["film", "story", "plot", "cast", "music", "ending", "scene", "joke"]
 TEXTS = ["hello", "a longer text than the others!", "x"]

@@ -10,7 +10,7 @@ import torch
 
 from r2m import Preference, R2MRewardModel, fit_reward
 from r2m.config import R2M
-from r2m.fitting import (
+from r2m.fitting.recipe import (
     embed_pairs,
     feature_statistics,
     fit_head,
@@ -21,8 +21,8 @@ from r2m.fitting import (
     tokenize_pairs,
     warm_start,
 )
-from r2m.rollout import collate
-from r2m.updater import R2MUpdater
+from r2m.method.updater import R2MUpdater
+from r2m.policy.rollout import collate
 
 WORDS = ["film", "story", "plot", "cast", "music", "ending"]
 PAIRS = [Preference(f"the {word} is ", "good!", "so bad") for word in WORDS]

@@ -16,9 +16,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from r2m.commands.memory import MemoryTracker, estimate_memory
+from r2m.commands.run import build_trainer
 from r2m.config import config_from_dict
-from r2m.memory import MemoryTracker, estimate_memory
-from r2m.run import build_trainer
 
 PROMPT, RESPONSE = 30, 20  # tokens
 WORDS = 2000

@@ -8,10 +8,12 @@ import tiny
 import torch
 from test_trainer import PAIRS, K, N, changed, copies, hidden_states, small_policy, with_adapter, without_costs
 
-from r2m import R2MTrainer, fitting, updater
+from r2m import R2MTrainer
 from r2m.config import config_from_dict
-from r2m.fitting import embed_pairs, pair_accuracy, tokenize_pairs
-from r2m.reward_model import saved_config
+from r2m.fitting import recipe as fitting
+from r2m.fitting.recipe import embed_pairs, pair_accuracy, tokenize_pairs
+from r2m.method import updater
+from r2m.method.reward_model import saved_config
 from r2m_kernels.grebt import reference as grebt_reference
 
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz"]

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from r2m import R2MTrainer, trainer
 from r2m.config import R2MConfig, config_from_dict
-from r2m.monitor import (
+from r2m.runs.monitor import (
     check_trackers,
     sample_table,
     warn_about_clipping,
@@ -48,7 +48,9 @@ def make(reward_checkpoint, tmp_path):
 
 def messages(caplog, level):
     return [
-        record.getMessage() for record in caplog.records if record.name == "r2m.monitor" and record.levelno == level
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "r2m.runs.monitor" and record.levelno == level
     ]
 
 

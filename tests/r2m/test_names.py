@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from r2m import Preference, R2MRewardModel, R2MTrainer, R2MUpdater, fit_reward, load_config
 from r2m.cli import app
+from r2m.commands.run import dry_run, run
 from r2m.config import R2M, R2MConfig, check_names
-from r2m.evaluation import load_judge
-from r2m.fitting import fit_head
+from r2m.data.tokenization import encode_prompts, usable_pairs
+from r2m.fitting.recipe import fit_head
 from r2m.names import check_model
-from r2m.policy_loss import policy_loss
-from r2m.rollout import collate
-from r2m.run import dry_run, run
-from r2m.tokenization import encode_prompts, usable_pairs
+from r2m.policy.loss import policy_loss
+from r2m.policy.rollout import collate
+from r2m.runs.judge import load_judge
 from r2m.trainer import lr_factor
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +216,7 @@ def test_text_for_a_list_is_a_type_error_that_says_what_makes_one(reward_checkpo
         reward_model.embed(["a", "b"], "bc")
     with pytest.raises(TypeError, match="prompts is a list of messages, which is one prompt"):
         trainer([{"role": "user", "content": "a"}])
-    with pytest.raises(TypeError, match=r"judge is 'judge.py:judge'; expected a function: r2m.evaluation.load_judge"):
+    with pytest.raises(TypeError, match=r"judge is 'judge.py:judge'; expected a function: r2m.runs.judge.load_judge"):
         trainer(eval_prompts=["a"], judge="judge.py:judge")
 
 

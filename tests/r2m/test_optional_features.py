@@ -11,7 +11,7 @@ from test_trainer import PAIRS, PROMPTS, K, N, hidden_states, make_config, small
 from benchmarks.science import optional
 from benchmarks.science.optional import AgreementGate, HumanReplay
 from r2m import R2MTrainer
-from r2m.fitting import embed_pairs, tokenize_pairs
+from r2m.fitting.recipe import embed_pairs, tokenize_pairs
 from r2m_kernels import time_weight
 from r2m_kernels.grebt import reference as grebt_reference
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from r2m.advantages import grpo_advantages, reinforce_plus_plus_advantages, rloo_advantages
-from r2m.policy_loss import policy_loss, sequence_kl, token_entropy, token_log_probs
+from r2m.policy.advantages import grpo_advantages, reinforce_plus_plus_advantages, rloo_advantages
+from r2m.policy.loss import policy_loss, sequence_kl, token_entropy, token_log_probs
 
 
 def test_rloo_advantage_is_the_reward_minus_the_mean_of_the_others():

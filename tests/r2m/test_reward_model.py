@@ -16,8 +16,8 @@ from transformers import (
 
 from r2m import Preference, R2MRewardModel
 from r2m.config import Lora
-from r2m.hidden_states import policy_backbone
-from r2m.policy import add_adapter
+from r2m.method.hidden_states import policy_backbone
+from r2m.policy.load import add_adapter
 from r2m_kernels.attention_pool import reference
 
 PROMPTS = ["hello ", "what is this? ", "x"]

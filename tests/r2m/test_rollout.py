@@ -3,11 +3,11 @@ import tiny
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from r2m import rollout
 from r2m.config import Generation, Lora
-from r2m.policy import add_adapter
-from r2m.policy_loss import token_log_probs
-from r2m.rollout import collate, sample
+from r2m.policy import rollout
+from r2m.policy.load import add_adapter
+from r2m.policy.loss import token_log_probs
+from r2m.policy.rollout import collate, sample
 
 
 def forward(policy, rollout):

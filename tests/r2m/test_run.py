@@ -11,12 +11,13 @@ import tiny
 import torch
 import yaml
 
-from r2m import R2MRewardModel, fitting, load_config
-from r2m import run as run_module
-from r2m.checkpoint import best_round, checkpoints, load_checkpoint, read_metrics
-from r2m.data import Preference
-from r2m.folder import run_to_evaluate
-from r2m.run import build_trainer, dry_run, evaluate_run, load_data, run
+from r2m import R2MRewardModel, load_config
+from r2m.commands import run as run_module
+from r2m.commands.run import build_trainer, dry_run, evaluate_run, load_data, run
+from r2m.data.sources import Preference
+from r2m.fitting import recipe as fitting
+from r2m.runs.checkpoint import best_round, checkpoints, load_checkpoint, read_metrics
+from r2m.runs.folder import run_to_evaluate
 
 PROMPTS = ["hello ", "what is it? ", "a b", [{"role": "user", "content": "hi"}]]
 HELD_OUT = ["who ", "why? ", "x"]

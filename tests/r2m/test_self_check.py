@@ -18,8 +18,8 @@ from transformers import (
 
 from r2m import R2MTrainer
 from r2m.config import config_from_dict
-from r2m.data import Preference
-from r2m.self_check import check_policy
+from r2m.data.sources import Preference
+from r2m.policy.self_check import check_policy
 
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "bos_token_id": 0}
 SIZES |= {"eos_token_id": 1, "initializer_range": 0.3}
@@ -95,9 +95,9 @@ def test_positions_that_count_padding_are_an_error_with_the_number(make):
 
 
 def test_in_bfloat16_it_is_a_warning_with_the_number(make, caplog):
-    caplog.set_level(logging.WARNING, "r2m.self_check")
+    caplog.set_level(logging.WARNING, "r2m.policy.self_check")
     make(roberta(), precision="bf16").train()
-    (record,) = [record for record in caplog.records if record.name == "r2m.self_check"]
+    (record,) = [record for record in caplog.records if record.name == "r2m.policy.self_check"]
     assert "in a padded batch (nats) " in record.getMessage()
 
 

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
-from r2m import tokenization
-from r2m.data import Preference
-from r2m.tokenization import (
+from r2m.data import tokenization
+from r2m.data.sources import Preference
+from r2m.data.tokenization import (
     encode_prompt,
     encode_prompts,
     encode_responses,

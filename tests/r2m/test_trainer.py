@@ -12,13 +12,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r2m import Preference, R2MRewardModel, R2MTrainer, load_config, progress
-from r2m.advantages import grpo_advantages, rloo_advantages
-from r2m.checkpoint import checkpoints
 from r2m.config import Lora, config_from_dict
-from r2m.fitting import embed_pairs, pair_accuracy, score_rollout, tokenize_pairs
-from r2m.monitor import sample_table, warn_about_drift
-from r2m.policy import add_adapter
-from r2m.policy_loss import sequence_kl
+from r2m.fitting.recipe import embed_pairs, pair_accuracy, score_rollout, tokenize_pairs
+from r2m.policy.advantages import grpo_advantages, rloo_advantages
+from r2m.policy.load import add_adapter
+from r2m.policy.loss import sequence_kl
+from r2m.runs.checkpoint import checkpoints
+from r2m.runs.monitor import sample_table, warn_about_drift
 
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz", [{"role": "user", "content": "hi"}]]
 PAIRS = [Preference("hello ", "there", "no"), Preference("a", "bc", "yes, why?"), Preference("q ", "x", "y")]

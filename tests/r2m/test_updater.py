@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from r2m.config import R2M
-from r2m.updater import R2MUpdater
+from r2m.method.updater import R2MUpdater
 from r2m_kernels.attention_pool import reference
 from r2m_kernels.grebt import reference as grebt_reference
 

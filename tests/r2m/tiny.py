@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from r2m.reward_model import R2MRewardModel
+from r2m.method.reward_model import R2MRewardModel
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"

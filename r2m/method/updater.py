@@ -9,8 +9,8 @@ from torch import Tensor
 
 from r2m import processes
 from r2m.config import R2M
-from r2m.hidden_states import noise_like
-from r2m.reward_model import R2MRewardModel, without_feedback
+from r2m.method.hidden_states import noise_like
+from r2m.method.reward_model import R2MRewardModel, without_feedback
 from r2m_kernels import attention_pool_dot, attention_pool_with_gradient, grebt_loss, time_weight
 
 Rows = slice | list[int]  # sequences of the round in one micro-batch

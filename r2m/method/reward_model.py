@@ -26,12 +26,12 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from r2m.data import Preference, Prompt, check_list
+from r2m.data.sources import Preference, Prompt, check_list
+from r2m.data.tokenization import encode_whole, usable_pairs, usable_whole_pairs
 from r2m.devices import compute_dtype
 from r2m.models import check_no_adapter, is_local, position_limit, sequence_classifier, shown
 from r2m.names import no_head
 from r2m.progress import track
-from r2m.tokenization import encode_whole, usable_pairs, usable_whole_pairs
 from r2m_kernels import (
     RewardHead,
     SequenceToTokenAttention,
@@ -62,7 +62,7 @@ class RewardModelConfig:
     rte_token: str
     suffix: str
     max_length: int
-    # Of the feedback that the cross-attention was fitted on, "all" or "response" (see r2m.rollout.collate); None: not
+    # Of the feedback that the cross-attention was fitted on, "all" or "response" (see rollout.collate); None: not
     # fitted yet, or saved before this was kept.
     positions: str | None = None
 
@@ -432,7 +432,7 @@ class R2MRewardModel(nn.Module):
         """Reward token embeddings H: [B, D_rm] float32, from the reward model's own tokenizer and chat template.
 
         A prompt of chat messages goes through the template with the completion as the assistant's turn; a text prompt
-        is continued by the completion and the config's suffix as they are (`r2m.tokenization.encode_whole`). The
+        is continued by the completion and the config's suffix as they are (`r2m.data.tokenization.encode_whole`). The
         backbone runs on its own device, the result is on the head's. Raises ValueError for messages that the template
         refuses.
         """

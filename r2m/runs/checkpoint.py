@@ -32,16 +32,16 @@ from torch import Tensor
 from r2m import processes
 from r2m.config import R2MConfig, config_items, config_to_yaml, load_config
 from r2m.devices import resolve_precision
-from r2m.folder import MANIFEST as MANIFEST
-from r2m.folder import METRICS as METRICS
-from r2m.folder import best_round as best_round
-from r2m.folder import check_unused as check_unused
-from r2m.folder import checkpoints as checkpoints
-from r2m.folder import find_checkpoint as find_checkpoint
-from r2m.folder import read_manifest
-from r2m.folder import read_metrics as read_metrics
+from r2m.method.reward_model import WEIGHTS_FILE
 from r2m.progress import waiting
-from r2m.reward_model import WEIGHTS_FILE
+from r2m.runs.folder import MANIFEST as MANIFEST
+from r2m.runs.folder import METRICS as METRICS
+from r2m.runs.folder import best_round as best_round
+from r2m.runs.folder import check_unused as check_unused
+from r2m.runs.folder import checkpoints as checkpoints
+from r2m.runs.folder import find_checkpoint as find_checkpoint
+from r2m.runs.folder import read_manifest
+from r2m.runs.folder import read_metrics as read_metrics
 
 if TYPE_CHECKING:
     from r2m.trainer import R2MTrainer

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from r2m import processes
 from r2m.config import R2MConfig
-from r2m.policy_loss import sequence_kl
-from r2m.rollout import Annotations, Rollout
+from r2m.policy.loss import sequence_kl
+from r2m.policy.rollout import Annotations, Rollout
 
 EPS = 1e-4  # beside a standard deviation: GRPO's as published; differences that are rounding stay small
 

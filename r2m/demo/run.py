@@ -16,16 +16,16 @@ import transformers
 from torch import nn
 
 from r2m.config import R2MConfig, load_config
-from r2m.data import Prompt, load_prompts
+from r2m.data.sources import Prompt, load_prompts
+from r2m.demo.movie_reviews import Scorer, distinct_2, fit_judge, load_splits, pair_accuracy, vader
 from r2m.devices import resolve_precision
-from r2m.fitting import fit_reward
+from r2m.fitting.recipe import fit_reward
+from r2m.method.reward_model import R2MRewardModel
 from r2m.models import smollm2
-from r2m.movie_reviews import Scorer, distinct_2, fit_judge, load_splits, pair_accuracy, vader
 from r2m.plots import plot_comparison, plot_run
-from r2m.policy import load_policy, load_tokenizer
+from r2m.policy.load import load_policy, load_tokenizer
 from r2m.presets import preset_path
 from r2m.progress import phase, waiting
-from r2m.reward_model import R2MRewardModel
 from r2m.trainer import R2MTrainer
 
 # What is compared: name -> how the reward model uses the policy's hidden states. Same seed, prompts and initial

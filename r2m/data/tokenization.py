@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from r2m.data import Preference, Prompt, check_list
+from r2m.data.sources import Preference, Prompt, check_list
 from r2m.models import cache_dir
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from accelerate.tracking import get_available_trackers
 
 from r2m import processes, progress
 from r2m.config import GROUP_METHODS, R2MConfig, config_items
-from r2m.rollout import Annotations, Rollout
+from r2m.policy.rollout import Annotations, Rollout
 from r2m_kernels import grebt_loss, time_weight
 
 logger = logging.getLogger(__name__)
 
-# When to warn, here while a run goes on and in r2m.diagnostics when it is over.
+# When to warn, here while a run goes on and in r2m.analysis.diagnostics when it is over.
 ACCURACY_LOSS = 0.05  # fall of the accuracy on held-out pairs
 SPREAD_RATIOS = (0.5, 2.0)  # deviation of the rewards inside groups, as a multiple of what it was
 DEGENERATE_SHARE = 0.5  # of one round's groups, which are few

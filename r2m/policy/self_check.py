@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r2m.hidden_states import HiddenStateTap
-from r2m.policy import training_mode
-from r2m.policy_loss import token_log_probs
-from r2m.rollout import causal_lm, collate, generate
+from r2m.method.hidden_states import HiddenStateTap
+from r2m.policy.load import training_mode
+from r2m.policy.loss import token_log_probs
+from r2m.policy.rollout import causal_lm, collate, generate
 
 if TYPE_CHECKING:
     from r2m.trainer import R2MTrainer

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, read without torch. `r2m.checkpoint` writes it."""
+"""What the folder of a run holds, read without torch. `r2m.runs.checkpoint` writes it."""
 
 from __future__ import annotations
 

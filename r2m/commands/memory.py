@@ -34,12 +34,12 @@ from transformers.generation.logits_process import InfNanRemoveLogitsProcessor, 
 
 from r2m.config import Placement, R2MConfig, require_keys
 from r2m.devices import compute_dtype, policy_device, resolve_precision
+from r2m.method.reward_model import R2MRewardModel, RewardModelConfig, hidden_width, saved_config
+from r2m.method.updater import R2MUpdater
 from r2m.models import check_no_adapter, sequence_classifier
-from r2m.policy import add_adapter
-from r2m.reward_model import R2MRewardModel, RewardModelConfig, hidden_width, saved_config
-from r2m.rollout import Annotations, Rollout, causal_lm, collate, generate, sample
+from r2m.policy.load import add_adapter
+from r2m.policy.rollout import Annotations, Rollout, causal_lm, collate, generate, sample
 from r2m.trainer import R2MTrainer
-from r2m.updater import R2MUpdater
 
 T = TypeVar("T")
 
@@ -271,7 +271,7 @@ def _copy_fake(tensor: FakeTensor, memo: Any) -> Any:
 
 
 def _policy(config: R2MConfig) -> PreTrainedModel | PeftModel:
-    """As r2m.policy.load_policy, without weights."""
+    """As r2m.load_policy, without weights."""
     check_no_adapter("policy", config.policy, config.policy_revision)
     where: Any = {"revision": config.policy_revision, "trust_remote_code": config.trust_remote_code}
     narrow = config.lora is not None and config.precision == "bf16"
@@ -414,7 +414,7 @@ def _elsewhere(tracker: MemoryTracker, size: int, peaks: list[int]) -> Iterator[
 
 
 def _generate(config: R2MConfig, trainer: R2MTrainer) -> int:
-    """One batch of r2m.rollout.generate, with `_last_steps` for transformers' loop; returns the cache's bytes."""
+    """One batch of rollout.generate, with `_last_steps` for transformers' loop; returns the cache's bytes."""
     settings, total = config.generation, config.prompts_per_round * config.num_generations
     size = min(settings.batch_size or total, total)
     prompts, responses = max(1, size // config.num_generations), min(size, config.num_generations)

@@ -15,9 +15,9 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from r2m.config import Generation
-from r2m.data import Prompt
+from r2m.data.sources import Prompt
+from r2m.data.tokenization import encode_prompt, response_texts
 from r2m.progress import track, waiting
-from r2m.tokenization import encode_prompt, response_texts
 
 # (prompt ids of n prompts, K) -> ids of the n * K responses, prompt-major, the end-of-sequence token included
 RolloutFn = Callable[[list[list[int]], int], list[list[int]]]

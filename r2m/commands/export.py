@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from r2m.checkpoint import find_checkpoint, new_folder, read_metrics
 from r2m.config import Placement, R2MConfig, config_items, load_config
+from r2m.method.reward_model import R2MRewardModel, saved_config
 from r2m.models import is_local, shown
-from r2m.policy import load_policy, load_tokenizer
+from r2m.policy.load import load_policy, load_tokenizer
 from r2m.progress import waiting
-from r2m.reward_model import R2MRewardModel, saved_config
+from r2m.runs.checkpoint import find_checkpoint, new_folder, read_metrics
 from r2m_kernels import __version__
 
 logger = logging.getLogger(__name__)

@@ -17,18 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2m.fitting import pair_accuracy, stream_hidden
-from r2m.hidden_states import noise_like, policy_backbone
-from r2m.monitor import ACCURACY_LOSS, CLIPPED_SHARE, DEGENERATE_SHARE, SPREAD_RATIOS, exploits
+from r2m.fitting.recipe import pair_accuracy, stream_hidden
+from r2m.method.hidden_states import noise_like, policy_backbone
+from r2m.method.reward_model import R2MRewardModel
+from r2m.policy.rollout import Rollout
 from r2m.progress import track
-from r2m.reward_model import R2MRewardModel
-from r2m.rollout import Rollout
+from r2m.runs.monitor import ACCURACY_LOSS, CLIPPED_SHARE, DEGENERATE_SHARE, SPREAD_RATIOS, exploits
 
 MAX_DEPTHS = 33  # embeddings and the layers of a model of up to 32; of a deeper one, as many evenly spaced
 TEXT_PAIRS = 2000  # for correlations; Kendall's compares each with each
 JACKKNIFE_GROUPS = 20
 
-# When a finished run's last third is worth a warning, beside the thresholds of r2m.monitor.
+# When a finished run's last third is worth a warning, beside the thresholds of r2m.runs.monitor.
 LASTING_DEGENERATE_SHARE = DEGENERATE_SHARE / 2  # over many rounds, where half of a single one might be chance
 PAIR_FLIPS = 0.5  # more than that, and the labels depend on which hidden states are asked
 ENTROPY_LEFT = 0.5  # of the policy's at the start

@@ -8,9 +8,9 @@ from importlib import metadata
 
 import torch
 
+from r2m.commands.memory import MemoryEstimate, estimate_memory
 from r2m.config import R2MConfig
 from r2m.devices import native_bfloat16, policy_device
-from r2m.memory import MemoryEstimate, estimate_memory
 from r2m.progress import waiting
 from r2m_kernels import __version__, build, dispatch
 

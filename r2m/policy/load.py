@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from r2m import processes
 from r2m.config import Lora, R2MConfig
 from r2m.devices import resolve_precision
-from r2m.hidden_states import policy_backbone
+from r2m.method.hidden_states import policy_backbone
 from r2m.models import check_no_adapter, position_limit
-from r2m.rollout import causal_lm
+from r2m.policy.rollout import causal_lm
 
 REFERENCE = "reference"
 

@@ -1,5 +1,5 @@
 """What `r2m diagnose` does: before training, whether policy feedback can help on the user's models and pairs; after it,
-whether the run degenerated. Measures are in `r2m.diagnostics`."""
+whether the run degenerated. Measures are in `r2m.analysis.diagnostics`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r2m.checkpoint import METRICS, made, read_metrics
-from r2m.config import R2MConfig, load_config, require_keys
-from r2m.data import Preference, load_pairs
-from r2m.devices import resolve_precision
-from r2m.diagnostics import (
+from r2m.analysis.diagnostics import (
     Estimate,
     Observed,
     accuracies,
@@ -31,10 +27,14 @@ from r2m.diagnostics import (
     similarity_and_reward,
     thirds,
 )
-from r2m.fitting import HIDDEN_BUDGET, embed_pairs, feedback_batches, take_statistics, tokenize_pairs, warm_start
+from r2m.commands.run import load_models, split_pairs, with_saved_part
+from r2m.config import R2MConfig, load_config, require_keys
+from r2m.data.sources import Preference, load_pairs
+from r2m.devices import resolve_precision
+from r2m.fitting.recipe import HIDDEN_BUDGET, embed_pairs, feedback_batches, take_statistics, tokenize_pairs, warm_start
 from r2m.plots import plot_alignment, plot_depths, plot_run, plot_similarity
 from r2m.progress import phase, waiting
-from r2m.run import load_models, split_pairs, with_saved_part
+from r2m.runs.checkpoint import METRICS, made, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def diagnose_config(
     """What policy feedback would do in a run of this config: a report, also written to `output` (default:
     `diagnosis/before` in `output_dir`) as report.md, diagnostics.json, depths.png, similarity.png and alignment.png.
 
-    pairs, held_out: sources of `r2m.data.load_pairs`. The cross-attention is trained on `pairs`, three quarters of them
+    pairs, held_out: sources of `r2m.load_pairs`. The cross-attention is trained on `pairs`, three quarters of them
         for its steps and a quarter to stop it; everything is measured on `held_out`, by default a random half of the
         pairs. The reward model's files are not touched.
     max_pairs: of either; where there are more, so many are drawn.

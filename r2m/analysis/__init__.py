@@ -1,0 +1,1 @@
+"""What `r2m diagnose` measures, as plain functions."""

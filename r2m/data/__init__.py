@@ -1,0 +1,1 @@
+"""Prompts and pairs: where they come from, and how they become token ids."""

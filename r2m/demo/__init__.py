@@ -1,0 +1,1 @@
+"""`r2m demo`, and the movie reviews that it trains on."""

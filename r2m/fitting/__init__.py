@@ -1,0 +1,1 @@
+"""The reward model, fitted to human pairs before a run."""

@@ -1,0 +1,1 @@
+"""The policy: loaded, sampled, scored, and the loss that trains it."""
