@@ -9,6 +9,7 @@ Models have random weights: speed does not depend on their values. Every respons
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -34,7 +35,6 @@ from r2m.config import config_from_dict
 from r2m.devices import compute_dtype, resolve_precision
 from r2m.method.reward_model import RewardModelConfig
 from r2m.policy.load import add_adapter
-from r2m.runs.monitor import phase
 
 # Policy and reward model, and the keys of the run: a toy, the demo, and the shapes of Qwen2.5-0.5B and Qwen2.5-3B, of
 # which all weights are trained.
@@ -96,21 +96,20 @@ PROVIDERS = {"none": "RLOO", "trained": "RLOO + R2M"}  # by r2m.feedback
 DTYPES = {"bf16": "bfloat16", "float32": "float32"}  # as a row names them
 PHASES = ("rollout", "annotate", "policy", "reward_model")
 
-# Method of the trainer or its updater -> what its time is spent on. Time inside another of them is that one's.
+# Method of the trainer or of what it has -> what its time is spent on. Time inside another of them is that one's.
 PARTS = {
-    "sample": "generation",
-    "_embed": "reward model's forward pass",
-    "_blank_annotations": "reference's forward pass",
-    "_score": "policy's forward pass, scoring",
-    "optimize_policy": "policy's forward pass, later epochs",
-    "_accumulate": "loss and backward pass",
-    "_step_policy": "clipping and optimizer",
+    "learner.sample": "generation",
+    "scorer.embed": "reward model's forward pass",
+    "scorer.prepare": "reference's forward pass",
+    "run_epoch": "policy's forward passes",
+    "learner.backward": "loss and backward pass",
+    "learner.step": "clipping and optimizer",
     "annotate": "advantages and statistics",
-    "begin_round": OWN + "absorbing the weights",
-    "score": OWN + "rewards of a micro-batch",
-    "collect": OWN + "pools and gradients of a micro-batch",
-    "alignment": OWN + "correlation with the initial rewards",
-    "step": OWN + "GREBT and optimizer",
+    "updater.begin_round": OWN + "absorbing the weights",
+    "updater.score": OWN + "rewards of a micro-batch",
+    "updater.collect": OWN + "pools and gradients of a micro-batch",
+    "updater.alignment": OWN + "correlation with the initial rewards",
+    "updater.step": OWN + "GREBT and optimizer",
 }
 
 
@@ -173,13 +172,13 @@ def _fill_in(row: Row, config: R2MConfig, device: torch.device, rounds: int) -> 
     if device.type == "cpu":
         with MemoryTracker() as tracker:
             trainer = build(row.case, config, device)
-            run_round(trainer, 1)
-            _, row.peak_bytes = tracker.peak_of(lambda: run_round(trainer, 2))
+            trainer.round(1)
+            _, row.peak_bytes = tracker.peak_of(lambda: trainer.round(2))
     else:
         trainer = build(row.case, config, device)
-        run_round(trainer, 1)
+        trainer.round(1)
     spent = clock(trainer)
-    measured = [run_round(trainer, t) | spent() for t in range(3, rounds + 3)]
+    measured = [trainer.round(t)[0] | spent() for t in range(3, rounds + 3)]
     if device.type != "cpu":
         row.peak_bytes = int(max(m[f"memory/{name}"] for m in measured for name in PHASES) * 2**20)
     totals = [sum(m[f"seconds/{name}"] for name in PHASES) for m in measured]
@@ -189,34 +188,20 @@ def _fill_in(row: Row, config: R2MConfig, device: torch.device, rounds: int) -> 
     row.parts = {name: statistics.median(m[key] for m in measured) for name, key in keys.items()}
 
 
-def run_round(trainer: R2MTrainer, t: int) -> dict[str, float]:
-    """Round t as `R2MTrainer.train` runs it; returns the metrics, with seconds/... and memory/... (MiB) by phase."""
-    row: dict[str, float] = {}
-    with phase("rollout", row, trainer.device):
-        rollout = trainer.sample(t)
-    with phase("annotate", row, trainer.device):
-        batch = trainer.annotate(rollout, t, row, first_epoch=trainer.scores_in_first_epoch)
-    with phase("policy", row, trainer.device):
-        trainer.optimize_policy(rollout, batch, t, row)
-    with phase("reward_model", row, trainer.device):
-        trainer.align_reward_model(batch, t, row)
-    return row
-
-
 def clock(trainer: R2MTrainer) -> Callable[[], dict[str, float]]:
     """Charge time to PARTS from now on; what is returned gives, after each round, the seconds of every part in it.
 
     On a GPU the borders of parts are events in its stream. Nothing waits for them, so a round takes as long as without
     a clock; a part gets the time in which the GPU worked for it or had nothing else to do.
     """
-    on_gpu = trainer.device.type == "cuda"
+    on_gpu = trainer.learner.device.type == "cuda"
     borders: list[tuple[Any, str]] = []  # when, and what begins
     inside = [""]
 
     def border() -> None:
         if on_gpu:
             now: Any = torch.cuda.Event(enable_timing=True)
-            now.record(torch.cuda.current_stream(trainer.device))
+            now.record(torch.cuda.current_stream(trainer.learner.device))
         else:
             now = time.perf_counter()
         borders.append((now, inside[-1]))
@@ -242,8 +227,9 @@ def clock(trainer: R2MTrainer) -> Callable[[], dict[str, float]]:
         return seconds
 
     for name, part in PARTS.items():
-        owner = trainer if hasattr(trainer, name) else trainer.updater
-        setattr(owner, name, clocked(getattr(owner, name), part))
+        *owners, method = name.split(".")
+        owner = functools.reduce(getattr, owners, trainer)
+        setattr(owner, method, clocked(getattr(owner, method), part))
     return spent
 
 

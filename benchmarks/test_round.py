@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.round import PROVIDERS, build, run_config, run_round
+from benchmarks.round import PROVIDERS, build, run_config
 
 ROUNDS = 5
 
@@ -18,8 +18,8 @@ ROUNDS = 5
 def test_round(benchmark, feedback):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = build("tiny", run_config("tiny", feedback, device, rounds=ROUNDS + 1), device)
-    metrics = run_round(trainer, 1)
+    metrics = trainer.round(1)[0]
     losses = ["policy/loss", "grebt/loss"] if feedback == "trained" else ["policy/loss"]
     assert all(math.isfinite(metrics[loss]) for loss in losses)
     t = itertools.count(2)
-    benchmark.pedantic(lambda: run_round(trainer, next(t)), rounds=ROUNDS)
+    benchmark.pedantic(lambda: trainer.round(next(t)), rounds=ROUNDS)

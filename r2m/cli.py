@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,7 +65,8 @@ def demo(
         _check_models(("--policy", policy), ("--reward-model", reward_model))
         _check_sources(("--prompts", prompts))
 
-        from r2m.demo.run import run_demo
+        with _loading():
+            from r2m.demo.run import run_demo
 
         run_demo(policy=policy, reward_model=reward_model, prompts=prompts, rounds=rounds, seed=seed, output=output)
 
@@ -96,8 +97,9 @@ def train(
         elif not resume and not dry_run:
             check_unused(settings.output_dir)
 
-        from r2m import processes
-        from r2m.commands import run as runs
+        with _loading():
+            from r2m import processes
+            from r2m.commands import run as runs
 
         text = runs.dry_run(settings) if dry_run else runs.run(settings, "last" if resume else resume_from)
         if processes.index() == 0:
@@ -159,9 +161,10 @@ def fit_reward(
         _check_sources(("--pairs", pairs), ("--held-out", held_out), pairs=True)
         _check_models(("--reward-model", reward_model), ("--policy", policy))
 
-        import transformers
+        with _loading():
+            import transformers
 
-        from r2m.commands.run import fit_reward_from_files
+            from r2m.commands.run import fit_reward_from_files
 
         transformers.logging.set_verbosity_error()  # the head is new on purpose
         settings: dict[str, Any] = {
@@ -216,7 +219,8 @@ def evaluate(
         measured: dict[str, Any] = {name: value for name, value in given.items() if value}
         run_to_evaluate(run, checkpoint, **measured)
 
-        from r2m.commands.run import evaluate_run
+        with _loading():
+            from r2m.commands.run import evaluate_run
 
         typer.echo(evaluate_run(run, checkpoint, **measured))
 
@@ -255,7 +259,8 @@ def diagnose(
                 raise ValueError(f"{source} is a run's folder: it takes --output alone; pairs are for a config")
             _check_run(Path(source))
 
-            from r2m.commands import diagnose as diagnoses
+            with _loading():
+                from r2m.commands import diagnose as diagnoses
 
             typer.echo(diagnoses.diagnose_run(source, output))
         elif pairs is None:
@@ -264,7 +269,8 @@ def diagnose(
             _check_sources(("--pairs", pairs), ("--held-out", held_out), pairs=True)
             settings = _read_config(source, overrides, "policy", "reward_model", data=False)
 
-            from r2m.commands import diagnose as diagnoses
+            with _loading():
+                from r2m.commands import diagnose as diagnoses
 
             typer.echo(diagnoses.diagnose_config(settings, pairs, output, **options))
 
@@ -292,7 +298,8 @@ def export(
         if checkpoint is not None:
             find_checkpoint(run, checkpoint)
 
-        from r2m.commands import export as exports
+        with _loading():
+            from r2m.commands import export as exports
 
         typer.echo(
             f"policy and reward model are in {exports.export_run(run, output, checkpoint=checkpoint, merge=merge)}"
@@ -325,7 +332,8 @@ def doctor(
         if config or overrides:
             settings = _read_config(config, overrides, "policy", "reward_model", data=False, head=False)
 
-        from r2m.commands.doctor import report
+        with _loading():
+            from r2m.commands.doctor import report
 
         typer.echo(report(settings))
 
@@ -381,6 +389,13 @@ def _read_config(source: str | None, overrides: list[str] | None, *keys: str, **
     return config
 
 
+def _loading() -> AbstractContextManager[None]:
+    """Around imports that take seconds."""
+    from r2m.progress import waiting
+
+    return waiting("loading PyTorch and transformers")
+
+
 def _check_models(*options: tuple[str, str | None]) -> None:
     from r2m.names import check_model, named
 
@@ -389,8 +404,7 @@ def _check_models(*options: tuple[str, str | None]) -> None:
 
 
 def _check_sources(*options: tuple[str, str | Path | None], pairs: bool = False) -> None:
-    from r2m.data.sources import check_source
-    from r2m.names import named
+    from r2m.names import check_source, named
 
     for option, name in options:
         named(option, check_source, str(name or ""), pairs=pairs)
@@ -404,7 +418,7 @@ def _check_run(folder: Path) -> None:
 
 
 def _columns(items: list[str] | None) -> dict[str, str]:
-    from r2m.data.sources import check_columns
+    from r2m.names import check_columns
 
     for item in items or []:
         if "=" not in item:

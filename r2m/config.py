@@ -17,9 +17,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 
-from r2m.data.sources import check_columns, check_source
-from r2m.names import check_model, check_scores, named
-from r2m.runs.judge import check_judge
+from r2m.algorithms import ALGORITHMS
+from r2m.names import check_columns, check_judge, check_model, check_scores, check_source, named
 
 _STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
 _Block = TypeVar("_Block")
@@ -49,9 +48,6 @@ def _checked(cls: type[_Block]) -> type[_Block]:
 def _at_least(key: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{key} is {value}; expected at least {least}")
-
-
-GROUP_METHODS = ("rloo", "grpo")  # algorithms whose baseline is the responses to the same prompt
 
 
 @_checked
@@ -211,7 +207,7 @@ class R2MConfig:
     rounds: int = 100  # T
     prompts_per_round: int = 64  # n
     num_generations: int = 8  # K; 1 does where nothing compares the responses of a group
-    algorithm: Literal["rloo", "grpo", "remax", "reinforce++"] = "rloo"
+    algorithm: str = "rloo"  # or grpo, remax, reinforce++ (r2m.algorithms)
     epochs: int = 2  # k, passes of the policy over a round
     minibatches: int = 1  # optimizer steps per epoch
     micro_batch_size: int = 8  # sequences in one forward pass
@@ -240,16 +236,19 @@ class R2MConfig:
         for name in ("rounds", "prompts_per_round", "num_generations", "epochs", "minibatches", "micro_batch_size"):
             _at_least(name, getattr(self, name), 1)
         check_columns("columns", self.columns)
-        comparing = [self.algorithm] * (self.algorithm in GROUP_METHODS) + ["GREBT"] * self.r2m.trains
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm: expected {', '.join(map(repr, ALGORITHMS))}; given {self.algorithm!r}")
+        algorithm = ALGORITHMS[self.algorithm]
+        comparing = [self.algorithm] * (algorithm.compares == "group") + ["GREBT"] * self.r2m.trains
         comparing += ["r2m.scale_anchor"] * self.r2m.scale_anchor
         if self.num_generations == 1 and comparing:
             raise ValueError(
                 f"num_generations is 1; the responses of a group are compared by {' and '.join(comparing)}: "
                 "expected at least 2"
             )
-        if self.algorithm == "reinforce++" and self.kl.placement == "loss":
+        if algorithm.kl_in_return and self.kl.placement == "loss":
             raise ValueError(
-                "kl.placement is 'loss'; reinforce++ has its KL in the return of each token: expected 'reward'"
+                f"kl.placement is 'loss'; {self.algorithm} has its KL in the return of each token: expected 'reward'"
             )
         if self.r2m.source != "policy" and not self.r2m.attends:
             raise ValueError(

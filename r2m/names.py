@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+FIELDS = ("prompt", "chosen", "rejected")  # of a row of data
+TEXT_FORMATS = (".jsonl", ".json", ".csv", ".txt")
+SUFFIXES = "*.jsonl, *.json, *.csv, *.txt (or one of these and .gz) or *.parquet"
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # end the names of architectures without a scoring head
 
@@ -55,6 +61,52 @@ def no_head(what: str) -> str:
         f"{what}, whose scoring head would be random; fit one on preference pairs first: r2m fit-reward --pairs FILE "
         "--reward-model MODEL --output FOLDER, and take that folder"
     )
+
+
+def data_format(path: Path) -> str:
+    """The suffix that says how a file is read: of a compressed one that before `.gz`."""
+    inner = Path(path.stem).suffix
+    return inner if path.suffix == ".gz" and inner in TEXT_FORMATS else path.suffix
+
+
+def check_columns(name: str, columns: Mapping[str, str]) -> None:
+    """Raises ValueError for a field that neither prompts nor pairs have. name: of the argument or key."""
+    for field in columns:
+        if field not in FIELDS:
+            raise ValueError(f"{name}: unknown field {field!r}; expected {', '.join(map(repr, FIELDS))}")
+
+
+def check_source(source: str | Path, *, pairs: bool = False) -> None:
+    """Raises ValueError or FileNotFoundError for a source of `load_prompts`, with `pairs` of `load_pairs`, that is not
+    there or of another kind. Reads no file, and asks no hub."""
+    path = Path(source)
+    has_format = data_format(path) in (*TEXT_FORMATS, ".parquet")
+    if pairs and data_format(path) == ".txt":
+        raise ValueError(f"{source}: a .txt file holds prompts only; expected pairs in a *.jsonl or *.csv file")
+    if path.is_file() and not has_format:
+        raise ValueError(f"{path}: expected a file named {SUFFIXES}")
+    if has_format:
+        check_name(path, "a file that is there", is_hub_id=False)
+    elif not path.is_dir():
+        check_name(
+            (name := str(source).partition(":")[0]),
+            f"a file named {SUFFIXES}, a folder written by Dataset.save_to_disk, or a dataset of the Hugging Face hub "
+            "as owner/name",
+            is_hub_id="/" in name,
+        )
+
+
+def check_judge(name: str) -> None:
+    """Raises what `load_judge` does for a name of another form, and for a file or module that is not there; runs
+    nothing of it."""
+    source, _, function = name.rpartition(":")
+    if not source or not function:
+        raise ValueError(f"judge is {name!r}; expected 'module:function' or 'file.py:function'")
+    if source.endswith(".py") and not Path(source).is_file():
+        raise ValueError(f"judge is {name!r}; there is no file {source}")
+    module = source.partition(".")[0]
+    if not source.endswith(".py") and module not in sys.modules and importlib.util.find_spec(module) is None:
+        raise ImportError(f"judge is {name!r}; {source} cannot be imported: there is no module {module}")
 
 
 def named(key: str, load: Callable[..., Any], name: str, **options: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
@@ -131,6 +132,11 @@ def _wait_until_told(store: distributed_c10d.Store) -> None:
         if store.add(_TOLD, 0) >= number() - 1:
             return
         time.sleep(_LOOK)
+
+
+def seed(value: int) -> None:
+    """Every process draws random numbers of its own."""
+    set_seed((value * number() + index()) % 2**32)
 
 
 # ---- shares ----

@@ -5,8 +5,8 @@ seconds.
         for rows in track(micro_batches, "micro-batch"):  # policy update, micro-batch 3 of 12
             ...
 
-Lines are due by the clock, and the one who works writes them; only `waiting` starts a thread. Where r2m's log is quiet
-(its level is above INFO), as in all processes but the first, nothing is shown.
+Lines are due by the clock. The one who works writes them, and, where one step takes long, a thread that looks every
+second. Where r2m's log is quiet (its level is above INFO), as in all processes but the first, nothing is shown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,22 +26,25 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOG_INTERVAL = 8.0  # seconds; a line may come a little later, since the one who works writes it
+LOG_INTERVAL = 8.0  # seconds; a line may come a second later
 TERMINAL_INTERVAL = 0.2
 
-_going_on: list[list[str]] = []  # the outermost first; each a list of one text, which its owner changes
+_going_on: list[list[Any]] = []  # the outermost first; each a text, which its owner changes, and since when, if told
 _bar: tqdm | None = None
 _shown = _asked = time.monotonic()  # when a line was last written, and when it was last asked for
 
 
 @contextmanager
-def phase(what: str) -> Iterator[list[str]]:
-    """Name what the block does; yields a list of that text, to be changed by `say`'s caller."""
-    entry = [what]
+def phase(what: str, since: float | None = None) -> Iterator[list[Any]]:
+    """Name what the block does; yields that name in a list, to be changed by `say`'s caller.
+
+    since: when it began, by time.monotonic(), if its seconds are to be shown.
+    """
+    entry = [what, since]
     outermost = not _going_on
     _going_on.append(entry)
     try:
-        with _on_terminal() if outermost else nullcontext():
+        with _shown_meanwhile() if outermost else nullcontext():
             say()
             yield entry
     finally:
@@ -62,22 +65,9 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Generator[
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Around one call that may be long and says nothing, such as loading a model: a thread counts its seconds."""
-    over, start = threading.Event(), time.monotonic()
-
-    def count(entry: list[str]) -> None:
-        while not over.wait(1.0):
-            entry[0] = f"{what}, {time.monotonic() - start:.0f} s"
-            say()
-
-    with phase(what) as entry:
-        thread = threading.Thread(target=count, args=(entry,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    """Around one call that may be long and says nothing, such as loading a model: its seconds are counted."""
+    with phase(what, time.monotonic()):
+        yield
 
 
 def say() -> None:
@@ -88,12 +78,32 @@ def say() -> None:
     due = now - _shown >= TERMINAL_INTERVAL if _bar is not None else now - _shown + until_next >= LOG_INTERVAL
     if not due:
         return
-    text = ", ".join(entry[0] for entry in _going_on if entry[0])
+    named = [(what, since) for what, since in list(_going_on) if what]
+    text = ", ".join(what if since is None else f"{what}, {now - since:.0f} s" for what, since in named)
     _shown = now
     if _bar is not None:
         _bar.set_description_str(text)
     else:
         logger.info(text)
+
+
+@contextmanager
+def _shown_meanwhile() -> Iterator[None]:
+    """On a terminal in a line of its own; and a thread looks whether a line is due."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(1.0):
+            say()
+
+    with _on_terminal():
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 @contextmanager

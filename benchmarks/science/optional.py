@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2m.data.sources import Preference
-from r2m.fitting.recipe import embed_pairs, pack_hidden, tokenize_pairs
+from r2m.fitting.pairs import embed_pairs, pack_hidden, tokenize_pairs
 from r2m.policy.rollout import Annotations
 from r2m.trainer import R2MTrainer
 from r2m_kernels import grebt_loss
@@ -46,7 +46,7 @@ class HumanReplay(R2MTrainer):
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + t)
         picked = torch.randperm(len(self.human_pairs), generator=generator)[:REPLAYED_PAIRS].tolist()
         rollout = tokenize_pairs(self.policy, self.tokenizer, [self.human_pairs[i] for i in picked])
-        with self.autocast(), torch.no_grad():
+        with self.learner.autocast(), torch.no_grad():
             hidden, cu_seqlens = pack_hidden(self.policy, rollout)
         rte = self.human_rte[:, picked].flatten(0, 1)
         rewards = self.reward_model.score(rte, hidden, cu_seqlens=cu_seqlens, weight=self.updater.weight)

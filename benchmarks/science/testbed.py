@@ -35,7 +35,9 @@ from r2m.data.sources import Preference, Prompt
 from r2m.demo.movie_reviews import Scorer, Splits, distinct_2, fit_judge, load_splits, vader
 from r2m.demo.run import SUFFIX
 from r2m.devices import policy_device
-from r2m.fitting.recipe import embed_pairs, fit_reward, pair_accuracy, score_rollout, tokenize_pairs
+from r2m.fitting.bradley_terry import pair_accuracy
+from r2m.fitting.pairs import embed_pairs, score_rollout, tokenize_pairs
+from r2m.fitting.recipe import fit_reward
 from r2m.method.reward_model import R2MRewardModel
 from r2m.models import cached, smollm2
 from r2m.policy.load import load_policy, load_tokenizer
@@ -334,8 +336,8 @@ def perform(run: Run) -> dict[str, Any]:
         )
         pairs = splits.test_pairs[: EVALUATION["pairs"]]
         # In place of held_out_pairs=: the frozen backbone's embeddings come from the cache.
-        trainer.pairs_held_out = len(pairs)
-        trainer.held_out = (
+        trainer.evaluator.number_of_pairs = len(pairs)
+        trainer.evaluator.pairs = (
             embed_pairs(own, pairs, cache=arm.reward_model != "pretrained"),
             tokenize_pairs(policy, tokenizer, pairs),
         )

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2m.fitting.recipe import pair_accuracy, stream_hidden
+from r2m.fitting.bradley_terry import pair_accuracy
+from r2m.fitting.pairs import stream_hidden
 from r2m.method.hidden_states import noise_like, policy_backbone
 from r2m.method.reward_model import R2MRewardModel
 from r2m.policy.rollout import Rollout

@@ -31,7 +31,8 @@ from r2m.commands.run import load_models, split_pairs, with_saved_part
 from r2m.config import R2MConfig, load_config, require_keys
 from r2m.data.sources import Preference, load_pairs
 from r2m.devices import resolve_precision
-from r2m.fitting.recipe import HIDDEN_BUDGET, embed_pairs, feedback_batches, take_statistics, tokenize_pairs, warm_start
+from r2m.fitting.pairs import embed_pairs, feedback_batches, take_statistics, tokenize_pairs
+from r2m.fitting.recipe import HIDDEN_BUDGET, warm_start
 from r2m.plots import plot_alignment, plot_depths, plot_run, plot_similarity
 from r2m.progress import phase, waiting
 from r2m.runs.checkpoint import METRICS, made, read_metrics

@@ -218,10 +218,11 @@ def evaluate_run(folder: str | Path, which: str = "last", **measured: Any) -> st
     config, checkpoint = run_to_evaluate(folder, which, **measured)
     trainer = build_trainer(config)
     with waiting("loading the checkpoint"):
-        round_ = load_checkpoint(trainer, checkpoint, to_train=False, key="checkpoint")
-    measures, rollout, batch = trainer.evaluate(trainer.eval_prompts)
+        round_ = load_checkpoint(trainer.run, checkpoint, to_train=False, key="checkpoint")
+    measures, rollout, batch = trainer.evaluate(trainer.evaluator.prompts)
+    judge = trainer.evaluator.judge
     with waiting("judge"):
-        judged = None if trainer.judge is None else judge_scores(trainer.judge, rollout.prompts, rollout.completions)
+        judged = None if judge is None else judge_scores(judge, rollout.prompts, rollout.completions)
     names = {
         "reward/mean": "reward (w = Omega)",
         "reward/initial": "initial reward model's score",
@@ -234,7 +235,7 @@ def evaluate_run(folder: str | Path, which: str = "last", **measured: Any) -> st
     report = {label: measures[key] for key, label in names.items()}
     if judged is not None:
         report["judge"] = sum(judged) / len(judged)
-    if trainer.held_out is not None:
+    if trainer.evaluator.pairs is not None:
         report["reward model's pair accuracy, w = 1"] = trainer.held_out_accuracy(1.0)
         report["reward model's pair accuracy, w = Omega"] = trainer.held_out_accuracy()
     text = "\n".join(f"  {label}: {value:.4g}" for label, value in report.items())

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from r2m.names import check_name
+from r2m.names import FIELDS, check_columns, check_source, data_format
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]  # plain text, or chat messages: [{"role": ..., "content": ...}, ...]
 
-_FIELDS = ("prompt", "chosen", "rejected")
 _Item = TypeVar("_Item")
 
 
@@ -87,33 +86,6 @@ def check_list(name: str, value: object, loader: str | None = None) -> None:
         raise TypeError(f"{name} is a list of messages, which is one prompt; expected a list of prompts")
 
 
-def check_columns(name: str, columns: Mapping[str, str]) -> None:
-    """Raises ValueError for a field that neither prompts nor pairs have. name: of the argument or key."""
-    for field in columns:
-        if field not in _FIELDS:
-            raise ValueError(f"{name}: unknown field {field!r}; expected {', '.join(map(repr, _FIELDS))}")
-
-
-def check_source(source: str | Path, *, pairs: bool = False) -> None:
-    """Raises ValueError or FileNotFoundError for a source of `load_prompts`, with `pairs` of `load_pairs`, that is not
-    there or of another kind. Reads no file, and asks no hub."""
-    path = Path(source)
-    has_format = _format(path) in _FORMATS
-    if pairs and _format(path) == ".txt":
-        raise ValueError(f"{source}: a .txt file holds prompts only; expected pairs in a *.jsonl or *.csv file")
-    if path.is_file() and not has_format:
-        raise ValueError(f"{path}: expected a file named {_SUFFIXES}")
-    if has_format:
-        check_name(path, "a file that is there", is_hub_id=False)
-    elif not path.is_dir():
-        check_name(
-            (name := str(source).partition(":")[0]),
-            f"a file named {_SUFFIXES}, a folder written by Dataset.save_to_disk, or a dataset of the Hugging Face hub "
-            "as owner/name",
-            is_hub_id="/" in name,
-        )
-
-
 def _load(
     source: str | Path,
     columns: Mapping[str, str] | None,
@@ -124,7 +96,7 @@ def _load(
     columns = columns or {}
     check_columns("columns", columns)
     check_source(source)
-    names = {field: columns.get(field, field) for field in _FIELDS}
+    names = {field: columns.get(field, field) for field in FIELDS}
 
     def parsed(row: Any, where: str) -> _Item:
         if not isinstance(row, dict):
@@ -134,7 +106,7 @@ def _load(
         if kind == "pairs" or names["prompt"] not in row:
             for column in columns.values():
                 _require(row, column, where)
-        if _format(Path(source)) == ".csv":
+        if data_format(Path(source)) == ".csv":
             row |= {name: _csv_value(row[name], name, where) for name in names.values() if name in row}
         return parse(row, names, where)
 
@@ -168,7 +140,7 @@ def _rows(source: str | Path) -> Iterable[tuple[str, Any]]:
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     # Only "\n" ends a line of text or JSON, which may hold any other separator. A byte order mark is no content.
-    form = _format(path)
+    form = data_format(path)
     newline = "" if form == ".csv" else "\n"
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
@@ -253,13 +225,6 @@ _READERS: dict[str, Callable[[TextIO, Path], Iterator[tuple[str, Any]]]] = {
     ".csv": _read_csv,
     ".txt": _read_txt,
 }
-_FORMATS = (*_READERS, ".parquet")
-_SUFFIXES = "*.jsonl, *.json, *.csv, *.txt (or one of these and .gz) or *.parquet"
-
-
-def _format(path: Path) -> str:
-    """The suffix that says how a file is read: of a compressed one that before `.gz`."""
-    return Path(path.stem).suffix if path.suffix == ".gz" and Path(path.stem).suffix in _READERS else path.suffix
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -336,7 +301,7 @@ def _parse_pair(row: dict[str, Any], names: dict[str, str], where: str) -> Prefe
 
 
 def _is_implicit(row: dict[str, Any], names: dict[str, str]) -> bool:
-    prompt, chosen, rejected = (names[field] for field in _FIELDS)
+    prompt, chosen, rejected = (names[field] for field in FIELDS)
     if chosen not in row or rejected not in row:
         return False
     # Some datasets repeat the user's text as "prompt" beside whole conversations.

@@ -87,8 +87,10 @@ def run_demo(
 
     shared = resolve_precision(load_config(preset_path("smollm2-demo"), [f"policy={policy}"]), device)
     precision = shared.precision
-    tokenizer, initial_policy = load_tokenizer(policy), load_policy(shared, device)
-    minutes = _expected_minutes(_pass_seconds(initial_policy, shared), rounds)
+    with waiting("loading the policy"):
+        tokenizer, initial_policy = load_tokenizer(policy), load_policy(shared, device)
+    with waiting("timing a forward pass"):
+        minutes = _expected_minutes(_pass_seconds(initial_policy, shared), rounds)
     print(f"{len(ARMS)} arms of {rounds} rounds: about {minutes:.0f} minutes on this machine", flush=True)
     new_tokens = shared.generation.max_new_tokens
     splits = load_splits(tokenizer, seed=seed, num_pairs=NUM_PAIRS, new_tokens=new_tokens)
@@ -147,7 +149,7 @@ def run_demo(
         )
         history = trainer.train()
         trainer.save_pretrained(config.output_dir)
-        plot_run(trainer.output_dir / "metrics.jsonl", trainer.output_dir / "metrics.png")
+        plot_run(trainer.run.folder / "metrics.jsonl", trainer.run.folder / "metrics.png")
         with phase("evaluation after training"):
             table[name], samples[name] = _evaluate(trainer, eval_prompts, judge)
         table[name] |= {

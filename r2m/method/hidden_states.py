@@ -65,11 +65,15 @@ def noise_like(hidden: Tensor, mask: Tensor) -> Tensor:
     return noise
 
 
+def causal_lm(policy: Any) -> PreTrainedModel:
+    """The model below wrappers (DDP, PEFT)."""
+    policy = getattr(policy, "module", policy)
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
 def policy_backbone(model: Any) -> nn.Module:
     """The module of `model` that produces `last_hidden_state`, below wrappers (DDP, PEFT) and the LM head."""
-    model = getattr(model, "module", model)
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()
+    model = causal_lm(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     # A base that is not where `base_model_prefix` says, as in Llama 4; an LM head called `decoder`, as in ModernBERT.
     if decoder is model or isinstance(decoder, nn.Linear):

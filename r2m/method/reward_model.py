@@ -26,10 +26,11 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from r2m.cards import classifier_card, classifier_usage, reward_model_card
 from r2m.data.sources import Preference, Prompt, check_list
 from r2m.data.tokenization import encode_whole, usable_pairs, usable_whole_pairs
 from r2m.devices import compute_dtype
-from r2m.models import check_no_adapter, is_local, position_limit, sequence_classifier, shown
+from r2m.models import check_no_adapter, position_limit, sequence_classifier
 from r2m.names import no_head
 from r2m.progress import track
 from r2m_kernels import (
@@ -289,7 +290,7 @@ class R2MRewardModel(nn.Module):
             note = self._usage()
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")
-        (folder / "README.md").write_text(self._card(_CARD) + note)
+        (folder / "README.md").write_text(reward_model_card(asdict(self.config)) + note)
 
     @torch.no_grad()
     def save_classifier(self, folder: str | Path) -> None:
@@ -314,13 +315,7 @@ class R2MRewardModel(nn.Module):
         classifier.save_pretrained(folder)
         text_config.pad_token_id = self._rule_pad_id
         tokenizer.save_pretrained(folder)
-        (Path(folder) / "README.md").write_text(self._card(_CLASSIFIER_CARD) + self._usage())
-
-    def _card(self, template: str) -> str:
-        names = {name: shown(value) for name, value in asdict(self.config).items()}
-        # The hub takes ids only.
-        base_model = "" if is_local(self.config.backbone) else f"base_model: {self.config.backbone}\n"
-        return template.format(base_model=base_model, **names)
+        (Path(folder) / "README.md").write_text(classifier_card(asdict(self.config)) + self._usage())
 
     def _folded_head(self) -> tuple[Tensor, Tensor]:
         """Weight [D_rm] and bias (0-dim) of the score at w = 1 on RTEs as they are, without standardisation."""
@@ -354,7 +349,7 @@ class R2MRewardModel(nn.Module):
         backbone_config = self._classifier.config
         if sequence_classifier(backbone_config) is not AutoModelForSequenceClassification:  # transformers has no class
             loader = "r2m.models.sequence_classifier(AutoConfig.from_pretrained(folder)).from_pretrained(folder)"
-        return _USAGE.format(
+        return classifier_usage(
             loader=loader,
             shift=f" less {shift:.6g}, for its head has no bias" if shift else "",
             suffix=f"{json.dumps(config.suffix)}, behind every text that is no chat" if config.suffix else "none",
@@ -639,46 +634,3 @@ def _single_output(config: PretrainedConfig) -> dict[str, int]:
     architectures = config.architectures or []
     is_classifier = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
     return {} if is_classifier else {"num_labels": 1}
-
-
-_CARD = """---
-library_name: r2m
-{base_model}tags: [reward-model, rlhf, r2m]
----
-# R2M reward model
-
-The trainable part (sequence-to-token cross-attention and linear head, float32) of a reward model with policy feedback,
-after "Real-Time Aligned Reward Model beyond Semantics" (arXiv 2601.22664).
-
-| | |
-| --- | --- |
-| frozen backbone | `{backbone}` (revision {backbone_revision}) |
-| policy whose hidden states it attends to | `{policy}` (revision {policy_revision}) |
-| widths | policy {policy_width}, cross-attention {inner_width}, heads {num_heads} |
-| fusion weight outside training (Omega) | {floor} |
-
-It cannot score without that policy's hidden states: `r2m.R2MRewardModel.from_pretrained(folder)`.
-"""
-
-_CLASSIFIER_CARD = """---
-library_name: transformers
-pipeline_tag: text-classification
-{base_model}tags: [reward-model, rlhf]
----
-# Reward model
-
-A scalar reward, fitted on preference pairs by r2m, on `{backbone}` (revision {backbone_revision}).
-"""
-
-_USAGE = """
-## As a sequence-classification checkpoint
-
-`{loader}` gives the R2M loader's score
-at w = 1{shift}; in {dtype} unless told otherwise. That holds if it is given what the R2M loader makes of a text:
-
-- chat messages through this folder's chat template; prompt and response as they are, with the special tokens that the
-  tokenizer adds by default
-- suffix: {suffix}
-- token read: {read}
-- length: texts beyond {max_length} tokens lose their beginning in the R2M loader; a plain one does not cut them
-"""

@@ -1,10 +1,7 @@
-"""The policy: loading, adapters, its frozen reference, and dropout."""
+"""Loading the policy, with its adapter and its tokenizer."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,20 +11,16 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
-    set_peft_model_state_dict,
 )
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from r2m import processes
 from r2m.config import Lora, R2MConfig
 from r2m.devices import resolve_precision
-from r2m.method.hidden_states import policy_backbone
+from r2m.method.hidden_states import causal_lm, policy_backbone
 from r2m.models import check_no_adapter, position_limit
-from r2m.policy.rollout import causal_lm
-
-REFERENCE = "reference"
+from r2m.policy.passes import compact_head_input
 
 _LINEAR = (nn.Linear, Conv1D)  # the second is GPT-2's, with the weight transposed
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # whose `out_proj` peft refuses
@@ -144,104 +137,6 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
     raise ValueError(f"lora.top_layers is set, and {type(model).__name__} has no list of {depth} layers; expected none")
 
 
-def freeze_reference(
-    policy: nn.Module, *, offload: bool = False, shard: bool = False
-) -> Callable[[], AbstractContextManager[nn.Module]]:
-    """The policy as it is now, frozen; `with reference() as model:` runs it, on the policy's device.
-
-    Of an adapter only the adapter is copied, and one that is still the identity is switched off instead. Without an
-    adapter the whole model is copied; with `offload` the copy waits in host memory outside the `with` block. It keeps
-    the policy's dtype: a narrower one would start with KL > 0. With `shard` the copy is sharded over the processes.
-    """
-    if not isinstance(policy, PeftModel):
-        frozen = copy.deepcopy(policy).eval().requires_grad_(False)
-        if shard:
-            processes.shard(frozen)
-        return _offloaded(frozen) if offload else lambda: nullcontext(frozen)
-    active = policy.active_adapter
-    if getattr(policy.active_peft_config, "bias", "none") != "none":
-        raise ValueError(
-            f"lora.adapter has bias {policy.active_peft_config.bias!r}: beside it peft takes no second adapter, which "
-            "the reference is; expected an adapter with bias 'none'"
-        )
-    weights = get_peft_model_state_dict(policy, adapter_name=active)
-    trainable = {id(p) for p in policy.parameters() if p.requires_grad}
-
-    def activate(adapter: str) -> None:
-        policy.set_adapter(adapter)  # which also makes all of it trainable
-        for p in policy.parameters():
-            p.requires_grad_(id(p) in trainable)
-
-    @contextmanager
-    def switched_off() -> Iterator[nn.Module]:
-        try:
-            with policy.disable_adapter():
-                yield policy
-        finally:
-            activate(active)
-
-    if _is_identity(weights):
-        return switched_off
-    if REFERENCE not in policy.peft_config:
-        policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[active]))
-    set_peft_model_state_dict(policy, weights, adapter_name=REFERENCE)
-    activate(active)
-
-    @contextmanager
-    def switched_over() -> Iterator[nn.Module]:
-        activate(REFERENCE)
-        try:
-            yield policy
-        finally:
-            activate(active)
-
-    return switched_over
-
-
-def _is_identity(adapter: dict[str, Tensor]) -> bool:
-    """Whether these are the weights of a plain low-rank adapter whose every product is zero."""
-    return all(".lora_A." in name or (".lora_B." in name and not weight.any()) for name, weight in adapter.items())
-
-
-def _offloaded(model: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]]:
-    """Move `model` to host memory; it is back on its device inside the `with` block. Its weights must not change."""
-    device = next(model.parameters()).device
-    tensors = [*model.parameters(), *model.buffers()]
-    in_host_memory = [tensor.data.cpu() for tensor in tensors]
-    if device.type == "cuda":
-        in_host_memory = [host.pin_memory() for host in in_host_memory]
-
-    def put(values: Iterable[Tensor]) -> None:
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.data = value
-
-    @contextmanager
-    def on_device() -> Iterator[nn.Module]:
-        put(host.to(device, non_blocking=True) for host in in_host_memory)
-        try:
-            yield model
-        finally:
-            put(in_host_memory)
-
-    put(in_host_memory)
-    return on_device
-
-
-def compact_head_input(policy: PreTrainedModel | PeftModel) -> None:
-    """Hand the LM head a contiguous input.
-
-    `logits_to_keep` gives it a slice of positions, and for a slice PyTorch's CPU matmul copies the head's weight once
-    per sequence: 1.8 GB for 32 sequences of a 135M-parameter model, more time than the rest of its forward pass.
-
-    A policy may come here twice, when it is loaded and, wherever it is from, when it is trained: what is contiguous
-    is not copied.
-    """
-    head = policy.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"policy is a {type(causal_lm(policy)).__name__} without an LM head; expected a causal LM")
-    head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
-
-
 def check_tokens(
     policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], new: int
 ) -> None:
@@ -270,32 +165,3 @@ def check_tokens(
             f"{type(model).__name__}; expected generation.max_prompt_tokens and .max_new_tokens of at most {limit} "
             "together"
         )
-
-
-def training_mode(policy: nn.Module) -> None:
-    """Evaluation mode, in training too: what else the mode decides (jitter of routers and inputs, sampled routing) is
-    noise under which importance ratios do not start at 1. Layers whose activations are recomputed are the exception,
-    for transformers recomputes in training mode alone; inside them `disable_dropout` is what keeps the values.
-    """
-    policy.eval()
-    for module in policy.modules():
-        if vars(module).get("gradient_checkpointing"):
-            module.training = True
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """No dropout in any mode, so that the first epoch's importance ratio is 1."""
-    for module, name in dropout_rates(model):
-        setattr(module, name, 0.0)
-
-
-def dropout_rates(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The modules with a rate of dropout above 0, and its name there: `p` of nn.Dropout, or one that attention and
-    decoder layers apply themselves (dropout, attention_dropout, layerdrop, ...)."""
-    rates = [
-        (module, name)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if (name == "p" if isinstance(module, nn.Dropout) else "drop" in name and isinstance(value, float))
-    ]
-    return [(module, name) for module, name in rates if getattr(module, name) > 0]

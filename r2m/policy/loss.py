@@ -51,7 +51,7 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    algorithm: str,
+    ratio_of: str,
     clip_range: float,
     beta: float,
     estimator: str,
@@ -61,21 +61,23 @@ def policy_loss(
     log_probs, old_log_probs, reference_log_probs [B, R] of the sampled tokens; advantages [B], or [B, R] where each
     token has its own; mask bool [B, R], True on response tokens (the end-of-sequence token included).
 
-    * "rloo", "remax": one importance ratio per sequence; the KL is summed over tokens.
-    * "grpo", "reinforce++": one ratio per token; objective and KL are means over the tokens of a sequence.
+    ratio_of, see r2m.algorithms:
+
+    * "sequence": one importance ratio per sequence; the KL is summed over tokens.
+    * "token": one ratio per token; objective and KL are means over the tokens of a sequence.
 
     KL per token, with d = reference - policy: "k2" d^2 / 2, "k3" exp(d) - d - 1. It stays outside the clipping.
     Returns (loss [B], {"ratio", "clip_share"} [B]); the caller takes the mean over sequences. Raises ValueError for
-    another algorithm or estimator.
+    another ratio_of or estimator.
     """
-    if algorithm not in ("rloo", "remax", "grpo", "reinforce++"):
-        raise ValueError(f"algorithm is {algorithm!r}; expected 'rloo', 'remax', 'grpo' or 'reinforce++'")
+    if ratio_of not in ("sequence", "token"):
+        raise ValueError(f"ratio_of is {ratio_of!r}; expected 'sequence' or 'token'")
     if estimator not in ("k2", "k3"):
         raise ValueError(f"estimator is {estimator!r}; expected 'k2' or 'k3'")
     log_ratio = (log_probs - old_log_probs) * mask
     difference = (reference_log_probs - log_probs) * mask
     kl = 0.5 * difference.square() if estimator == "k2" else difference.exp() - difference - 1  # [B, R], 0 where masked
-    of_sequences = algorithm in ("rloo", "remax")
+    of_sequences = ratio_of == "sequence"
     if of_sequences:
         ratio, weight = log_ratio.sum(-1).exp(), advantages  # [B]
     else:

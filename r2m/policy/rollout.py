@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedTokenizerBase
 
 from r2m.config import Generation
 from r2m.data.sources import Prompt
 from r2m.data.tokenization import encode_prompt, response_texts
-from r2m.progress import track, waiting
+from r2m.policy.generate import end_of_sequence_ids, generate, holds
+from r2m.progress import waiting
 
 # (prompt ids of n prompts, K) -> ids of the n * K responses, prompt-major, the end-of-sequence token included
 RolloutFn = Callable[[list[list[int]], int], list[list[int]]]
-
-# Keys and values only: in transformers 5, layers with a recurrent state lose it in `batch_repeat_interleave`.
-_REPEATABLE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 @dataclass
@@ -61,8 +54,7 @@ class Annotations:
     scores: Tensor  # [B] rewards less the penalty for an unfinished response: they pick the pairs
     advantages: Tensor  # [B]; REINFORCE++: [B, R]
     baseline: Tensor | None = None  # [B] ReMax: the score of the greedy response to the same prompt
-    # Sums of the first epoch's loss and statistics, where scoring was its pass too; its gradients wait in the policy.
-    first_epoch: dict[str, Tensor] | None = None
+    totals: dict[str, Tensor] = field(default_factory=dict)  # sums over epochs and sequences of loss and statistics
 
     @staticmethod
     def blank(rollout: Rollout, initial: Tensor) -> Annotations:
@@ -112,7 +104,7 @@ def sample(
         completion_ids,
         pad_id=tokenizer.pad_token_id,
         positions=positions,
-        finished=[ids[-1:] and (ids[-1] in eos_ids or _holds(tokenizer, ids, stops)) for ids in completion_ids],
+        finished=[ids[-1:] and (ids[-1] in eos_ids or holds(tokenizer, ids, stops)) for ids in completion_ids],
         device=next(policy.parameters()).device,
     )
 
@@ -159,141 +151,6 @@ def collate(
         feedback_mask=m_valid & (o_column >= first) & (o_column < end - 1),
         finished=torch.tensor([bool(f) for f in finished or [False] * len(prompts)], device=device),
     )
-
-
-@torch.no_grad()
-def generate(
-    policy: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: list[list[int]],
-    num_generations: int,
-    settings: Generation,
-    eos_ids: list[int],
-    *,
-    greedy: bool = False,
-) -> list[list[int]]:
-    """Sample with temperature only, or, with `greedy`, take the most likely token at every step; returns n * K lists of
-    ids, each up to and including its end-of-sequence token.
-
-    `generate` fills every unset field from the checkpoint's generation config (top_k, top_p, repetition_penalty,
-    suppressed tokens, ...), so an empty one takes its place during the call: scoring must see the same distribution.
-    """
-    model: Any = causal_lm(policy)
-    drawing: dict[str, Any] = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
-    sampling = GenerationConfig(
-        **({"do_sample": False} if greedy else drawing),
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=eos_ids,
-        pad_token_id=tokenizer.pad_token_id,
-        stop_strings=settings.stop_strings or None,
-        remove_invalid_values=True,  # NaN logits kill a sampler on a GPU; scoring sees them too, and says so
-        use_cache=True,
-    )
-    own_defaults, was_training = model.generation_config, model.training
-    model.generation_config = GenerationConfig()
-    model.eval()
-    rows: list[list[int]] = []
-    try:
-        chunks = list(_chunks(prompt_ids, num_generations, settings.batch_size))
-        for chunk, repeats in track(chunks, "batch"):
-            ids, mask, cache = _prefill(model, chunk, repeats, tokenizer.pad_token_id)
-            tokens = track(range(settings.max_new_tokens), "token")
-            with closing(tokens):
-                sequences = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    past_key_values=cache,
-                    generation_config=sampling,
-                    stopping_criteria=[_counting(tokens)],
-                    tokenizer=tokenizer if settings.stop_strings else None,
-                    synced_gpus=isinstance(model, FSDPModule),  # until all processes are done: they share the weights
-                )
-            rows += sequences[:, ids.shape[1] :].tolist()
-    finally:
-        model.generation_config = own_defaults
-        model.train(was_training)
-    return [_until_end(tokenizer, row, eos_ids, settings.stop_strings) for row in rows]
-
-
-def _counting(tokens: Iterator[int]) -> Callable[..., bool]:
-    """What `generate` asks after every token whether to stop: it counts, and stops nothing."""
-
-    def stop(ids: Tensor, scores: Tensor, **_: Any) -> bool:
-        next(tokens, None)
-        return False
-
-    return stop
-
-
-def _chunks(
-    prompt_ids: list[list[int]], num_generations: int, batch_size: int | None
-) -> Iterator[tuple[list[list[int]], int]]:
-    """(prompts, responses to each), of at most `batch_size` sequences: whole groups where one fits."""
-    size = batch_size or len(prompt_ids) * num_generations
-    if size >= num_generations:
-        step = size // num_generations
-        for i in range(0, len(prompt_ids), step):
-            yield prompt_ids[i : i + step], num_generations
-    else:
-        for ids in prompt_ids:
-            for done in range(0, num_generations, size):
-                yield [ids], min(size, num_generations - done)
-
-
-def _prefill(
-    model: Any, prompt_ids: list[list[int]], repeats: int, pad_id: int
-) -> tuple[Tensor, Tensor, DynamicCache | None]:
-    """Left-padded ids and mask, every prompt `repeats` times, and the cache of all but their last column.
-
-    The model reads each prompt once, and its cache is repeated. The cache is None, and `generate` reads every sequence
-    from its start, where the model keeps another state than keys and values, which not every class can repeat.
-    """
-    width = max(map(len, prompt_ids))
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in prompt_ids], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
-    cache = None
-    if width > 1:
-        cache = model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, :-1],
-            use_cache=True,
-            logits_to_keep=1,
-        ).get("past_key_values")
-        if type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= _REPEATABLE_LAYERS:
-            cache.batch_repeat_interleave(repeats)
-        else:
-            cache = None
-    return ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0), cache
-
-
-def end_of_sequence_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Generation) -> list[int]:
-    """The tokens that end a response: the config's, else those of the checkpoint and its tokenizer."""
-    if settings.eos_token_ids is not None:
-        return settings.eos_token_ids
-    own = causal_lm(policy).generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return sorted({token for token in [*own, tokenizer.eos_token_id] if token is not None})
-
-
-def causal_lm(policy: Any) -> PreTrainedModel:
-    """The model below wrappers (DDP, PEFT)."""
-    policy = getattr(policy, "module", policy)
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-
-
-def _until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[int], stops: list[str]) -> list[int]:
-    """`ids` up to and including what ended the response; after it comes padding, which may be the eos token too."""
-    end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
-    if stops:
-        # "Contains a stop string" turns true once and stays true: the shortest prefix that does is found by bisection.
-        end = 1 + bisect_left(range(1, end), True, key=lambda i: _holds(tokenizer, ids[:i], stops))
-    return ids[:end]
-
-
-def _holds(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[str]) -> bool:
-    return bool(stops) and any(stop in tokenizer.decode(ids) for stop in stops)
 
 
 def _first_empty(rows: Sequence[list[int]]) -> int:

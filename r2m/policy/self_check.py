@@ -10,18 +10,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from r2m.method.hidden_states import HiddenStateTap
-from r2m.policy.load import training_mode
+from r2m.method.hidden_states import HiddenStateTap, causal_lm
+from r2m.policy.generate import generate
+from r2m.policy.learner import Learner
 from r2m.policy.loss import token_log_probs
-from r2m.policy.rollout import causal_lm, collate, generate
-
-if TYPE_CHECKING:
-    from r2m.trainer import R2MTrainer
+from r2m.policy.rollout import collate
 
 logger = logging.getLogger(__name__)
 
@@ -33,27 +31,26 @@ EXACT, ROUNDED = 1e-2, 0.25
 _NOT_SUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
 
 
-def check_policy(trainer: R2MTrainer) -> None:
+def check_policy(learner: Learner, prompt_ids: list[list[int]], policy_width: int) -> None:
     """Raises ValueError if log-probabilities or hidden states of the same tokens depend on padding, on generation's
     cache or on training mode; in bfloat16, where rounding may be the reason, logs a warning. Either names the number.
 
-    Two of the trainer's prompts, cut to a few tokens, with a greedy response each: a short generation and four forward
-    passes. Raises ValueError, too, for a policy that cannot run in one of these ways, or whose hidden states have
-    another width than the reward model attends to.
+    prompt_ids: of the run's prompts. Two of them, cut to a few tokens, get a greedy response each: a short generation
+    and four forward passes. Raises ValueError, too, for a policy that cannot run in one of these ways, or whose hidden
+    states have another width than `policy_width`, which the reward model attends to.
     """
-    name = type(causal_lm(trainer.policy)).__name__
+    name = type(causal_lm(learner.policy)).__name__
     try:
-        differences, is_exact, width = _differences(trainer)
+        differences, is_exact, width = _differences(learner, prompt_ids)
     except torch.OutOfMemoryError:
         raise
     except _NOT_SUPPORTED as error:
         raise ValueError(f"policy: {name} cannot run as in a round: {type(error).__name__}: {error}") from error
     finally:
-        trainer.policy.eval()
-    known = trainer.reward_model.config.policy_width
-    if width not in (None, known):
+        learner.policy.eval()
+    if width not in (None, policy_width):
         raise ValueError(
-            f"policy: {name} has hidden states of width {width}; the reward model attends to width {known}"
+            f"policy: {name} has hidden states of width {width}; the reward model attends to width {policy_width}"
         )
     limit = EXACT if is_exact else ROUNDED
     found = [f"{what} {size:.3g}" for what, size in differences.items() if size > limit]  # NaN is a phase's to name
@@ -72,18 +69,18 @@ class _Pass(NamedTuple):
 
 
 @torch.no_grad()
-def _differences(trainer: R2MTrainer) -> tuple[dict[str, float], bool, int | None]:
+def _differences(learner: Learner, prompt_ids: list[list[int]]) -> tuple[dict[str, float], bool, int | None]:
     """The greatest difference of each kind, whether it was computed in float32, and the width of hidden states."""
-    ids = trainer.prompt_ids[0], trainer.prompt_ids[-1]
+    ids = prompt_ids[0], prompt_ids[-1]
     prompts = [(row * size)[:size] for row, size in zip(ids, PROMPT_TOKENS, strict=True)]
-    responses, generated = _generate(trainer, prompts)
+    responses, generated = _generate(learner, prompts)
     rows, lengths = [0, 0, 1, 1], [NEW_TOKENS, CUT] * 2
     batch = [prompts[i] for i in rows], [responses[i][:length] for i, length in zip(rows, lengths, strict=True)]
-    trainer.policy.eval()
-    alone = [_alone(trainer, *both) for both in zip(prompts, responses, strict=True)]
-    padded = _run(trainer, *batch)
-    training_mode(trainer.policy)
-    trained = _run(trainer, *batch)
+    learner.policy.eval()
+    alone = [_alone(learner, *both) for both in zip(prompts, responses, strict=True)]
+    padded = _run(learner, *batch)
+    with learner.training():
+        trained = _run(learner, *batch)
     log_probs = [alone[i].log_probs[0] for i in rows]
     width = None
     differences = {
@@ -99,47 +96,47 @@ def _differences(trainer: R2MTrainer) -> tuple[dict[str, float], bool, int | Non
     return differences, padded.is_exact, width
 
 
-def _generate(trainer: R2MTrainer, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:
+def _generate(learner: Learner, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:
     """A greedy response to each prompt, and log-probabilities [R] of it as each of two copies was generated."""
-    if trainer.rollout_fn is not None:
+    if learner.rollout_fn is not None:
         return [row[:1] * NEW_TOKENS for row in prompts], []
     logits: list[Tensor] = []  # [4, V] of each pass
-    hook = causal_lm(trainer.policy).register_forward_hook(lambda module, args, out: logits.append(out.logits[:, -1]))
-    settings = dataclasses.replace(trainer.config.generation, max_new_tokens=NEW_TOKENS, stop_strings=[])
+    hook = causal_lm(learner.policy).register_forward_hook(lambda module, args, out: logits.append(out.logits[:, -1]))
+    settings = dataclasses.replace(learner.config.generation, max_new_tokens=NEW_TOKENS, stop_strings=[])
     try:
-        with trainer.autocast():
-            rows = generate(trainer.policy, trainer.tokenizer, prompts, 2, settings, [], greedy=True)
+        with learner.autocast():
+            rows = generate(learner.policy, learner.tokenizer, prompts, 2, settings, [], greedy=True)
     finally:
         hook.remove()
-    ids = torch.tensor(rows, device=trainer.device)
+    ids = torch.tensor(rows, device=learner.device)
     steps = torch.stack(logits[-NEW_TOKENS:], 1)  # [4, R, V]
     return rows[::2], list(token_log_probs(steps, ids, settings.temperature))
 
 
-def _alone(trainer: R2MTrainer, prompt: list[int], response: list[int]) -> _Pass:
+def _alone(learner: Learner, prompt: list[int], response: list[int]) -> _Pass:
     """The sequence as the model has it by itself: no padding, no mask, its own positions."""
     hidden: list[Tensor] = []
-    ids = torch.tensor([prompt + response], device=trainer.device)
+    ids = torch.tensor([prompt + response], device=learner.device)
     tap: AbstractContextManager[object] = nullcontext()
-    if trainer.config.r2m.attends:
-        tap = HiddenStateTap(trainer.policy, lambda states, _: hidden.append(states[0, :-1].float()))
-    with tap, trainer.autocast():
-        logits = trainer.policy(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
-    log_probs = token_log_probs(logits, ids[:, len(prompt) :], trainer.config.generation.temperature)
+    if learner.config.r2m.attends:
+        tap = HiddenStateTap(learner.policy, lambda states, _: hidden.append(states[0, :-1].float()))
+    with tap, learner.autocast():
+        logits = learner.policy(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
+    log_probs = token_log_probs(logits, ids[:, len(prompt) :], learner.config.generation.temperature)
     return _Pass(list(log_probs), hidden, logits.dtype == torch.float32)
 
 
-def _run(trainer: R2MTrainer, prompts: list[list[int]], responses: list[list[int]]) -> _Pass:
-    """A forward pass as the trainer's phases make it."""
+def _run(learner: Learner, prompts: list[list[int]], responses: list[list[int]]) -> _Pass:
+    """A forward pass as the phases of a round make it."""
     texts: list[Any] = [""] * len(prompts)
     hidden = list[Tensor]()
-    rollout = collate(texts, texts, prompts, responses, pad_id=trainer.tokenizer.pad_token_id, device=trainer.device)
+    rollout = collate(texts, texts, prompts, responses, pad_id=learner.tokenizer.pad_token_id, device=learner.device)
 
     def consume(rows: slice, states: Tensor, mask: Tensor) -> None:
         hidden.extend(row[m].float() for row, m in zip(states, mask, strict=True))
 
-    logits = trainer._logits(trainer.policy, rollout, slice(None), consume if trainer.config.r2m.attends else None)
-    log_probs = token_log_probs(logits, rollout.completion_ids, trainer.config.generation.temperature)
+    logits = learner.logits(rollout, slice(None), consume if learner.config.r2m.attends else None)
+    log_probs = learner.log_probs(logits, rollout, slice(None))
     kept = [row[: len(ids)] for row, ids in zip(log_probs, responses, strict=True)]
     return _Pass(kept, hidden, logits.dtype == torch.float32)
 

@@ -20,17 +20,21 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from r2m import processes
 from r2m.config import R2MConfig, config_items, config_to_yaml, load_config
+from r2m.data.sources import Prompt
 from r2m.devices import resolve_precision
 from r2m.method.reward_model import WEIGHTS_FILE
 from r2m.progress import waiting
@@ -42,9 +46,7 @@ from r2m.runs.folder import checkpoints as checkpoints
 from r2m.runs.folder import find_checkpoint as find_checkpoint
 from r2m.runs.folder import read_manifest
 from r2m.runs.folder import read_metrics as read_metrics
-
-if TYPE_CHECKING:
-    from r2m.trainer import R2MTrainer
+from r2m.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,39 @@ MAY_CHANGE = [
     "output_dir", "trust_remote_code", "micro_batch_size", "gradient_checkpointing", "trackers",
     "generation.batch_size", "evaluation.*", "checkpoints.*", "placement.*",
 ]  # fmt: skip
+
+
+@dataclass
+class RunState:
+    """What a checkpoint saves and restores, and what tells a run from others."""
+
+    config: R2MConfig
+    scorer: Scorer  # with the policy, the reward model, its updater
+    schedules: list[LambdaLR]  # of the policy's learning rate and, where it is trained, the reward model's
+    prompts: list[Prompt]
+    prompt_ids: list[list[int]]  # their tokens
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics.jsonl's rows, one a round
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What a run starts from beside its config, none of which changes: frozen weights, revisions, prompts."""
+        config, learner, backbone = self.config, self.scorer.learner, self.scorer.reward_model.backbone
+        trained = {id(p) for p in learner.parameters}
+        with learner.reference() as reference:
+            frozen = [(name, p) for name, p in reference.named_parameters() if id(p) not in trained]
+            policy = fingerprint(frozen)
+        models = {
+            "policy": {"name": config.policy, "commit": _commit(learner.policy)},
+            "reward_model": {"name": config.reward_model, "commit": _commit(backbone)},
+        }
+        models["policy"]["fingerprint"] = policy
+        models["reward_model"]["fingerprint"] = fingerprint(backbone.named_parameters())
+        prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+        return {"models": models, "prompts": {"count": len(self.prompts), "sha256": prompts}}
 
 
 # ---- the folder ----
@@ -163,37 +198,37 @@ def how_to_go_on(folder: Path) -> str:
 # ---- saving ----
 
 
-def save_checkpoint(trainer: R2MTrainer, t: int) -> Path:
+def save_checkpoint(run: RunState, t: int) -> Path:
     """Write `checkpoint-<t>`, everything that round t + 1 needs, and drop the checkpoints that are not to be kept.
 
     Raises FloatingPointError if a weight is not finite and OSError if the disk is full or cannot be written; either way
     the checkpoints before it stay.
     """
-    start, folder = time.perf_counter(), trainer.output_dir
+    start, folder, scorer = time.perf_counter(), run.folder, run.scorer
     target, scratch = folder / f"checkpoint-{t}", folder / f"{UNFINISHED}checkpoint-{t}"
-    weights = processes.whole(trainable_weights(trainer))
+    weights = processes.whole(scorer.learner.trained_weights())
     state = processes.whole(
         {
-            "optimizer": trainer.optimizer.state_dict(),
-            "updater": trainer.updater.state_dict(),
-            "schedules": [schedule.state_dict() for schedule in trainer.schedules],
-            "initial_head": trainer.initial_head.state_dict(),
+            "optimizer": scorer.learner.optimizer.state_dict(),
+            "updater": scorer.updater.state_dict(),
+            "schedules": [schedule.state_dict() for schedule in run.schedules],
+            "initial_head": scorer.initial_head.state_dict(),
         }
     )
-    origin = trainer.origin
+    origin = run.origin
     if processes.index():
         return target
     for name, value in weights.items():
         if not torch.isfinite(value).all():
             raise FloatingPointError(f"phase checkpoint, round {t}: the policy's weight {name} is not finite")
     try:
-        _check_space(folder, _size(weights) + _size(state) + _size(trainer.reward_model.state_dict()))
+        _check_space(folder, _size(weights) + _size(state) + _size(scorer.reward_model.state_dict()))
         scratch.mkdir()
         with waiting(f"writing {target}"):
             save_file(weights, scratch / "policy.safetensors")
-            trainer.reward_model.save_pretrained(scratch / "reward_model")
+            scorer.reward_model.save_pretrained(scratch / "reward_model")
             torch.save(state, scratch / "state.pt")
-        (scratch / "config.yaml").write_text(config_to_yaml(trainer.config))
+        (scratch / "config.yaml").write_text(config_to_yaml(run.config))
         files = [path for path in scratch.rglob("*") if path.is_file()]
         sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
         manifest = {"round": t, "files": sizes, **origin}
@@ -208,30 +243,8 @@ def save_checkpoint(trainer: R2MTrainer, t: int) -> Path:
     logger.info(
         "checkpoint-%d: %.1f MiB in %.2f s", t, sum(sizes.values()) / 2**20, time.perf_counter() - start
     )  # fmt: skip
-    _prune(folder, keep=trainer.config.checkpoints.keep, best=best_round(trainer.history))
+    _prune(folder, keep=run.config.checkpoints.keep, best=best_round(run.history))
     return target
-
-
-def trainable_weights(trainer: R2MTrainer) -> dict[str, Tensor]:
-    return {name: p.data for name, p in trainer.policy.named_parameters() if p.requires_grad}
-
-
-def origin_of(trainer: R2MTrainer) -> dict[str, Any]:
-    """What a run starts from beside its config: frozen weights, their revisions, and prompts. None of it changes."""
-    config = trainer.config
-    trained = {id(p) for p in trainer.parameters}
-    with trainer.reference() as reference:
-        frozen = [(name, p) for name, p in reference.named_parameters() if id(p) not in trained]
-        policy = fingerprint(frozen)
-    backbone = trainer.reward_model.backbone
-    models = {
-        "policy": {"name": config.policy, "commit": _commit(trainer.policy)},
-        "reward_model": {"name": config.reward_model, "commit": _commit(backbone)},
-    }
-    models["policy"]["fingerprint"] = policy
-    models["reward_model"]["fingerprint"] = fingerprint(backbone.named_parameters())
-    prompts = hashlib.sha256(json.dumps(trainer.prompts).encode()).hexdigest()
-    return {"models": models, "prompts": {"count": len(trainer.prompts), "sha256": prompts}}
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -263,35 +276,35 @@ def checkpoint_to_resume(config: R2MConfig, resume_from: str | Path) -> Path | N
     return Path(found)
 
 
-def load_checkpoint(trainer: R2MTrainer, folder: str | Path, *, to_train: bool = True, key: str = "resume_from") -> int:
-    """Restore `folder` into a trainer made from the same initial models and prompts; returns its round.
+def load_checkpoint(run: RunState, folder: str | Path, *, to_train: bool = True, key: str = "resume_from") -> int:
+    """Restore `folder` into the state of a run from the same initial models and prompts; returns its round.
 
     to_train: with the state of optimizers and schedules; without, it is not read from the disk.
     key: what errors name, the option or argument that chose the folder.
 
-    Raises what `checkpoint_to_resume` does, and ValueError if it is of other models or prompts; then the trainer is
+    Raises what `checkpoint_to_resume` does, and ValueError if it is of other models or prompts; then the state is
     unchanged.
     """
-    folder = Path(folder)
+    folder, scorer, learner = Path(folder), run.scorer, run.scorer.learner
     manifest = read_manifest(folder, key)
-    _check_config(load_config(folder / "config.yaml"), trainer.config)
-    _check_origin(folder, manifest, trainer.origin, key)
-    saved, own = load_file(folder / "policy.safetensors", device=str(trainer.device)), trainable_weights(trainer)
+    _check_config(load_config(folder / "config.yaml"), run.config)
+    _check_origin(folder, manifest, run.origin, key)
+    saved, own = load_file(folder / "policy.safetensors", device=str(learner.device)), learner.trained_weights()
     if {name: p.shape for name, p in saved.items()} != {name: p.shape for name, p in own.items()}:
         raise ValueError(f"{key}: the trainable weights in {folder} are not those of this policy")
-    device = trainer.device if to_train else "cpu"  # mapped on the host, a file is read where it is used
+    device = learner.device if to_train else "cpu"  # mapped on the host, a file is read where it is used
     state = torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=not to_train)
-    part = load_file(folder / "reward_model" / WEIGHTS_FILE, device=str(trainer.device))
-    trainer.reward_model.load_state_dict(part)
+    part = load_file(folder / "reward_model" / WEIGHTS_FILE, device=str(learner.device))
+    scorer.reward_model.load_state_dict(part)
     for name, value in saved.items():
         own[name].copy_(processes.like(value, own[name]))
-    trainer.initial_head.load_state_dict(state["initial_head"])
-    trainer.updater.load_state_dict(state["updater"], to_train=to_train)
+    scorer.initial_head.load_state_dict(state["initial_head"])
+    scorer.updater.load_state_dict(state["updater"], to_train=to_train)
     if not to_train:
         return manifest["round"]
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    processes.shard_state(trainer.optimizer, trainer.parameters)
-    for schedule, values in zip(trainer.schedules, state["schedules"], strict=True):
+    learner.optimizer.load_state_dict(state["optimizer"])
+    processes.shard_state(learner.optimizer, learner.parameters)
+    for schedule, values in zip(run.schedules, state["schedules"], strict=True):
         schedule.load_state_dict(values)
     return manifest["round"]
 

@@ -11,22 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from r2m.data.sources import Prompt
+from r2m.names import check_judge
 
 # (prompts, responses) -> a score for each response, higher is better
 Judge = Callable[[list[Prompt], list[str]], Sequence[float]]
-
-
-def check_judge(name: str) -> None:
-    """Raises what `load_judge` does for a name of another form, and for a file or module that is not there; runs
-    nothing of it."""
-    source, _, function = name.rpartition(":")
-    if not source or not function:
-        raise ValueError(f"judge is {name!r}; expected 'module:function' or 'file.py:function'")
-    if source.endswith(".py") and not Path(source).is_file():
-        raise ValueError(f"judge is {name!r}; there is no file {source}")
-    module = source.partition(".")[0]
-    if not source.endswith(".py") and module not in sys.modules and importlib.util.find_spec(module) is None:
-        raise ImportError(f"judge is {name!r}; {source} cannot be imported: there is no module {module}")
 
 
 def load_judge(name: str) -> Judge:

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from r2m import processes, progress
-from r2m.config import GROUP_METHODS, R2MConfig, config_items
+from r2m.algorithms import ALGORITHMS
+from r2m.config import R2MConfig, config_items
 from r2m.policy.rollout import Annotations, Rollout
 from r2m_kernels import grebt_loss, time_weight
 
@@ -148,7 +149,8 @@ def warn_about_settings(config: R2MConfig, *, has_adapter: bool = False) -> None
             config.rounds,
         )
     whole_groups = config.micro_batch_size % config.num_generations == 0
-    if config.algorithm in GROUP_METHODS and config.minibatches == 1 and not whole_groups:
+    compares_groups = ALGORITHMS[config.algorithm].compares == "group"
+    if compares_groups and config.minibatches == 1 and not whole_groups:
         logger.info(
             "micro_batch_size = %d is no multiple of num_generations = %d: scoring takes a forward pass of its own, "
             "which the first epoch could have saved",

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from r2m import processes
+
 
 class Terminated(Exception):
     """SIGTERM came at a moment at which the run can stop at once."""
@@ -21,14 +23,19 @@ class Sigterm:
 
     @contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Within this block SIGTERM raises `Terminated` wherever the program is; outside, it waits to be asked for."""
-        self._interrupts = True
+        """Within this block, up to `hold`, SIGTERM raises `Terminated` wherever the program is; outside, it waits to be
+        asked for. Of several processes none may leave while others wait for it: there it waits throughout."""
+        self._interrupts = processes.number() == 1
         try:
-            if self.received:
+            if self._interrupts and self.received:
                 raise Terminated
             yield
         finally:
             self._interrupts = False
+
+    def hold(self) -> None:
+        """From here on SIGTERM waits to be asked for: weights move."""
+        self._interrupts = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.received = True
@@ -37,14 +44,13 @@ class Sigterm:
 
 
 @contextmanager
-def on_sigterm() -> Iterator[Sigterm]:
+def on_sigterm(sigterm: Sigterm) -> Iterator[None]:
     """Take SIGTERM over for the block. In a thread other than the main one signals stay as they are."""
-    sigterm = Sigterm()
     if threading.current_thread() is not threading.main_thread():
-        yield sigterm
+        yield
         return
     before = signal.signal(signal.SIGTERM, sigterm._handle)
     try:
-        yield sigterm
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -78,7 +78,7 @@ def test_a_shape_that_does_not_fit_is_not_built(monkeypatch, feedback):
 
 
 def test_models_are_freed_also_when_memory_runs_out(monkeypatch):
-    built, build, run_round = [], suite.build, suite.run_round
+    built, build, run = [], suite.build, suite.R2MTrainer.round
 
     def noted(*arguments):
         trainer = build(*arguments)
@@ -88,11 +88,11 @@ def test_models_are_freed_also_when_memory_runs_out(monkeypatch):
     def too_large(trainer, t):
         if t == 3:
             raise torch.OutOfMemoryError
-        return run_round(trainer, t)
+        return run(trainer, t)
 
     monkeypatch.setattr(suite, "build", noted)
     assert suite.measure_round("tiny", "trained", device=CPU, rounds=1).status == "ok"
-    monkeypatch.setattr(suite, "run_round", too_large)
+    monkeypatch.setattr(suite.R2MTrainer, "round", too_large)
     assert suite.measure_round("tiny", "trained", device=CPU, rounds=1).status == "out of memory"
     assert [policy() for policy in built] == [None, None]
 

@@ -212,7 +212,7 @@ def test_a_save_killed_at_any_step_leaves_complete_checkpoints_alone(make, tmp_p
     while status != 0:
         step += 1
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"step-{step}")
-        trainer.output_dir = folder
+        trainer.run.folder = folder
         if (child := os.fork()) == 0:
             killed_at(step)
             save_checkpoint(trainer, 5)
@@ -244,21 +244,25 @@ def test_sigterm_saves_at_once_or_at_the_end_of_the_round_and_the_run_goes_on_fr
     straight = make(folder="straight", checkpoints={"every": 0})
     expected = straight.train()
     trainer = make(checkpoints={"every": 0})
-    name = {"rollout": "_sample", "policy": "_step_policy", "end of round": "evaluate_held_out"}[moment]
-    original, handler = getattr(trainer, name), signal.getsignal(signal.SIGTERM)
+    owner, name = {
+        "rollout": (trainer.learner, "sample"),
+        "policy": (trainer.learner, "step"),
+        "end of round": (trainer.evaluator, "held_out"),
+    }[moment]
+    original, handler = getattr(owner, name), signal.getsignal(signal.SIGTERM)
 
     def stopping(*args):
         if len(trainer.history) == 2:
             terminate()
         return original(*args)
 
-    monkeypatch.setattr(trainer, name, stopping)
+    monkeypatch.setattr(owner, name, stopping)
     trainer.config.evaluation.every = 3
     with pytest.raises(SystemExit) as end:
         trainer.train()
     assert end.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert list(checkpoints(trainer.output_dir)) == [last]
+    assert list(checkpoints(trainer.run.folder)) == [last]
     resumed = make(checkpoints={"every": 0})
     assert measured(resumed.train("last")) == measured(expected)
     assert same(weights(resumed), weights(straight))
@@ -266,10 +270,10 @@ def test_sigterm_saves_at_once_or_at_the_end_of_the_round_and_the_run_goes_on_fr
 
 def test_sigterm_before_the_first_round_is_over_leaves_nothing_to_resume_and_resuming_starts(make, monkeypatch):
     trainer = make()
-    monkeypatch.setattr(trainer, "_sample", terminate)
+    monkeypatch.setattr(trainer.learner, "sample", terminate)
     with pytest.raises(SystemExit):
         trainer.train()
-    assert checkpoints(trainer.output_dir) == {}
+    assert checkpoints(trainer.run.folder) == {}
     assert [row["round"] for row in make().train("last")] == [1, 2, 3, 4]
 
 
@@ -288,14 +292,14 @@ def test_the_last_checkpoints_and_the_best_by_the_judge_are_kept(make, caplog):
     )
     rows = trainer.train()
     assert [row["eval/judge"] for row in rows] == [1.0, 5.0, 2.0, 5.0, 3.0, 4.0]
-    assert list(checkpoints(trainer.output_dir)) == [2, 5, 6]
-    assert find_checkpoint(trainer.output_dir, "best").name == "checkpoint-2"
-    assert find_checkpoint(trainer.output_dir, "last").name == "checkpoint-6"
-    assert find_checkpoint(trainer.output_dir, "5").name == "checkpoint-5"
+    assert list(checkpoints(trainer.run.folder)) == [2, 5, 6]
+    assert find_checkpoint(trainer.run.folder, "best").name == "checkpoint-2"
+    assert find_checkpoint(trainer.run.folder, "last").name == "checkpoint-6"
+    assert find_checkpoint(trainer.run.folder, "5").name == "checkpoint-5"
     with pytest.raises(FileNotFoundError, match=r"checkpoint '4' is not in .*; there are 2, 5, 6, last, best"):
-        find_checkpoint(trainer.output_dir, "4")
+        find_checkpoint(trainer.run.folder, "4")
     saved = [record.getMessage() for record in caplog.records if "checkpoint-" in record.getMessage()]
-    manifest = json.loads((trainer.output_dir / "checkpoint-6" / "manifest.json").read_text())
+    manifest = json.loads((trainer.run.folder / "checkpoint-6" / "manifest.json").read_text())
     size = sum(manifest["files"].values()) / 2**20
     assert len(saved) == 6
     assert f"checkpoint-6: {size:.1f} MiB in 0." in saved[-1]
@@ -310,13 +314,13 @@ def test_a_round_that_the_judge_likes_best_is_saved_out_of_turn(make):
         judge=lambda *_: [next(scores)],
     )
     trainer.train()
-    assert list(checkpoints(trainer.output_dir)) == [2, 4]
+    assert list(checkpoints(trainer.run.folder)) == [2, 4]
 
 
 def test_an_adapters_checkpoint_holds_the_adapter_alone(make):
     trainer = make(policy=with_adapter(), rounds=1)
     trainer.train()
-    saved = load_file(trainer.output_dir / "checkpoint-1" / "policy.safetensors")
+    saved = load_file(trainer.run.folder / "checkpoint-1" / "policy.safetensors")
     assert saved
     assert all("lora" in name for name in saved)
 
@@ -328,7 +332,7 @@ def test_an_adapters_checkpoint_holds_the_adapter_alone(make):
 def saved(make):
     trainer = make(policy=with_adapter(), folder="saved")
     trainer.train()
-    return trainer.output_dir / "checkpoint-2"
+    return trainer.run.folder / "checkpoint-2"
 
 
 def assert_unchanged_by(trainer, folder, message):
@@ -386,7 +390,7 @@ def test_a_checkpoint_of_another_start_of_full_tuning_is_an_error(make):
     trainer = make(folder="full", rounds=1)
     trainer.train()
     other = make(policy=tiny.policy(num_hidden_layers=1, seed=5), rounds=1)
-    assert_unchanged_by(other, trainer.output_dir / "checkpoint-1", "started from policy")
+    assert_unchanged_by(other, trainer.run.folder / "checkpoint-1", "started from policy")
 
 
 def test_a_checkpoint_of_a_run_on_other_prompts_is_an_error(make, saved):
@@ -422,12 +426,12 @@ def test_a_damaged_checkpoint_is_named_with_the_others(make, saved, name, damage
 def test_a_half_written_checkpoint_does_not_count_and_goes_away(make):
     trainer = make(rounds=1)
     trainer.train()
-    complete = trainer.output_dir / "checkpoint-1"
+    complete = trainer.run.folder / "checkpoint-1"
     (complete / "manifest.json").unlink()
-    complete.rename(trainer.output_dir / ".unfinished-checkpoint-1")
-    assert checkpoints(trainer.output_dir) == {}
+    complete.rename(trainer.run.folder / ".unfinished-checkpoint-1")
+    assert checkpoints(trainer.run.folder) == {}
     assert [row["round"] for row in make(rounds=1).train("last")] == [1]
-    assert list(trainer.output_dir.glob(".unfinished*")) == []
+    assert list(trainer.run.folder.glob(".unfinished*")) == []
 
 
 def test_a_folder_that_holds_a_run_is_not_started_over(make):
@@ -435,22 +439,22 @@ def test_a_folder_that_holds_a_run_is_not_started_over(make):
     trainer = make(rounds=1)
     with pytest.raises(FileExistsError, match=r"holds a run already; resume it \(--resume\), or choose another folder"):
         trainer.train()
-    assert len(read_metrics(trainer.output_dir)) == 1
+    assert len(read_metrics(trainer.run.folder)) == 1
 
 
 def test_rounds_after_the_checkpoint_are_taken_out_with_their_checkpoints_and_run_again(make):
     expected = measured(make().train())
     trainer = make()
-    assert measured(trainer.train(trainer.output_dir / "checkpoint-2")) == expected
-    assert list(checkpoints(trainer.output_dir)) == [1, 2, 3, 4]
+    assert measured(trainer.train(trainer.run.folder / "checkpoint-2")) == expected
+    assert list(checkpoints(trainer.run.folder)) == [1, 2, 3, 4]
 
 
 def test_a_metrics_row_cut_short_is_left_out(make):
     trainer = make(rounds=2)
     rows = trainer.train()
-    file = trainer.output_dir / "metrics.jsonl"
+    file = trainer.run.folder / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
-    assert read_metrics(trainer.output_dir) == rows[:1]
+    assert read_metrics(trainer.run.folder) == rows[:1]
 
 
 # ---- disks, folders, and what is not finite ----
@@ -464,26 +468,26 @@ def test_a_full_disk_ends_the_run_with_one_error_and_the_last_checkpoint_stays(m
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         return {}
 
-    trainer.sample_metrics = starve
+    trainer.session.sample_metrics = starve
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(OSError, match=r"the checkpoint of round 3 cannot be written to .*run: "):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(checkpoints(trainer.output_dir)) == [1, 2]
-    assert list(trainer.output_dir.glob(".unfinished*")) == []
+    assert list(checkpoints(trainer.run.folder)) == [1, 2]
+    assert list(trainer.run.folder.glob(".unfinished*")) == []
     expected = measured(make(folder="straight").train())
     assert measured(make().train("last")) == expected
 
 
 def test_a_disk_without_room_is_noticed_before_anything_is_written(make, monkeypatch):
     trainer = make()
-    usage = shutil.disk_usage(trainer.output_dir.parent)
+    usage = shutil.disk_usage(trainer.run.folder.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     with pytest.raises(OSError, match=r"checkpoint of round 1 cannot be written .* it needs \d+ MiB, 0 MiB are free"):
         trainer.train()
-    assert len(read_metrics(trainer.output_dir)) == 1
+    assert len(read_metrics(trainer.run.folder)) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_round(make, tmp_path):
@@ -518,7 +522,7 @@ def hold(folder, connection):
 def test_a_second_run_on_one_folder_is_an_error_until_the_first_is_gone_however_it_went(make, processes):
     trainer = make(rounds=1)
     ours, theirs = processes.Pipe()
-    other = processes.Process(target=hold, args=(trainer.output_dir, theirs))
+    other = processes.Process(target=hold, args=(trainer.run.folder, theirs))
     other.start()
     assert ours.recv() == "held"
     with pytest.raises(OSError, match=r"output_dir .*: another run is writing there"):
@@ -552,9 +556,9 @@ def test_weights_that_are_not_finite_are_not_saved(make):
             trainer.policy.model.norm.weight.data[0] = math.inf
         return {}
 
-    trainer.sample_metrics = poison
+    trainer.session.sample_metrics = poison
     with pytest.raises(
         FloatingPointError, match=r"weight model.norm.weight is not finite; last good checkpoint: .*-1$"
     ):
         trainer.train()
-    assert list(checkpoints(trainer.output_dir)) == [1]
+    assert list(checkpoints(trainer.run.folder)) == [1]

@@ -105,7 +105,7 @@ def test_a_run_stores_what_was_chosen_and_resumes_with_it(native, reward_checkpo
         return R2MTrainer(policy, reward_model, tiny.tokenizer(), ["a", "b"], config_from_dict(values))
 
     trainer = make()
-    assert trainer.autocast()._enabled is native
+    assert trainer.learner.autocast()._enabled is native
     trainer.train()
     assert load_config(tmp_path / "run" / "config.yaml").precision == NAMES[native]
     assert load_config(tmp_path / "run" / "checkpoint-1" / "config.yaml").precision == NAMES[native]

@@ -36,7 +36,7 @@ from r2m.cli import app
 from r2m.commands import diagnose as diagnose_module
 from r2m.commands.diagnose import RUN_METRICS
 from r2m.data.sources import Preference
-from r2m.fitting.recipe import embed_pairs, score_rollout, tokenize_pairs
+from r2m.fitting.pairs import embed_pairs, score_rollout, tokenize_pairs
 from r2m.method.reward_model import R2MRewardModel
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -17,8 +17,9 @@ from r2m.cli import app
 from r2m.commands import run
 from r2m.commands.run import fit_reward_from_files
 from r2m.devices import compute_dtype
-from r2m.fitting import recipe as fitting
-from r2m.fitting.recipe import embed_pairs, pair_accuracy, reliability, score_rollout, tokenize_pairs
+from r2m.fitting import pairs as pairs_module
+from r2m.fitting.bradley_terry import pair_accuracy, reliability
+from r2m.fitting.pairs import embed_pairs, score_rollout, tokenize_pairs
 
 WORDS = ["film", "story", "plot", "cast", "music", "ending", "scene", "joke"]
 TEXTS = ["hello", "a longer text than the others!", "x"]
@@ -185,7 +186,7 @@ def test_lora_needs_a_backbone_that_can_be_written(reward_checkpoint, policy):
 def test_hidden_states_beyond_the_budget_are_made_anew_and_fitted_alike(
     reward_checkpoint, policy, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(fitting, "STATISTICS_PAIRS", 20)
+    monkeypatch.setattr(pairs_module, "STATISTICS_PAIRS", 20)
     reports, shapes = [], []
     score = R2MRewardModel.score
 
@@ -258,7 +259,7 @@ def test_embeddings_of_another_backbone_or_text_are_not_taken(tmp_path, policy, 
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(reward_checkpoint, policy, embedded, monkeypatch):
-    monkeypatch.setattr(fitting, "CACHED_TEXTS", 4)
+    monkeypatch.setattr(pairs_module, "CACHED_TEXTS", 4)
     model, pairs = tiny.reward_model(reward_checkpoint, policy), preferences(6)
     encode, calls = model.encode, []
 

@@ -10,17 +10,9 @@ import torch
 
 from r2m import Preference, R2MRewardModel, fit_reward
 from r2m.config import R2M
-from r2m.fitting.recipe import (
-    embed_pairs,
-    feature_statistics,
-    fit_head,
-    pack_hidden,
-    pair_accuracy,
-    score_rollout,
-    stream_hidden,
-    tokenize_pairs,
-    warm_start,
-)
+from r2m.fitting.bradley_terry import pair_accuracy
+from r2m.fitting.pairs import embed_pairs, feature_statistics, pack_hidden, score_rollout, stream_hidden, tokenize_pairs
+from r2m.fitting.recipe import fit_head, warm_start
 from r2m.method.updater import R2MUpdater
 from r2m.policy.rollout import collate
 

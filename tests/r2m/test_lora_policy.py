@@ -102,7 +102,7 @@ def make(adapter, reward_checkpoint, tmp_path):
 def test_rewards_are_those_of_the_adapters_hidden_states(make, adapter):
     trainer, t = make("run"), 4
     rollout = trainer.sample(t)
-    rewards = trainer.annotate(rollout, t, {}).rewards
+    rewards = tiny.apart(trainer).annotate(rollout, t, {}).rewards
     rte = trainer.reward_model.embed(rollout.prompts, rollout.completions)
     inputs = {"attention_mask": rollout.attention_mask, "position_ids": rollout.position_ids}
     of_adapter, of_base = (
@@ -121,7 +121,7 @@ def measured(rows):
 def test_a_run_from_a_saved_adapter_goes_on_with_the_same_metrics_and_its_adapter_loads(make, tmp_path):
     straight, resumed = make("straight"), make("resumed")
     expected = measured(straight.train())
-    assert measured(resumed.train(straight.output_dir / "checkpoint-2")) == expected[2:]
+    assert measured(resumed.train(straight.run.folder / "checkpoint-2")) == expected[2:]
     assert abs(expected[-1]["policy/kl"]) > 1e-2  # to the adapter it came with, also after the resume
 
     resumed.save_pretrained(tmp_path / "saved")

@@ -61,7 +61,7 @@ def run_config(folder, **settings):
 def measured_peaks(config):
     """Live bytes of real tensors at the peak of each phase of the second round."""
     trainer, tracker = build_trainer(config), MemoryTracker()
-    with trainer.reference() as reference:
+    with trainer.learner.reference() as reference:
         models = [trainer.policy, reference, trainer.reward_model, trainer.reward_model.backbone]
     for tensor in itertools.chain(*(itertools.chain(model.parameters(), model.buffers()) for model in models)):
         tracker.add(tensor)
@@ -71,9 +71,9 @@ def measured_peaks(config):
 
 
 def peaks_of_round(trainer, tracker, t):
-    peaks, row, first_epoch = {}, {}, trainer.scores_in_first_epoch
+    peaks, row = {}, {}
     rollout, peaks["rollout"] = tracker.peak_of(lambda: trainer.sample(t))
-    batch, peaks["annotate"] = tracker.peak_of(lambda: trainer.annotate(rollout, t, row, first_epoch=first_epoch))
+    batch, peaks["annotate"] = tracker.peak_of(lambda: trainer.annotate(rollout, t, row))
     _, peaks["policy"] = tracker.peak_of(lambda: trainer.optimize_policy(rollout, batch, t, row))
     _, peaks["reward_model"] = tracker.peak_of(lambda: trainer.align_reward_model(batch, t, row))
     return peaks, rollout, batch

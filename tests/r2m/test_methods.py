@@ -10,8 +10,9 @@ from test_trainer import PAIRS, K, N, changed, copies, hidden_states, small_poli
 
 from r2m import R2MTrainer
 from r2m.config import config_from_dict
-from r2m.fitting import recipe as fitting
-from r2m.fitting.recipe import embed_pairs, pair_accuracy, tokenize_pairs
+from r2m.fitting import pairs as fitting
+from r2m.fitting.bradley_terry import pair_accuracy
+from r2m.fitting.pairs import embed_pairs, tokenize_pairs
 from r2m.method import updater
 from r2m.method.reward_model import saved_config
 from r2m_kernels.grebt import reference as grebt_reference
@@ -98,7 +99,7 @@ def test_a_run_can_be_resumed_and_every_metric_is_finite(make, settings, new_pol
         assert ("rm/grad_norm" in row) == straight.config.r2m.trains
         assert row["policy/grad_norm"] > 0 or row["policy/clip_share"] > 0  # all of the last step's
     resumed = make(policy=new_policy(), held_out_pairs=PAIRS, **settings)
-    again = resumed.train(resume_from=straight.output_dir / "checkpoint-1")
+    again = resumed.train(resume_from=straight.run.folder / "checkpoint-1")
     assert without_costs(again[-2:]) == without_costs(rows[-2:])
     assert changed(resumed.policy, copies(straight.policy)) == set()
     assert changed(resumed.reward_model, copies(straight.reward_model)) == set()
@@ -138,7 +139,7 @@ def test_remax_subtracts_the_score_of_the_greedy_response(make, feedback, placem
     t, weight = 2, math.cos(math.pi * 2 / 5) / 2 + 0.5 if feedback == "trained" else 1.0
     move(trainer.policy)
     move(trainer.reward_model.head)
-    trainer.initial_head.load_state_dict(trainer.reward_model.head.state_dict())
+    trainer.scorer.initial_head.load_state_dict(trainer.reward_model.head.state_dict())
     rollout = trainer.sample(t)
     greedy = rollout.greedy
     assert greedy.prompts == trainer.prompts_of_round(t)
@@ -148,7 +149,7 @@ def test_remax_subtracts_the_score_of_the_greedy_response(make, feedback, placem
     }).logits[:, -greedy.completion_mask.shape[1] - 1 : -1].argmax(-1)  # fmt: skip
     assert torch.equal(best[greedy.completion_mask], greedy.completion_ids[greedy.completion_mask])
 
-    batch = trainer.annotate(rollout, t, {})
+    batch = tiny.apart(trainer).annotate(rollout, t, {})
     scores = scale * rewards_of(trainer, rollout, weight) - 2.0 * (~rollout.finished)
     baseline = scale * rewards_of(trainer, greedy, weight) - 2.0 * (~greedy.finished)
     torch.testing.assert_close(batch.scores, scores, rtol=1e-4, atol=1e-5)
@@ -160,8 +161,8 @@ def test_remax_subtracts_the_score_of_the_greedy_response(make, feedback, placem
 
 def test_remax_scores_in_its_first_epoch_though_groups_are_cut(make):
     whole, apart = (make(algorithm="remax", micro_batch_size=3) for _ in range(2))
-    assert whole.scores_in_first_epoch
-    apart.scores_in_first_epoch = False
+    assert whole.first_epoch == 1
+    apart.first_epoch = 0
     assert without_costs(whole.train()) == without_costs(apart.train())
     assert changed(whole.policy, copies(apart.policy)) == set()
 
@@ -176,12 +177,12 @@ def test_remax_without_its_greedy_responses_is_an_error(make):
     rollout = trainer.sample(1)
     rollout.greedy = None
     with pytest.raises(ValueError, match=r"rollout\.greedy is None; expected the greedy responses"):
-        trainer.annotate(rollout, 1, {})
+        tiny.apart(trainer).annotate(rollout, 1, {})
 
 
 def test_a_greedy_reward_that_is_not_finite_stops_the_run(make, monkeypatch):
     trainer = make(algorithm="remax")
-    monkeypatch.setattr(trainer, "_score_apart", lambda rte, *_: torch.full((len(rte),), torch.nan))
+    monkeypatch.setattr(trainer.scorer, "score_apart", lambda rte, *_: torch.full((len(rte),), torch.nan))
     with pytest.raises(FloatingPointError, match="phase annotate, round 1: a greedy response's reward is not finite"):
         trainer.train()
 
@@ -192,10 +193,10 @@ def test_a_greedy_reward_that_is_not_finite_stops_the_run(make, monkeypatch):
 def test_the_steps_of_reinforce_plus_plus_are_those_written_out(make):
     settings = {"algorithm": "reinforce++", "kl": {"placement": "reward"}, "micro_batch_size": 4}
     trainer, row = make(epochs=3, clip_range=0.1, missing_eos_penalty=1.0, max_grad_norm=0.5, **settings), {}
-    assert not trainer.scores_in_first_epoch
+    assert trainer.first_epoch == 0
     move(trainer.policy)
     rollout = trainer.sample(1)
-    batch = trainer.annotate(rollout, 1, row)
+    batch = tiny.apart(trainer).annotate(rollout, 1, row)
     exact = small_policy()
     exact.load_state_dict(copies(trainer.policy))
     trainer.optimize_policy(rollout, batch, 1, row)
@@ -236,12 +237,12 @@ def test_the_head_learns_from_grebt_on_the_vanilla_rewards_and_nothing_else_move
     with torch.no_grad():
         for weight in model.attention.parameters():  # nothing of it is computed
             weight.fill_(torch.nan)
-    monkeypatch.setattr("r2m.trainer.HiddenStateTap", lambda *args: pytest.fail("hidden states were tapped"))
+    monkeypatch.setattr("r2m.policy.passes.HiddenStateTap", lambda *args: pytest.fail("hidden states were tapped"))
     phi = model.head.weight.detach().clone().requires_grad_()
     bias, optimizer = model.head.bias.detach().clone(), torch.optim.AdamW([phi], lr=1e-2, weight_decay=0.1)
     for t in (1, 2):
         rollout, row = trainer.sample(t), {}
-        batch = trainer.annotate(rollout, t, row)
+        batch = tiny.apart(trainer).annotate(rollout, t, row)
         trainer.optimize_policy(rollout, batch, t, row)
         trainer.align_reward_model(batch, t, row)
         rewards = model.embed(rollout.prompts, rollout.completions) @ phi + bias
@@ -287,7 +288,7 @@ def test_feedback_of_the_reference_stays_what_it_was_in_its_own_pass(make, monke
     rollout = trainer.sample(2)
     passes = []
     trainer.policy.register_forward_pre_hook(lambda module, args, kwargs: passes.append(1), with_kwargs=True)
-    batch = trainer.annotate(rollout, 2, {})
+    batch = tiny.apart(trainer).annotate(rollout, 2, {})
     micro_batches = N * K // 4
     # Of an adapter the reference is the same module, which runs over the greedy responses as well.
     assert len(passes) == (2 * micro_batches + 1 if new_policy is with_adapter else micro_batches)
@@ -306,7 +307,7 @@ def test_feedback_of_the_reference_stays_what_it_was_in_its_own_pass(make, monke
     pairs = tokenize_pairs(start, trainer.tokenizer, PAIRS)
     seen = []
     score = fitting.score_rollout
-    monkeypatch.setattr("r2m.trainer.score_rollout", lambda *a, **k: seen.append(score(*a, **k)) or seen[-1])
+    monkeypatch.setattr("r2m.scoring.score_rollout", lambda *a, **k: seen.append(score(*a, **k)) or seen[-1])
     trainer.held_out_accuracy()
     torch.testing.assert_close(seen[0], rewards_of(trainer, pairs, 0.6, start), rtol=1e-4, atol=1e-4)
 
@@ -324,7 +325,7 @@ def test_noise_takes_the_place_of_hidden_states_at_every_use(make, monkeypatch):
     for module in (updater, fitting):
         monkeypatch.setattr(module, "noise_like", zeros)
     rollout, row = trained.sample(1), {}
-    batch = trained.annotate(rollout, 1, row)
+    batch = tiny.apart(trained).annotate(rollout, 1, row)
     vanilla = trained.reward_model.vanilla_score(trained.reward_model.embed(rollout.prompts, rollout.completions))
     weight = trained.updater.weight
     bias = trained.reward_model.head.bias
@@ -341,6 +342,6 @@ def test_noise_takes_the_place_of_hidden_states_at_every_use(make, monkeypatch):
 def test_noise_is_drawn_anew_and_the_policys_hidden_states_do_not_pass(make):
     trained = make(r2m={"source": "noise"})
     rollout = trained.sample(1)
-    first, second = (trained.annotate(rollout, 1, {}).rewards for _ in range(2))
+    first, second = (tiny.apart(trained).annotate(rollout, 1, {}).rewards for _ in range(2))
     assert not torch.allclose(first, second, atol=1e-3)
     assert not torch.allclose(first, rewards_of(trained, rollout, trained.updater.weight), atol=1e-3)

@@ -9,8 +9,9 @@ import pytest
 import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from r2m import R2MTrainer, trainer
+from r2m import R2MTrainer
 from r2m.config import R2MConfig, config_from_dict
+from r2m.runs import session
 from r2m.runs.monitor import (
     check_trackers,
     sample_table,
@@ -169,7 +170,7 @@ def test_many_clipped_ratios_are_warned_about_whenever_they_become_many(caplog):
 def test_a_run_looks_for_both_in_every_round(make, monkeypatch):
     seen = []
     for name in ("warn_about_exploitation", "warn_about_clipping"):
-        monkeypatch.setattr(trainer, name, lambda history, name=name: seen.append((name, len(history))))
+        monkeypatch.setattr(session, name, lambda history, name=name: seen.append((name, len(history))))
     make(rounds=2).train()
     assert sorted(seen) == [(name, t) for name in ("warn_about_clipping", "warn_about_exploitation") for t in (1, 2)]
 
@@ -180,7 +181,7 @@ def test_a_run_looks_for_both_in_every_round(make, monkeypatch):
 def test_a_table_shows_samples_from_all_over_the_round_each_on_one_line(make):
     trainer = make(prompts_per_round=4, rollout_fn=lambda prompt_ids, _: [[100 + i] * 90 for i in range(4 * K)])
     rollout = trainer.sample(1)
-    batch = trainer.annotate(rollout, 1, {})
+    batch = tiny.apart(trainer).annotate(rollout, 1, {})
     titles, *lines = sample_table(rollout, batch, 3, judged=[float(i) for i in range(4 * K)]).splitlines()
     assert titles.split() == ["prompt", "response", "reward", "initial", "judge"]
     assert len(lines) == 3
@@ -269,7 +270,7 @@ def rates_of(trainer, resume_from=None):
     """The learning rates of policy and reward model in each step, times 1 / the config's."""
     rates = {"policy": [], "reward_model": []}
     for name, optimizer, base in (
-        ("policy", trainer.optimizer, trainer.config.learning_rate),
+        ("policy", trainer.learner.optimizer, trainer.config.learning_rate),
         ("reward_model", trainer.updater.optimizer, trainer.config.r2m.learning_rate),
     ):
         optimizer.register_step_pre_hook(

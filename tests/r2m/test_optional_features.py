@@ -11,7 +11,7 @@ from test_trainer import PAIRS, PROMPTS, K, N, hidden_states, make_config, small
 from benchmarks.science import optional
 from benchmarks.science.optional import AgreementGate, HumanReplay
 from r2m import R2MTrainer
-from r2m.fitting.recipe import embed_pairs, tokenize_pairs
+from r2m.fitting.pairs import embed_pairs, tokenize_pairs
 from r2m_kernels import time_weight
 from r2m_kernels.grebt import reference as grebt_reference
 
@@ -34,7 +34,7 @@ def until_aligned(trainer, t):
     """Round t but for the update of the reward model: its samples, its annotations and its metrics."""
     row: dict = {}
     rollout = trainer.sample(t)
-    batch = trainer.annotate(rollout, t, row)
+    batch = tiny.apart(trainer).annotate(rollout, t, row)
     trainer.optimize_policy(rollout, batch, t, row)
     return rollout, batch, row
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from r2m.policy.advantages import grpo_advantages, reinforce_plus_plus_advantages, rloo_advantages
+from r2m.algorithms import grpo_advantages, reinforce_plus_plus_advantages, rloo_advantages
 from r2m.policy.loss import policy_loss, sequence_kl, token_entropy, token_log_probs
 
 

@@ -59,21 +59,25 @@ def test_what_ends_early_or_fails_is_no_longer_named(clock, caplog):
 
 
 def test_a_call_that_says_nothing_itself_is_counted_in_seconds(clock, caplog, monkeypatch):
-    class Waits(threading.Event):
-        """Each takes four seconds of the clock; the fourth sees the end."""
+    inside = threading.Event()
+
+    class Looks(threading.Event):
+        """Each look of the thread comes four seconds later; the fourth sees the end."""
 
         number = 0
 
         def wait(self, timeout=None):
+            inside.wait()
             self.number += 1
             clock[0] += 4.0
             return self.number > 3
 
-    monkeypatch.setattr(progress, "threading", SimpleNamespace(Event=Waits, Thread=threading.Thread))
+    monkeypatch.setattr(progress, "threading", SimpleNamespace(Event=Looks, Thread=threading.Thread))
     with waiting("loading the policy"):
-        others = [thread for thread in threading.enumerate() if thread.name.endswith("(count)")]
-        for thread in others:
-            thread.join()
+        inside.set()
+        for thread in threading.enumerate():
+            if thread.name.endswith("(look)"):
+                thread.join()
     assert caplog.messages == [f"loading the policy, {seconds} s" for seconds in (4, 8, 12)]
 
 

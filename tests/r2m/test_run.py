@@ -15,7 +15,7 @@ from r2m import R2MRewardModel, load_config
 from r2m.commands import run as run_module
 from r2m.commands.run import build_trainer, dry_run, evaluate_run, load_data, run
 from r2m.data.sources import Preference
-from r2m.fitting import recipe as fitting
+from r2m.fitting import pairs as fitting
 from r2m.runs.checkpoint import best_round, checkpoints, load_checkpoint, read_metrics
 from r2m.runs.folder import run_to_evaluate
 
@@ -131,9 +131,10 @@ def test_a_trainer_has_what_the_config_names_and_weights_by_its_seed(run_file):
         return trainer, {name: p.detach() for name, p in named}
 
     (trainer, first), (_, again), (_, other) = weights(), weights(), weights("seed=1")
-    assert (trainer.prompts, trainer.eval_prompts) == (PROMPTS, HELD_OUT)
-    assert trainer.judge(["a"], ["abc"]) == [3]
-    assert len(trainer.held_out[1].prompts) == 2 * (len(PAIRS) - 1)  # one pair is longer than the reward model reads
+    evaluator = trainer.evaluator
+    assert (trainer.prompts, evaluator.prompts) == (PROMPTS, HELD_OUT)
+    assert evaluator.judge(["a"], ["abc"]) == [3]
+    assert len(evaluator.pairs[1].prompts) == 2 * (len(PAIRS) - 1)  # one pair is longer than the reward model reads
     assert all(torch.equal(first[name], again[name]) for name in first)
     differing = {name for name in first if not torch.equal(first[name], other[name])}
     assert any("lora_A" in name for name in differing)
@@ -364,7 +365,7 @@ def test_measuring_reads_no_state_of_an_optimizer_and_runs_no_more_sequences_tha
     monkeypatch.setattr(fitting, "stream_hidden", streamed)
     evaluate_run(finished)
     (trainer,) = made
-    assert not trainer.optimizer.state and not trainer.updater.optimizer.state
+    assert not trainer.learner.optimizer.state and not trainer.updater.optimizer.state
     assert max(sequences) == trainer.config.micro_batch_size == K
 
 

@@ -79,7 +79,7 @@ def test_the_check_leaves_nothing_behind(make):
     check_policy(trainer)
     assert not trainer.policy.training
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in trainer.policy.named_parameters())
-    assert not trainer.output_dir.exists()
+    assert not trainer.run.folder.exists()
 
 
 # ---- what is not ----
@@ -91,7 +91,7 @@ def test_positions_that_count_padding_are_an_error_with_the_number(make):
         ValueError, match=r"policy: RobertaForCausalLM gives .* in a padded batch \(nats\) [\d.]+; .* 0\.01"
     ):
         trainer.train()
-    assert not trainer.output_dir.exists()
+    assert not trainer.run.folder.exists()
 
 
 def test_in_bfloat16_it_is_a_warning_with_the_number(make, caplog):

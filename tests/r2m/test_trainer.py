@@ -12,9 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r2m import Preference, R2MRewardModel, R2MTrainer, load_config, progress
+from r2m.algorithms import grpo_advantages, rloo_advantages
 from r2m.config import Lora, config_from_dict
-from r2m.fitting.recipe import embed_pairs, pair_accuracy, score_rollout, tokenize_pairs
-from r2m.policy.advantages import grpo_advantages, rloo_advantages
+from r2m.fitting.bradley_terry import pair_accuracy
+from r2m.fitting.pairs import embed_pairs, score_rollout, tokenize_pairs
 from r2m.policy.load import add_adapter
 from r2m.policy.loss import sequence_kl
 from r2m.runs.checkpoint import checkpoints
@@ -123,7 +124,7 @@ def without_costs(rows):
 
 
 def written_rows(trainer):
-    return [json.loads(line) for line in (trainer.output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (trainer.run.folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def hidden_states(model, rollout):
@@ -165,7 +166,7 @@ def test_rounds_run_and_every_metric_is_finite_and_written(make, algorithm, plac
         assert row.keys() >= {"round", "rm/grad_norm"} | POLICY_METRICS | FEEDBACK_METRICS | COSTS
         assert [name for name, value in row.items() if not math.isfinite(value)] == []
     assert written_rows(trainer) == rows
-    assert load_config(trainer.output_dir / "config.yaml") == trainer.config
+    assert load_config(trainer.run.folder / "config.yaml") == trainer.config
 
 
 @pytest.mark.parametrize("micro_batch_size", [K, K - 1], ids=["whole groups", "split groups"])
@@ -190,7 +191,7 @@ def test_a_round_says_its_phase_epoch_and_micro_batch_and_no_pass_is_larger(make
         "round 1 of 1, sampling, batch 1 of 1, token 1 of 5",
         "round 1 of 1, scoring, embedding, batch 2 of 2",
         "round 1 of 1, scoring, reference, micro-batch 2 of 2",
-        "round 1 of 1, scoring, policy, micro-batch 2 of 2",
+        "round 1 of 1, scoring, policy, minibatch 1 of 1, micro-batch 2 of 2",
         "round 1 of 1, policy update, epoch 2 of 2, minibatch 1 of 1, micro-batch 2 of 2",
         "round 1 of 1, reward model update",
         "round 1 of 1, held-out prompts, sampling, batch 1 of 1, token 1 of 5",
@@ -224,7 +225,7 @@ def test_only_the_small_part_and_the_policys_trainable_weights_move(make, tmp_pa
     }[start]()
     trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
     trainer = make(policy=policy, kl={"beta": 0.1})
-    with trainer.reference() as reference:
+    with trainer.learner.reference() as reference:
         before_reference = copies(reference)
     before_backbone, before_small, before = (
         copies(trainer.reward_model.backbone), copies(trainer.reward_model), copies(policy)
@@ -239,7 +240,7 @@ def test_only_the_small_part_and_the_policys_trainable_weights_move(make, tmp_pa
         <= moved
         <= set(dict(trainer.reward_model.named_parameters()))
     )
-    with trainer.reference() as reference:
+    with trainer.learner.reference() as reference:
         assert changed(reference, before_reference) & (set(before_reference) - trainable) == set()
         if start == "full":
             assert changed(reference, before_reference) == set()
@@ -270,7 +271,7 @@ def test_an_adapter_from_disk_is_its_own_reference(make, tmp_path, precision):
 
     rollout = trainer.sample(1)
     adapted = PeftModel.from_pretrained(small_policy(), folder).eval()
-    with trainer.reference() as reference:
+    with trainer.learner.reference() as reference:
         actual = hidden_states(reference, rollout)[rollout.attention_mask]
     torch.testing.assert_close(actual, hidden_states(adapted, rollout)[rollout.attention_mask], rtol=1e-5, atol=1e-5)
 
@@ -283,7 +284,7 @@ def test_rewards_and_advantages_are_those_of_freshly_computed_hidden_states(
 ):
     trainer = make(algorithm=algorithm, rounds=5, r2m={"positions": positions})
     rollout = trainer.sample(t)
-    batch = trainer.annotate(rollout, t, {})
+    batch = tiny.apart(trainer).annotate(rollout, t, {})
     weight = max(math.cos(math.pi * t / 5) / 2 + 0.5, 0.6)
     rte = trainer.reward_model.embed(rollout.prompts, rollout.completions)
     hidden = hidden_states(trainer.policy, rollout)
@@ -305,10 +306,10 @@ def test_the_kl_enters_advantages_only_where_it_is_part_of_the_reward_and_never_
     trainer, row = make(kl={"placement": placement, "beta": 0.5}), {}
     move(trainer.policy)
     rollout = trainer.sample(1)
-    batch = trainer.annotate(rollout, 1, row)
+    batch = tiny.apart(trainer).annotate(rollout, 1, row)
     plain = make(kl={"beta": 0.0})
     move(plain.policy)
-    torch.testing.assert_close(batch.scores, plain.annotate(rollout, 1, {}).scores)
+    torch.testing.assert_close(batch.scores, tiny.apart(plain).annotate(rollout, 1, {}).scores)
     kl = sequence_kl(batch.log_probs, batch.reference_log_probs, rollout.completion_mask)
     assert row["policy/kl"] == pytest.approx(kl.mean().item())
     assert kl.abs().min() > 1e-3
@@ -333,7 +334,7 @@ def test_policy_and_reference_are_scored_at_the_sampling_temperature(make):
     trainer = make(generation={"temperature": 0.5})
     move(trainer.policy)
     rollout = trainer.sample(1)
-    batch, mask = trainer.annotate(rollout, 1, {}), rollout.completion_mask
+    batch, mask = tiny.apart(trainer).annotate(rollout, 1, {}), rollout.completion_mask
     for actual, model in ((batch.log_probs, trainer.policy), (batch.reference_log_probs, small_policy())):
         torch.testing.assert_close(actual * mask, log_probs_of(model, rollout, 0.5), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(batch.log_probs * mask, batch.reference_log_probs * mask, atol=1e-2)
@@ -342,7 +343,7 @@ def test_policy_and_reference_are_scored_at_the_sampling_temperature(make):
 def test_padding_and_neighbours_change_no_log_prob_of_a_model_with_absolute_positions(make):
     trainer = make(policy=tiny.policy_with_dropout("gpt2"), prompts=["a", "a longer prompt than the other"])
     rollout = trainer.sample(1)
-    batch = trainer.annotate(rollout, 1, {})
+    batch = tiny.apart(trainer).annotate(rollout, 1, {})
     for i, completion_mask in enumerate(rollout.completion_mask):
         ids, length = rollout.input_ids[i][rollout.attention_mask[i]][None], int(completion_mask.sum())
         with torch.no_grad():
@@ -357,7 +358,7 @@ def test_the_policys_steps_are_those_of_equation_7_written_out(make, placement):
     trainer = make(epochs=3, learning_rate=1e-2, weight_decay=0.1, clip_range=0.3, **settings)
     move(trainer.policy)
     rollout = trainer.sample(1)
-    batch, row = trainer.annotate(rollout, 1, {}), {}
+    batch, row = tiny.apart(trainer).annotate(rollout, 1, {}), {}
     exact = small_policy()
     exact.load_state_dict(copies(trainer.policy))
     trainer.optimize_policy(rollout, batch, 1, row)
@@ -387,7 +388,7 @@ def test_the_missing_end_penalty_lowers_exactly_the_unfinished(make):
     torch.manual_seed(0)
     rollout = plain.sample(1)
     row, other_row = {}, {}
-    before, after = plain.annotate(rollout, 1, row), penalised.annotate(rollout, 1, other_row)
+    before, after = tiny.apart(plain).annotate(rollout, 1, row), tiny.apart(penalised).annotate(rollout, 1, other_row)
     assert 0 < rollout.finished.sum() < N * K
     torch.testing.assert_close(after.scores, before.scores - 3.0 * (~rollout.finished))
     torch.testing.assert_close(after.advantages, rloo_advantages(after.scores.view(N, K)).flatten())
@@ -406,7 +407,7 @@ def recomputed_rewards(trainer, monkeypatch):
     monkeypatch.setattr(trainer.reward_model, "reward", reward)
     torch.manual_seed(0)
     rollout = trainer.sample(1)
-    batch = trainer.annotate(rollout, 1, {})
+    batch = tiny.apart(trainer).annotate(rollout, 1, {})
     trainer.optimize_policy(rollout, batch, 1, {})
     trainer.align_reward_model(batch, 1, {})
     return batch.scores, recomputed[-1].detach(), rollout
@@ -452,10 +453,10 @@ def count_forwards(trainer):
     "settings", [{}, {"algorithm": "grpo", "kl": {"placement": "reward"}, "gradient_checkpointing": True}]
 )
 def test_scoring_as_the_first_epoch_changes_no_weight_and_saves_a_pass(make, settings, epochs, precision, monkeypatch):
-    monkeypatch.setattr("r2m.trainer.check_policy", lambda trainer: None)  # its passes are no round's
+    monkeypatch.setattr("r2m.runs.session.check_policy", lambda *_: None)  # its passes are no round's
     whole, apart = (make(epochs=epochs, precision=precision, **settings) for _ in range(2))
-    assert whole.scores_in_first_epoch
-    apart.scores_in_first_epoch = False
+    assert whole.first_epoch == 1
+    apart.first_epoch = 0
     passes, passes_apart = count_forwards(whole), count_forwards(apart)
     rows, rows_apart = whole.train(), apart.train()
     assert without_costs(rows) == without_costs(rows_apart)
@@ -466,7 +467,7 @@ def test_scoring_as_the_first_epoch_changes_no_weight_and_saves_a_pass(make, set
 
 @pytest.mark.parametrize("settings", [{"minibatches": 2}, {"micro_batch_size": 3}])
 def test_scoring_is_a_pass_of_its_own_where_weights_move_within_the_epoch_or_groups_are_cut(make, settings):
-    assert not make(**settings).scores_in_first_epoch
+    assert make(**settings).first_epoch == 0
 
 
 def close(rows, others, tolerance):
@@ -528,7 +529,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(make, new_policy, standardi
     straight = make(policy=new_policy(), folder="straight", checkpoints={"every": 2}, **settings)
     expected = straight.train()
     resumed = make(policy=new_policy(), folder="resumed", **settings)
-    rows = resumed.train(resume_from=straight.output_dir / "checkpoint-2")
+    rows = resumed.train(resume_from=straight.run.folder / "checkpoint-2")
     assert without_costs(rows[-2:]) == without_costs(expected[-2:])
     assert without_costs(written_rows(resumed)[-2:]) == without_costs(expected[-2:])
     assert changed(resumed.policy, copies(straight.policy)) == set()
@@ -548,7 +549,7 @@ def test_a_run_resumed_in_its_own_folder_lists_every_round_once(make):
         trainer.train()
     assert [row["round"] for row in written_rows(trainer)] == [1, 2, 3]
     resumed = make(rounds=4, folder="run", checkpoints={"every": 2})
-    resumed.train(resume_from=trainer.output_dir / "checkpoint-2")
+    resumed.train(resume_from=trainer.run.folder / "checkpoint-2")
     assert [row["round"] for row in written_rows(resumed)] == [1, 2, 3, 4]
 
 
@@ -646,13 +647,13 @@ def test_standardisation_takes_its_statistics_from_the_first_rounds_samples(make
     rollout = trainer.sample(1)
     hidden = hidden_states(trainer.policy, rollout)[rollout.feedback_mask]
     rte = trainer.reward_model.embed(rollout.prompts, rollout.completions)
-    trainer.annotate(rollout, 1, {})
+    tiny.apart(trainer).annotate(rollout, 1, {})
     model = trainer.reward_model
     torch.testing.assert_close(model.feedback_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.feedback_scale, hidden.std(0, correction=0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.rte_mean, rte.mean(0), rtol=1e-4, atol=1e-5)
     frozen = model.feedback_mean.clone(), model.rte_scale.clone()
-    trainer.annotate(trainer.sample(2), 2, {})
+    tiny.apart(trainer).annotate(trainer.sample(2), 2, {})
     assert torch.equal(model.feedback_mean, frozen[0])
     assert torch.equal(model.rte_scale, frozen[1])
 
@@ -693,7 +694,7 @@ def test_measuring_before_and_within_rounds_changes_no_bit(make, settings):
             torch.manual_seed(t)
             rollout = trainer.sample(t)
             measure()
-            batch = trainer.annotate(rollout, t, row)
+            batch = tiny.apart(trainer).annotate(rollout, t, row)
             measure()
             trainer.optimize_policy(rollout, batch, t, row)
             measure()
@@ -771,7 +772,7 @@ def test_training_ends_with_the_round_whose_kl_is_above_the_limit_and_is_saved_t
     trainer = make(**settings, evaluation={"stop_at_kl": limit})
     rows = trainer.train()
     assert [row["policy/kl"] for row in rows] == [row["policy/kl"] for row in written_rows(trainer)] == kl[:last]
-    assert list(checkpoints(trainer.output_dir)) == [last]
+    assert list(checkpoints(trainer.run.folder)) == [last]
     assert f"round {last}: KL {kl[last - 1]:.3f} is above evaluation.stop_at_kl {limit:g}; training ends" in caplog.text
 
 
@@ -781,8 +782,8 @@ def test_samples_with_their_scores_are_in_the_log_every_so_many_rounds(make, cap
     trainer = make(rounds=4, evaluation={"samples_every": every})
     annotate, tables = trainer.annotate, []
 
-    def annotated(rollout, *args, **options):
-        tables.append(sample_table(rollout, batch := annotate(rollout, *args, **options)))
+    def annotated(rollout, *args):
+        tables.append(sample_table(rollout, batch := annotate(rollout, *args)))
         return batch
 
     trainer.annotate = annotated
@@ -834,7 +835,7 @@ def test_a_fall_of_held_out_accuracy_is_warned_about(make, caplog, monkeypatch):
         rounds=4, evaluation={"every": 1}, held_out_pairs=PAIRS, learning_rate=0.0, r2m={"learning_rate": 0.0}
     )
     accuracies = iter([0.8, 0.76, 0.7, 0.9])
-    monkeypatch.setattr(trainer, "held_out_accuracy", lambda: next(accuracies))
+    monkeypatch.setattr(trainer.evaluator, "pair_accuracy", lambda: next(accuracies))
     caplog.set_level(logging.WARNING)
     trainer.train()
     about_accuracy = [line for line in warnings(caplog) if "accuracy" in line]
@@ -933,7 +934,7 @@ def test_the_reward_model_reads_the_reasoning_that_the_policys_template_opens(ma
     monkeypatch.setattr(
         trainer.reward_model, "embed", lambda p, texts, **kw: read.extend(texts) or embed(p, texts, **kw)
     )
-    trainer.annotate(trainer.sample(1), 1, {})
+    tiny.apart(trainer).annotate(trainer.sample(1), 1, {})
     assert len(read) == N * K + N and all(text.startswith("<think>\n") for text in read)
 
 

@@ -105,3 +105,9 @@ def reward_model(checkpoint: Path, policy: LlamaForCausalLM, *, seed: int = 0, *
     torch.manual_seed(seed)
     defaults = {"dtype": torch.float32, "inner_width": 16}
     return R2MRewardModel.from_pretrained(checkpoint, policy=policy, **(defaults | settings))
+
+
+def apart(trainer):
+    """The trainer, scoring in a pass of its own as where the first epoch cannot: `annotate` moves nothing then."""
+    trainer.first_epoch = 0
+    return trainer

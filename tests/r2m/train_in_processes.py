@@ -60,12 +60,12 @@ def train(
         )
     annotate = trainer.annotate
 
-    def annotate_or_die(rollout, t, row, **options):
+    def annotate_or_die(rollout, t, row):
         if t == killed_in and processes.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if fails_in is not None and [t, processes.index()] == fails_in:
             raise FloatingPointError("a reward is not finite")
-        return annotate(rollout, t, row, **options)
+        return annotate(rollout, t, row)
 
     trainer.annotate = annotate_or_die
     history = trainer.train(resume)

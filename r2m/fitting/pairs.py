@@ -1,0 +1,262 @@
+"""Pairs as a fit takes them: reward token embeddings, token ids, and the policy's hidden states.
+
+A set of pairs is kept as its RTEs, 60,000 pairs at width 4096 in 2 GB; hidden states are kept only while they fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from r2m import processes
+from r2m.data.sources import Preference
+from r2m.data.tokenization import encode_prompt, encode_responses
+from r2m.method.hidden_states import HiddenStateTap, noise_like, policy_backbone
+from r2m.method.reward_model import R2MRewardModel, hidden_width
+from r2m.models import cache_dir
+from r2m.policy.rollout import Rollout, collate
+from r2m.progress import phase, track
+
+logger = logging.getLogger(__name__)
+
+STATISTICS_PAIRS = 4096  # the hidden states of so many pairs, a million tokens or more, give their mean and deviation
+CACHED_TEXTS = 4096  # RTEs in one file of the cache: what an interruption loses at most
+
+# RTEs [2 N, D_rm], hidden states packed [total, D_p], cu_seqlens int32 [2 N + 1]; chosen rows first
+Feedback = tuple[Tensor, Tensor, Tensor]
+
+
+class Batches(Sized, Iterable[Any], Protocol):
+    """An epoch's minibatches: a list of what is in memory, or a DataLoader of what is made anew in every epoch."""
+
+
+def embed_pairs(
+    reward_model: R2MRewardModel, pairs: list[Preference], batch_size: int = 32, cache: bool = False
+) -> Tensor:
+    """RTEs [2 N, D_rm], chosen first. batch_size: texts in one forward pass; cache: see `fit_reward`."""
+    prompts = [pair.prompt for pair in pairs] * 2
+    completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    if not cache:
+        return reward_model.embed(prompts, completions, batch_size=batch_size)
+    parts = []
+    with reward_model.backbone_loaded():
+        for start in track(range(0, len(prompts), CACHED_TEXTS), "part"):
+            part = slice(start, start + CACHED_TEXTS)
+            rows = [reward_model.encode(p, text) for p, text in zip(prompts[part], completions[part], strict=True)]
+            parts.append(_cached_embeddings(reward_model, rows, batch_size))
+    return torch.cat(parts)
+
+
+def _cached_embeddings(reward_model: R2MRewardModel, rows: list[list[int]], batch_size: int) -> Tensor:
+    """RTEs of tokenised texts, from a file in the cache, which is made if it is not there or cannot be read.
+
+    The file's name is a hash of the backbone and of the tokens: these hold what template, suffix and length made.
+    """
+    key = hashlib.sha256(json.dumps([_identity(reward_model), rows]).encode()).hexdigest()
+    file, device = cache_dir() / "embeddings" / f"{key}.safetensors", reward_model.head.weight.device
+    if file.is_file():
+        try:
+            rte = load_file(file, device=str(device))["rte"]
+            if rte.shape == (len(rows), reward_model.head.weight.shape[0]):
+                return rte
+            reason: object = f"it holds a tensor of shape {tuple(rte.shape)}"
+        except (SafetensorError, KeyError, OSError) as error:
+            reason = error
+        logger.warning("%s is damaged and made anew: %s", file, reason)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of one length: little padding
+    rte = torch.empty(len(rows), reward_model.head.weight.shape[0], device=device)
+    rte[order] = reward_model.embed_tokens([rows[i] for i in order], batch_size=batch_size)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            save_file({"rte": rte}, Path(scratch) / file.name)
+            os.replace(Path(scratch) / file.name, file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write embeddings to {file.parent} (R2M_CACHE moves it): {error}") from error
+    return rte
+
+
+def _identity(reward_model: R2MRewardModel) -> list[str]:
+    """What RTEs depend on beside the tokens. A local checkpoint is known by its config and the looks of its weights."""
+    config, backbone = reward_model.config, reward_model.backbone
+    folder = Path(config.backbone)
+    if folder.is_dir():
+        weights = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        version = [(folder / "config.json").read_text()]
+        version += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in weights]
+        name = str(folder.resolve())
+    else:
+        name, version = config.backbone, [str(config.backbone_revision), str(backbone.config._commit_hash)]
+    quantization = getattr(backbone.config, "quantization_config", None)
+    return [name, *version, str(backbone.dtype), str(quantization), config.rte_token]
+
+
+def feedback_batches(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pairs: list[Preference],
+    rte: Tensor,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    hidden_budget: int,
+    positions: str,
+) -> Batches:
+    """The pairs as `Feedback`: one batch, kept, if the hidden states take at most `hidden_budget` bytes, else shuffled
+    minibatches of `batch_size` pairs for which the policy runs again in every epoch. rte [2 N, D_rm], chosen first;
+    micro_batch_size: texts in one forward pass; positions: see `collate`."""
+
+    def batch_of(indices: list[int]) -> Feedback:
+        rollout = tokenize_pairs(policy, tokenizer, [pairs[i] for i in indices], positions)
+        packed = pack_hidden(policy, rollout, micro_batch_size)
+        return rte.unflatten(0, (2, -1))[:, indices].flatten(0, 1), *packed
+
+    indices: list[int] = list(range(len(pairs)))
+    model: Any = policy_backbone(policy)
+    token_bytes = hidden_width(model) * model.dtype.itemsize
+    needed = token_bytes * sum(_count_tokens(tokenizer, pair) for pair in track(pairs, "counting tokens, pair"))
+    if needed <= hidden_budget:
+        return [batch_of(indices)]
+    logger.info(
+        "hidden states of %d pairs take %.1f GiB, over %.1f: the policy runs for every minibatch",
+        len(pairs),
+        needed / 2**30,
+        hidden_budget / 2**30,
+    )
+    return DataLoader(indices, batch_size=batch_size, shuffle=True, collate_fn=batch_of)  # type: ignore[arg-type]
+
+
+def _count_tokens(tokenizer: Any, pair: Preference) -> int:
+    prompt_ids = [encode_prompt(tokenizer, pair.prompt)] * 2
+    texts = [pair.chosen, pair.rejected]
+    return sum(map(len, [*prompt_ids, *encode_responses(tokenizer, [pair.prompt] * 2, prompt_ids, texts)]))
+
+
+def tokenize_pairs(
+    policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pairs: list[Preference], positions: str = "all"
+) -> Rollout:
+    """The pairs as the policy would have sampled them, 2 N sequences, chosen first. positions: see `collate`."""
+    if tokenizer is None:
+        raise ValueError("tokenizer is None; expected the policy's tokenizer beside the policy")
+    prompts = [pair.prompt for pair in pairs] * 2
+    completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return collate(
+        prompts,
+        completions,
+        prompt_ids,
+        encode_responses(tokenizer, prompts, prompt_ids, completions),
+        pad_id=tokenizer.pad_token_id or 0,  # any id will do behind a mask
+        positions=positions,
+        device=next(policy.parameters()).device,
+    )
+
+
+@torch.no_grad()
+def stream_hidden(policy: nn.Module, rollout: Rollout, batch_size: int = 32) -> Iterator[tuple[slice, Tensor]]:
+    """The policy's last hidden states [b, S, D_p], a micro-batch of rows at a time; one row of each gets logits."""
+    was_training, taken = policy.training, list[Tensor]()
+    policy.eval()
+    try:
+        for start in track(range(0, len(rollout.prompts), batch_size), "hidden states of the policy, batch"):
+            rows = slice(start, start + batch_size)
+            with HiddenStateTap(policy, lambda hidden, _: taken.append(hidden)):
+                policy(  # as a whole: where it is sharded, only then are its weights at hand
+                    input_ids=rollout.input_ids[rows],
+                    attention_mask=rollout.attention_mask[rows],
+                    position_ids=rollout.position_ids[rows],
+                    logits_to_keep=1,
+                    use_cache=False,
+                )
+            yield rows, taken.pop()
+    finally:
+        policy.train(was_training)
+
+
+def pack_hidden(policy: nn.Module, rollout: Rollout, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    """Hidden states of the feedback positions, packed: ([total, D_p], cu_seqlens int32 [B + 1])."""
+    parts = [hidden[rollout.feedback_mask[rows]] for rows, hidden in stream_hidden(policy, rollout, batch_size)]
+    packed = torch.cat(parts)
+    lengths = rollout.feedback_mask.sum(-1)
+    return packed, F.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def take_statistics(
+    reward_model: R2MRewardModel,
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pairs: list[Preference],
+    rte: Tensor,
+    *,
+    positions: str,
+    batch_size: int,
+) -> None:
+    """Fix a reward model's standardisation by the RTEs [2 N, D_rm] of the pairs and by the hidden states of some.
+
+    positions: see `collate`; batch_size: texts in one forward pass.
+    """
+    some = pairs if len(pairs) <= STATISTICS_PAIRS else random.Random(0).sample(pairs, STATISTICS_PAIRS)
+    rollout = tokenize_pairs(policy, tokenizer, some, positions)
+    with phase("statistics of standardisation"):
+        reward_model.set_statistics(rte, *feature_statistics(stream_hidden(policy, rollout, batch_size), rollout))
+
+
+def feature_statistics(hidden: Iterator[tuple[slice, Tensor]], rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [D_p] of every feature over the feedback positions, merged over micro-batches."""
+    count, mean, square = 0, torch.zeros(()), torch.zeros(())
+    for rows, b_hidden in hidden:
+        b_rows = b_hidden[rollout.feedback_mask[rows]].float()  # [tokens, D_p]
+        if len(b_rows) == 0:
+            continue
+        b_variance, b_mean = torch.var_mean(b_rows, 0, correction=0)
+        share = len(b_rows) / (count + len(b_rows))
+        square = square + len(b_rows) * (b_variance + (1 - share) * (b_mean - mean).square())
+        mean = mean + share * (b_mean - mean)
+        count += len(b_rows)
+    # Over processes, by the same formula.
+    size = mean.new_tensor(count, dtype=torch.float64)
+    everywhere = processes.total(size)
+    if not everywhere > 0:
+        raise ValueError(
+            "standardize: no text has a position whose hidden state counts; expected longer responses, or "
+            "positions 'all'"
+        )
+    overall = processes.total(size * mean) / everywhere
+    square = processes.total(square + size * (mean - overall).square())
+    return overall.float(), (square / everywhere).float().sqrt()
+
+
+@torch.no_grad()
+def score_rollout(
+    reward_model: R2MRewardModel,
+    policy: nn.Module,
+    rte: Tensor,
+    rollout: Rollout,
+    weight: float,
+    *,
+    batch_size: int = 32,
+    noise: bool = False,
+) -> Tensor:
+    """Rewards [B] of tokenised texts with the feedback of `policy` as it is now, or with noise in its place (see
+    `noise_like`); rte [B, D_rm]. batch_size: sequences in one forward pass."""
+    parts = []
+    for rows, hidden in stream_hidden(policy, rollout, batch_size):
+        mask = rollout.feedback_mask[rows]
+        hidden = noise_like(hidden, mask) if noise else hidden
+        parts.append(reward_model.score(rte[rows], hidden, weight=weight, mask=mask))
+    return torch.cat(parts)

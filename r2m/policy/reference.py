@@ -1,0 +1,97 @@
+"""The policy as it was at the start, frozen: the reference of the KL."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from r2m import processes
+
+REFERENCE = "reference"  # the adapter's name
+
+
+def freeze_reference(
+    policy: nn.Module, *, offload: bool = False, shard: bool = False
+) -> Callable[[], AbstractContextManager[nn.Module]]:
+    """The policy as it is now, frozen; `with reference() as model:` runs it, on the policy's device.
+
+    Of an adapter only the adapter is copied, and one that is still the identity is switched off instead. Without an
+    adapter the whole model is copied; with `offload` the copy waits in host memory outside the `with` block. It keeps
+    the policy's dtype: a narrower one would start with KL > 0. With `shard` the copy is sharded over the processes.
+    """
+    if not isinstance(policy, PeftModel):
+        frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+        if shard:
+            processes.shard(frozen)
+        return _offloaded(frozen) if offload else lambda: nullcontext(frozen)
+    active = policy.active_adapter
+    if getattr(policy.active_peft_config, "bias", "none") != "none":
+        raise ValueError(
+            f"lora.adapter has bias {policy.active_peft_config.bias!r}: beside it peft takes no second adapter, which "
+            "the reference is; expected an adapter with bias 'none'"
+        )
+    weights = get_peft_model_state_dict(policy, adapter_name=active)
+    trainable = {id(p) for p in policy.parameters() if p.requires_grad}
+
+    def activate(adapter: str) -> None:
+        policy.set_adapter(adapter)  # which also makes all of it trainable
+        for p in policy.parameters():
+            p.requires_grad_(id(p) in trainable)
+
+    @contextmanager
+    def switched_off() -> Iterator[nn.Module]:
+        try:
+            with policy.disable_adapter():
+                yield policy
+        finally:
+            activate(active)
+
+    if _is_identity(weights):
+        return switched_off
+    if REFERENCE not in policy.peft_config:
+        policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[active]))
+    set_peft_model_state_dict(policy, weights, adapter_name=REFERENCE)
+    activate(active)
+
+    @contextmanager
+    def switched_over() -> Iterator[nn.Module]:
+        activate(REFERENCE)
+        try:
+            yield policy
+        finally:
+            activate(active)
+
+    return switched_over
+
+
+def _is_identity(adapter: dict[str, Tensor]) -> bool:
+    """Whether these are the weights of a plain low-rank adapter whose every product is zero."""
+    return all(".lora_A." in name or (".lora_B." in name and not weight.any()) for name, weight in adapter.items())
+
+
+def _offloaded(model: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]]:
+    """Move `model` to host memory; it is back on its device inside the `with` block. Its weights must not change."""
+    device = next(model.parameters()).device
+    tensors = [*model.parameters(), *model.buffers()]
+    in_host_memory = [tensor.data.cpu() for tensor in tensors]
+    if device.type == "cuda":
+        in_host_memory = [host.pin_memory() for host in in_host_memory]
+
+    def put(values: Iterable[Tensor]) -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.data = value
+
+    @contextmanager
+    def on_device() -> Iterator[nn.Module]:
+        put(host.to(device, non_blocking=True) for host in in_host_memory)
+        try:
+            yield model
+        finally:
+            put(in_host_memory)
+
+    put(in_host_memory)
+    return on_device
