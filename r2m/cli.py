@@ -99,7 +99,7 @@ def train(
 
         with _loading():
             from r2m import processes
-            from r2m.commands import run as runs
+            from r2m.commands import train as runs
 
         text = runs.dry_run(settings) if dry_run else runs.run(settings, "last" if resume else resume_from)
         if processes.index() == 0:
@@ -164,7 +164,7 @@ def fit_reward(
         with _loading():
             import transformers
 
-            from r2m.commands.run import fit_reward_from_files
+            from r2m.commands.fit_reward import fit_reward_from_files
 
         transformers.logging.set_verbosity_error()  # the head is new on purpose
         settings: dict[str, Any] = {
@@ -220,7 +220,7 @@ def evaluate(
         run_to_evaluate(run, checkpoint, **measured)
 
         with _loading():
-            from r2m.commands.run import evaluate_run
+            from r2m.commands.evaluate import evaluate_run
 
         typer.echo(evaluate_run(run, checkpoint, **measured))
 

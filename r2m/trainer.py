@@ -29,7 +29,8 @@ from r2m.data.order import prompts_of_round, round_seed
 from r2m.data.sources import Preference, Prompt, check_list
 from r2m.data.tokenization import usable_prompts
 from r2m.devices import resolve_precision
-from r2m.method.reward_model import R2MRewardModel, hidden_width
+from r2m.method.backbone import hidden_width
+from r2m.method.reward_model import R2MRewardModel
 from r2m.method.updater import R2MUpdater
 from r2m.policy.learner import Learner
 from r2m.policy.load import check_tokens

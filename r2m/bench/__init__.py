@@ -13,7 +13,8 @@ from r2m.bench.ops import Case, run_cases
 from r2m.bench.plots import plot_providers
 from r2m.bench.results import Results, Row, describe, device_name, dtype_name, format_table
 from r2m.bench.update import run_updates
-from r2m.method.reward_model import hidden_width, saved_config
+from r2m.method.backbone import hidden_width
+from r2m.method.reward_model import saved_config
 from r2m.models import shown
 from r2m.names import check_model, named
 

@@ -27,7 +27,8 @@ from r2m.analysis.diagnostics import (
     similarity_and_reward,
     thirds,
 )
-from r2m.commands.run import load_models, split_pairs, with_saved_part
+from r2m.commands.build import load_models, with_saved_part
+from r2m.commands.fit_reward import split_pairs
 from r2m.config import R2MConfig, load_config, require_keys
 from r2m.data.sources import Preference, load_pairs
 from r2m.devices import resolve_precision

@@ -34,11 +34,14 @@ from transformers.generation.logits_process import InfNanRemoveLogitsProcessor, 
 
 from r2m.config import Placement, R2MConfig, require_keys
 from r2m.devices import compute_dtype, policy_device, resolve_precision
-from r2m.method.reward_model import R2MRewardModel, RewardModelConfig, hidden_width, saved_config
+from r2m.method.backbone import hidden_width
+from r2m.method.hidden_states import causal_lm
+from r2m.method.reward_model import R2MRewardModel, RewardModelConfig, saved_config
 from r2m.method.updater import R2MUpdater
 from r2m.models import check_no_adapter, sequence_classifier
+from r2m.policy.generate import generate
 from r2m.policy.load import add_adapter
-from r2m.policy.rollout import Annotations, Rollout, causal_lm, collate, generate, sample
+from r2m.policy.rollout import Annotations, Rollout, collate, sample
 from r2m.trainer import R2MTrainer
 
 T = TypeVar("T")

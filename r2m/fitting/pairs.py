@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase
 from r2m import processes
 from r2m.data.sources import Preference
 from r2m.data.tokenization import encode_prompt, encode_responses
+from r2m.method.backbone import hidden_width
 from r2m.method.hidden_states import HiddenStateTap, noise_like, policy_backbone
-from r2m.method.reward_model import R2MRewardModel, hidden_width
+from r2m.method.reward_model import R2MRewardModel
 from r2m.models import cache_dir
 from r2m.policy.rollout import Rollout, collate
 from r2m.progress import phase, track

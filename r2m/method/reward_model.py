@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,7 +25,7 @@ from transformers.utils.hub import cached_file
 from r2m.cards import classifier_card, classifier_usage, reward_model_card
 from r2m.data.sources import Preference, Prompt, check_list
 from r2m.data.tokenization import encode_whole, usable_pairs, usable_whole_pairs
-from r2m.devices import compute_dtype
+from r2m.method.backbone import brought_to, hidden_width, load_classifier
 from r2m.models import check_no_adapter, position_limit, sequence_classifier
 from r2m.names import no_head
 from r2m.progress import track
@@ -229,28 +225,14 @@ class R2MRewardModel(nn.Module):
                 max_length=2048 if max_length is None else max_length,
                 positions=positions,
             )
-        where = {"revision": config.backbone_revision, "trust_remote_code": trust_remote_code}
-        how: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         runs_on = device if backbone_device is None else backbone_device
-        dtype = compute_dtype(runs_on) if dtype is None else dtype
-        if quantization is not None:
-            how |= {
-                "quantization_config": _quantized(quantization, compute_dtype(runs_on) if dtype == "auto" else dtype),
-                "device_map": {"": runs_on},
-            }
-        backbone_config = AutoConfig.from_pretrained(config.backbone, **where)
+        where: Any = {"revision": config.backbone_revision, "trust_remote_code": trust_remote_code}
         try:
-            classifier_class = sequence_classifier(backbone_config)
+            classifier, head_is_new = load_classifier(
+                config.backbone, runs_on, dtype=dtype, quantization=quantization, attention=attention, **where
+            )
         except ValueError as error:
             raise ValueError(f"reward_model {name}: {error}") from None
-        classifier, loading = classifier_class.from_pretrained(
-            config.backbone,
-            dtype=dtype,
-            output_loading_info=True,
-            **where,
-            **how,
-            **_single_output(backbone_config),
-        )
         limit = position_limit(classifier)
         if limit is not None and config.max_length > limit:
             if saved is None and max_length is not None:
@@ -266,7 +248,7 @@ class R2MRewardModel(nn.Module):
         model = cls(classifier, tokenizer, config, backbone_device=backbone_device, offload=offload).to(device)
         if zero_output:
             nn.init.zeros_(model.attention.w_o)
-        model.head_is_new = saved is None and "score.weight" in loading["missing_keys"]
+        model.head_is_new = saved is None and head_is_new
         if saved is not None:
             weights: Any = cached_file(str(name), WEIGHTS_FILE, revision=revision)
             model.load_state_dict(load_file(weights))
@@ -402,24 +384,8 @@ class R2MRewardModel(nn.Module):
         if not self.offload or device.type == "cpu" or self.backbone.device.type != "cpu":
             yield
             return
-        slots: list[tuple[dict[str, Any], str, Tensor]] = [
-            (tensors, name, tensor)
-            for module in self.backbone.modules()
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
-        copies: dict[Tensor, Tensor] = {}  # tied weights once
-        try:
-            for tensors, name, tensor in slots:
-                if tensor not in copies:
-                    moved = tensor.to(device)
-                    copies[tensor] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
-                tensors[name] = copies[tensor]
+        with brought_to(self.backbone, device):
             yield
-        finally:
-            for tensors, name, tensor in slots:
-                tensors[name] = tensor
 
     # ---- the reward token embedding ----
 
@@ -602,35 +568,3 @@ def saved_config(name: str | Path, revision: str | None = None) -> RewardModelCo
 def _lasting(name: str | Path) -> str:
     """A name that means the same from every working directory."""
     return str(Path(name).absolute()) if Path(name).is_dir() else str(name)
-
-
-def _quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if quantization not in ("8bit", "4bit"):
-        raise ValueError(f"quantization is {quantization!r}; expected '8bit', '4bit' or None")
-    if find_spec("bitsandbytes") is None:
-        raise ImportError(f"quantization {quantization!r} needs bitsandbytes: pip install bitsandbytes")
-    head = ["score"]  # stays in full: its weights are read
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=head)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=head
-    )
-
-
-def hidden_width(policy: str | Path | nn.Module, revision: str | None = None, trust_remote_code: bool = False) -> int:
-    """Width of a model's last hidden states, by its config."""
-    config: Any
-    if isinstance(policy, nn.Module):
-        config = policy.config
-    else:
-        config = AutoConfig.from_pretrained(str(policy), revision=revision, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
-    # OPT projects its last states to the embeddings' width.
-    return getattr(text, "word_embed_proj_dim", text.hidden_size)
-
-
-def _single_output(config: PretrainedConfig) -> dict[str, int]:
-    """A causal LM has no say in the number of outputs: one. A classifier's own number stands, and is checked."""
-    architectures = config.architectures or []
-    is_classifier = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
-    return {} if is_classifier else {"num_labels": 1}

@@ -5,8 +5,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from r2m.commands.build import build_trainer
 from r2m.commands.memory import estimate_memory
-from r2m.commands.run import build_trainer
 from r2m.config import config_from_dict
 
 # Skipped here rather than by the fixture of this folder, which comes after the models below are made.

@@ -21,12 +21,15 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments  # noqa: E402
 
 from r2m.config import R2M  # noqa: E402
-from r2m.integrations import trl as adapter  # noqa: E402
-from r2m.integrations.trl import r2m_reward  # noqa: E402
+from r2m.integrations.trl import (  # noqa: E402
+    checks,
+    passes,
+    r2m_reward,
+)
 from r2m.method.hidden_states import policy_backbone  # noqa: E402
 from r2m.method.reward_model import R2MRewardModel  # noqa: E402
 from r2m.method.updater import R2MUpdater  # noqa: E402
-from r2m.policy.load import disable_dropout  # noqa: E402
+from r2m.policy.passes import disable_dropout  # noqa: E402
 from r2m_kernels import time_weight  # noqa: E402
 
 K = 4
@@ -400,12 +403,12 @@ def test_groups_that_straddle_processes(run):
     args = one.trainer.args
     args.per_device_train_batch_size, args.steps_per_generation = 2, 3  # of 2 processes: TRL sees 12 samples, 3 groups
     with pytest.raises(ValueError, match=r"steps_per_generation is 2 \* 3 = 6 samples .* multiple of .* = 4, so that"):
-        adapter._check_arguments(args, K)
+        checks.check_arguments(args, K)
 
 
 def test_other_trainers(tmp_path):
     with pytest.raises(TypeError, match="TrainingArguments without num_generations; expected RLOOConfig or GRPOConfig"):
-        adapter._check_arguments(TrainingArguments(str(tmp_path), use_cpu=True), K)
+        checks.check_arguments(TrainingArguments(str(tmp_path), use_cpu=True), K)
 
 
 def test_a_policy_of_another_width(run):
@@ -454,7 +457,7 @@ def test_completions_that_the_policy_did_not_run_over(run, ids, error):
 
 
 def test_training_on_a_sequence_without_reward():
-    rollout = adapter._Rollout(3, torch.zeros(2), 1, {(1, 2): [0, 1]}, [0, 0])
+    rollout = passes.Rollout(3, torch.zeros(2), 1, {(1, 2): [0, 1]}, [0, 0])
     assert [rollout.row_of((1, 2)), rollout.row_of((1, 2))] == [0, 1] and rollout.is_complete
     with pytest.raises(RuntimeError, match="rollout 3: the policy trains on a sequence that was not rewarded"):
         rollout.row_of((1, 3))
@@ -471,7 +474,7 @@ def test_a_reward_that_is_not_finite(run):
 @pytest.mark.parametrize("completion", [[], [{"content": "a"}, {"content": "b"}], [{"role": "assistant"}]])
 def test_completions_with_tools(completion):
     with pytest.raises(TypeError, match="expected text, or one message with text"):
-        adapter._check_text(completion)
+        checks.check_text(completion)
 
 
 # ---- policies whose hidden states are not theirs alone ----
@@ -522,7 +525,7 @@ def test_other_noise_in_training_mode_is_found(run):
 
     one.model.model.layers[0].mlp.register_forward_hook(noise)
     state = torch.get_rng_state()
-    assert adapter._differs_in_training(one.model, one.callback._backbone, one.trainer.args)
+    assert checks.differs_in_training(one.model, one.callback._backbone, one.trainer.args)
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match=r"noise in training mode, such as a router's jitter"):
         one.train()
@@ -577,26 +580,26 @@ def test_an_epoch_that_does_not_fill_a_step_counts_what_it_has(run, tmp_path):
     [(3, 4, None, 12), (3, 4, 6, 10), (4, 4, 6, 12), (1, 4, 6, 4), (2, 4, 3, 6), (5, 2, 4, 10), (0, 2, 3, 0)],
 )
 def test_micro_batches_of_steps(steps, accumulated, epoch, expected):
-    assert adapter._micro_batches(steps, accumulated, epoch) == expected
+    assert passes.micro_batches(steps, accumulated, epoch) == expected
 
 
 @pytest.mark.parametrize("installed", ["0.29.1", "1.15.0"])
 def test_releases_that_are_not_supported(run, monkeypatch, installed):
-    monkeypatch.setattr(adapter, "version", lambda name: installed)
+    monkeypatch.setattr(checks, "version", lambda name: installed)
     with pytest.raises(ImportError, match=f"trl is {installed}; expected >=1.0,!=1.15.0"):
         run()
 
 
 def test_the_extra_asks_for_the_same_releases():
-    line = f'trl = ["r2m-kernels[train]", "trl{adapter.SUPPORTED}", "datasets"]'
+    line = f'trl = ["r2m-kernels[train]", "trl{checks.SUPPORTED}", "datasets"]'
     assert line in (ROOT / "pyproject.toml").read_text()
 
 
 def test_no_trl(monkeypatch, run):
     def missing(name):
-        raise adapter.PackageNotFoundError(name)
+        raise checks.PackageNotFoundError(name)
 
-    monkeypatch.setattr(adapter, "version", missing)
+    monkeypatch.setattr(checks, "version", missing)
     with pytest.raises(ImportError, match="needs TRL: pip install"):
         run()
 

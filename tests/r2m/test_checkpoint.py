@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from r2m import R2MTrainer, load_config
-from r2m.commands.run import build_trainer
+from r2m.commands.build import build_trainer
 from r2m.config import Lora, config_from_dict
 from r2m.policy.load import add_adapter
 from r2m.runs.checkpoint import (

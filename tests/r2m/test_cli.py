@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from r2m import R2MRewardModel, R2MTrainer, load_config
 from r2m.cli import app
-from r2m.commands import run as runs
+from r2m.commands import train as runs
 from r2m.devices import resolve_precision
 from r2m.presets import preset_path
 

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from r2m import Preference, R2MRewardModel, fit_reward
 from r2m.cli import app
-from r2m.commands import run
-from r2m.commands.run import fit_reward_from_files
+from r2m.commands.fit_reward import fit_reward_from_files, split_pairs
 from r2m.devices import compute_dtype
 from r2m.fitting import pairs as pairs_module
 from r2m.fitting.bradley_terry import pair_accuracy, reliability
@@ -301,13 +300,13 @@ def test_a_cache_that_cannot_be_written_is_an_error(reward_checkpoint, policy, t
 @pytest.mark.parametrize("per_prompt", [1, 3, 50])
 def test_a_tenth_is_held_out_and_prompts_stay_together_where_they_can(per_prompt):
     pairs = [Preference(f"prompt {i // per_prompt}", f"a{i}", f"b{i}") for i in range(100)]
-    training, held_out = run.split_pairs(pairs, 0, 10)
+    training, held_out = split_pairs(pairs, 0, 10)
     assert sorted(p.chosen for p in training + held_out) == sorted(p.chosen for p in pairs)
     assert 8 <= len(held_out) <= 10
     if per_prompt == 3:
         assert not {p.prompt for p in training} & {p.prompt for p in held_out}
-    assert run.split_pairs(pairs, 0, 10) == (training, held_out)
-    assert run.split_pairs(pairs, 1, 10) != (training, held_out)
+    assert split_pairs(pairs, 0, 10) == (training, held_out)
+    assert split_pairs(pairs, 1, 10) != (training, held_out)
 
 
 def test_reliability_counts_confidence_against_what_came_true():
@@ -405,9 +404,9 @@ def test_an_interrupted_fit_leaves_the_folder_as_it_was(
         raise KeyboardInterrupt
 
     if moment == "fit_reward":
-        monkeypatch.setattr(run, "fit_reward", interrupted)
+        monkeypatch.setattr("r2m.commands.fit_reward.fit_reward", interrupted)
     else:
-        monkeypatch.setattr(run, "fit_reward", lambda *_, **options: {})
+        monkeypatch.setattr("r2m.commands.fit_reward.fit_reward", lambda *_, **options: {})
         monkeypatch.setattr(R2MRewardModel, "save_classifier", interrupted_while_writing)
     folder = tmp_path / "new" / "out"
     if there:

@@ -16,8 +16,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from r2m.commands.build import build_trainer
 from r2m.commands.memory import MemoryTracker, estimate_memory
-from r2m.commands.run import build_trainer
 from r2m.config import config_from_dict
 
 PROMPT, RESPONSE = 30, 20  # tokens

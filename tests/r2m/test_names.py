@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from r2m import Preference, R2MRewardModel, R2MTrainer, R2MUpdater, fit_reward, load_config
 from r2m.cli import app
-from r2m.commands.run import dry_run, run
+from r2m.commands.train import dry_run, run
 from r2m.config import R2M, R2MConfig, check_names
 from r2m.data.tokenization import encode_prompts, usable_pairs
 from r2m.fitting.recipe import fit_head

@@ -12,8 +12,10 @@ import torch
 import yaml
 
 from r2m import R2MRewardModel, load_config
-from r2m.commands import run as run_module
-from r2m.commands.run import build_trainer, dry_run, evaluate_run, load_data, run
+from r2m.commands import evaluate as run_module
+from r2m.commands.build import build_trainer, load_data
+from r2m.commands.evaluate import evaluate_run
+from r2m.commands.train import dry_run, run
 from r2m.data.sources import Preference
 from r2m.fitting import pairs as fitting
 from r2m.runs.checkpoint import best_round, checkpoints, load_checkpoint, read_metrics

@@ -13,18 +13,12 @@ the reward model, which follows the last optimizer step of every rollout.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from accelerate import DistributedType
-from accelerate.state import AcceleratorState
-from packaging.specifiers import SpecifierSet
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,17 +29,33 @@ from r2m import processes
 from r2m.config import R2M
 from r2m.data.sources import Prompt
 from r2m.data.tokenization import response_texts
+from r2m.integrations.trl.checks import (
+    check_arguments,
+    check_noise,
+    check_positions,
+    check_text,
+    check_version,
+    hidden_states,
+    known_prompts,
+    warn_about_arguments,
+)
+from r2m.integrations.trl.passes import (
+    Pass,
+    Rollout,
+    Tokens,
+    feedback_mask,
+    length_of_prompt,
+    micro_batches,
+    passes_a_rollout,
+    sequences_of,
+)
+from r2m.method.backbone import hidden_width
 from r2m.method.hidden_states import policy_backbone
-from r2m.method.reward_model import WEIGHTS_FILE, R2MRewardModel, hidden_width
+from r2m.method.reward_model import WEIGHTS_FILE, R2MRewardModel
 from r2m.method.updater import R2MUpdater
-from r2m.policy.load import dropout_rates
 from r2m.policy.rollout import collate
 
 logger = logging.getLogger(__name__)
-
-SUPPORTED = ">=1.0,!=1.15.0"  # 1.15.0 has its log-probabilities from Triton kernels alone: no CPU
-
-Tokens = tuple[int, ...]  # token ids of prompt and completion, without padding
 
 
 def r2m_reward(
@@ -83,7 +93,7 @@ def r2m_reward(
     anything is sampled where the policy has dropout or other noise, or the reward model's chat template refuses the
     prompts; RuntimeError where its passes are not those that are expected.
     """
-    _check_version()
+    check_version()
     settings = settings or R2M()
     if update_every != "rollout":
         raise ValueError(f"update_every is {update_every!r}; expected 'rollout'")
@@ -110,42 +120,6 @@ def r2m_reward(
     return callback.r2m_reward, callback  # a function: TRL gives a module texts of its own making
 
 
-class _Pass(NamedTuple):
-    """One forward pass of the policy over whole sequences."""
-
-    sequences: list[Tokens]
-    hidden: Tensor  # [b, S, D_p]
-    mask: Tensor  # bool [b, S], True where there is a token
-
-
-@dataclass
-class _Rollout:
-    """Sequences that have their rewards, on their way through the policy's training passes."""
-
-    t: int
-    rewards: Tensor  # [B]
-    passes: int  # that each sequence will make
-    rows: dict[Tokens, list[int]]  # several where the policy has sampled the same text again
-    skipped: list[int]  # leading tokens of each row that are no feedback
-    seen: Counter[Tokens] = field(default_factory=Counter)
-
-    def row_of(self, sequence: Tokens) -> int:
-        """Equal sequences take their rows in turn."""
-        if sequence not in self.rows:
-            raise RuntimeError(
-                f"rollout {self.t}: the policy trains on a sequence that was not rewarded ({len(sequence)} tokens, of "
-                f"which the first are {list(sequence[:8])}); expected prompt and completion as TRL tokenises them"
-            )
-        rows = self.rows[sequence]
-        row = rows[self.seen[sequence] % len(rows)]
-        self.seen[sequence] += 1
-        return row
-
-    @property
-    def is_complete(self) -> bool:
-        return self.seen.total() == len(self.skipped) * self.passes
-
-
 class R2MCallback(TrainerCallback):
     """What `r2m_reward` returns; one trainer's."""
 
@@ -155,8 +129,8 @@ class R2MCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self._args: Any = None  # the trainer's
         self._updater: R2MUpdater | None = None
-        self._captured: list[_Pass] = []
-        self._rollout: _Rollout | None = None
+        self._captured: list[Pass] = []
+        self._rollout: Rollout | None = None
         self._unlogged: dict[str, float] = {}
 
     # ---- the reward function ----
@@ -179,7 +153,7 @@ class R2MCallback(TrainerCallback):
             self._align_reward_model()  # of a rollout that ended inside an optimizer step
         prompt_ids = [ids for prompt, run in groupby(prompts) for ids in [self._prompt_ids(prompt)] * len(list(run))]
         for completion in completions:
-            _check_text(completion)
+            check_text(completion)
         # Of messages TRL may have parsed a part away, such as the reasoning.
         texts = response_texts(self._tokenizer, prompts, prompt_ids, completion_ids)
         rte = self.reward_model.embed(prompts, texts)
@@ -190,10 +164,10 @@ class R2MCallback(TrainerCallback):
         for sequences, hidden, mask in self._passes_over(prompts, texts, prompt_ids, completion_ids):
             rows = slice(len(skipped), len(skipped) + len(sequences))
             for row, sequence in enumerate(sequences, rows.start):
-                prompt_length = _prompt_length(sequence, completion_ids[row])
+                prompt_length = length_of_prompt(sequence, completion_ids[row])
                 rows_of.setdefault(sequence, []).append(row)
                 skipped.append(prompt_length if self.settings.positions == "response" else 0)
-            feedback = _feedback_mask(mask, skipped[rows])
+            feedback = feedback_mask(mask, skipped[rows])
             if updater is not None:
                 rewards[rows] = updater.score(rows, hidden, feedback)
             else:
@@ -205,7 +179,7 @@ class R2MCallback(TrainerCallback):
                 f"{int((~torch.isfinite(rewards)).sum())} of {len(rewards)} rewards are not finite"
             )
         if updater is not None:
-            self._rollout = _Rollout(t, rewards, self._args.num_iterations, rows_of, skipped)
+            self._rollout = Rollout(t, rewards, self._args.num_iterations, rows_of, skipped)
             correlation = updater.alignment(self.reward_model.vanilla_score(rte)).item()
             for name, value in {**self._unlogged, "weight": updater.weight, "correlation": correlation}.items():
                 log_metric(f"r2m/{name}", value)
@@ -214,7 +188,7 @@ class R2MCallback(TrainerCallback):
 
     def _passes_over(
         self, prompts: list[Prompt], texts: list[str], prompt_ids: list[list[int]], completion_ids: list[list[int]]
-    ) -> Iterator[_Pass]:
+    ) -> Iterator[Pass]:
         """The policy's passes over these samples, in their order."""
         if self.capture == "scoring":
             found = sum(len(one.sequences) for one in self._captured)
@@ -243,7 +217,7 @@ class R2MCallback(TrainerCallback):
         )
         for start in range(0, len(texts), size):
             ids, mask = batch.input_ids[start : start + size], batch.attention_mask[start : start + size]
-            yield _Pass(_sequences(ids, mask), _hidden_states(self._backbone, ids, mask.long(), args), mask)
+            yield Pass(sequences_of(ids, mask), hidden_states(self._backbone, ids, mask.long(), args), mask)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         """As TRL tokenises it."""
@@ -269,13 +243,13 @@ class R2MCallback(TrainerCallback):
             return
         hidden = (output[0] if isinstance(output, tuple) else output.last_hidden_state).detach()
         mask = mask.bool()
-        sequences = _sequences(ids, mask)
+        sequences = sequences_of(ids, mask)
         if not training:
-            self._captured.append(_Pass(sequences, hidden, mask))
+            self._captured.append(Pass(sequences, hidden, mask))
         elif self._rollout is not None and self._updater is not None:
             rows = [self._rollout.row_of(sequence) for sequence in sequences]
             # Of several training passes the last one stays.
-            self._updater.collect(rows, hidden, _feedback_mask(mask, [self._rollout.skipped[row] for row in rows]))
+            self._updater.collect(rows, hidden, feedback_mask(mask, [self._rollout.skipped[row] for row in rows]))
 
     def _adapter_is_the_policys(self) -> bool:
         """TRL's reference pass of a PEFT model runs the policy itself, with its adapter off or another one on."""
@@ -296,12 +270,12 @@ class R2MCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._args is not None:
             raise ValueError("callback belongs to another trainer already; expected a new r2m_reward for each")
-        _check_arguments(args, self.num_generations)
+        check_arguments(args, self.num_generations)
         self._model, self._tokenizer = kwargs["model"], kwargs["processing_class"]
         self.reward_model.check_policy_width(hidden_width(self._model))
         self.reward_model.to(args.device)
         self._backbone = policy_backbone(self._model)
-        _check_positions(self._model, self._backbone, args)
+        check_positions(self._model, self._backbone, args)
         self._backbone.register_forward_hook(self._on_forward, with_kwargs=True)
         layers = (module for module in self._model.modules() if isinstance(module, BaseTunerLayer))
         self._adapter_layer = next(layers, None)
@@ -310,24 +284,24 @@ class R2MCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         batches = kwargs["train_dataloader"]
-        self.reward_model.check_prompts(_prompts(batches.dataset))
-        _check_noise(self._model, self._backbone, args)
+        self.reward_model.check_prompts(known_prompts(batches.dataset))
+        check_noise(self._model, self._backbone, args)
         # TRL counts optimizer steps, of which a rollout may take several or less than one.
-        length, accumulated = _passes_a_rollout(args), args.gradient_accumulation_steps
+        length, accumulated = passes_a_rollout(args), args.gradient_accumulation_steps
         epoch = len(batches) if has_length(batches) else None
         self._updater = R2MUpdater(
             self.reward_model,
             self.settings,
-            total_steps=-(-_micro_batches(state.max_steps, accumulated, epoch) // length),
+            total_steps=-(-micro_batches(state.max_steps, accumulated, epoch) // length),
             num_generations=self.num_generations,
         )
         self.history, self._rollout = [], None
         # Of a run that goes on.
-        self._rollouts_before = _micro_batches(state.global_step, accumulated, epoch) // length
+        self._rollouts_before = micro_batches(state.global_step, accumulated, epoch) // length
         processes.keep_equal(self.reward_model)
         if state.global_step:
             self._restore(args, state)
-        _warn(args)
+        warn_about_arguments(args)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._rollout is None and not self.history:
@@ -361,184 +335,3 @@ class R2MCallback(TrainerCallback):
         assert self._updater is not None
         self.reward_model.load_state_dict(load_file(folder / WEIGHTS_FILE, device=str(args.device)))
         self._updater.load_state_dict(torch.load(folder / "optimizer.pt", map_location=args.device, weights_only=True))
-
-
-def _check_version() -> None:
-    try:
-        found = version("trl")
-    except PackageNotFoundError:
-        raise ImportError("r2m.integrations.trl needs TRL: pip install 'r2m-kernels[trl]'") from None
-    if not SpecifierSet(SUPPORTED).contains(found, prereleases=True):
-        raise ImportError(f"trl is {found}; expected {SUPPORTED}: pip install 'r2m-kernels[trl]'")
-
-
-def _passes_a_rollout(args: Any) -> int:
-    """Micro-batches that a process trains on between two generations."""
-    return args.steps_per_generation * args.num_iterations
-
-
-def _micro_batches(steps: int, accumulated: int, epoch: int | None) -> int:
-    """Micro-batches of the first `steps` optimizer steps, of `accumulated` each. The last step of an epoch, of `epoch`
-    micro-batches, takes what is left of it; None: the epoch has no end."""
-    if not epoch:
-        return steps * accumulated
-    epochs, rest = divmod(steps, -(-epoch // accumulated))
-    return epochs * epoch + rest * accumulated
-
-
-def _prompts(dataset: Any) -> Iterable[Prompt]:
-    """Those that are known before training; a stream's come one by one."""
-    known = has_length(dataset) and "prompt" in (getattr(dataset, "column_names", None) or [])
-    return dataset["prompt"] if known else []
-
-
-def _hidden_states(backbone: nn.Module, ids: Tensor, mask: Tensor | None, args: Any) -> Tensor:
-    """As TRL calls the policy: under its autocast, without position ids."""
-    precision = torch.float16 if args.fp16 else torch.bfloat16
-    with torch.autocast(args.device.type, precision, enabled=args.bf16 or args.fp16):
-        return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-
-def _check_positions(model: Any, backbone: Any, args: Any) -> None:
-    """Raises ValueError for a policy whose hidden states depend on the padding before a sequence."""
-    if _is_sharded():
-        return
-    ids, was_training = _some_ids(backbone), model.training
-    padded = torch.cat([ids[:, :1].expand(1, _PADDING), ids], 1)
-    mask = (torch.arange(padded.shape[1], device=ids.device) >= _PADDING).long()[None]
-    model.eval()
-    with torch.no_grad():
-        alone = _hidden_states(backbone, ids, torch.ones_like(ids), args)
-        behind_padding = _hidden_states(backbone, padded, mask, args)[:, _PADDING:]
-    model.train(was_training)
-    difference = _difference(behind_padding, alone)
-    if difference > _tolerance(backbone, args):
-        raise ValueError(
-            f"model is a {type(model).__name__}, whose hidden states differ by {difference:.2g} standard deviations "
-            "behind padding: TRL pads prompts and gives no position ids; expected a model with relative positions, "
-            "such as rotary ones, or r2m.R2MTrainer, which gives position ids"
-        )
-
-
-def _check_noise(model: Any, backbone: Any, args: Any) -> None:
-    """Raises ValueError for a policy whose hidden states in training mode, in which TRL scores, are not those in eval
-    mode. A fresh adapter's dropout does not show yet, so rates are looked at too."""
-    rates = {f"{type(module).__name__}.{name} = {getattr(module, name):g}" for module, name in dropout_rates(model)}
-    if not rates and _differs_in_training(model, backbone, args):
-        rates = {"noise in training mode, such as a router's jitter"}
-    if rates:
-        raise ValueError(
-            f"model is a {type(model).__name__} with {', '.join(sorted(rates))}, and disable_dropout is "
-            f"{args.disable_dropout}: TRL scores in training mode, so rewards would be of noise; expected "
-            "disable_dropout=True in the trainer's args, and 0 in the model's config for what that does not reach"
-        )
-
-
-def _differs_in_training(model: Any, backbone: Any, args: Any) -> bool:
-    if _is_sharded():
-        return False
-    ids, was_training = _some_ids(backbone), model.training
-    with torch.no_grad(), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
-        # Without a mask a pass is not taken for one of TRL's.
-        model.train()
-        in_training = _hidden_states(backbone, ids, None, args)
-        model.eval()
-        exact = _hidden_states(backbone, ids, None, args)
-    model.train(was_training)
-    return _difference(in_training, exact) > _tolerance(backbone, args)
-
-
-_PADDING = 8  # tokens
-
-
-def _some_ids(backbone: Any) -> Tensor:
-    weight = backbone.get_input_embeddings().weight
-    return torch.arange(3, 15, device=weight.device)[None] % weight.shape[0]
-
-
-def _difference(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square over that of `expected` less its mean over the tokens: a few features may dwarf all others."""
-    actual, expected = actual.float(), expected.float()
-    return ((actual - expected).norm() / (expected - expected.mean(1, keepdim=True)).norm()).item()
-
-
-def _tolerance(backbone: Any, args: Any) -> float:
-    return 1e-3 if backbone.dtype == torch.float32 and not (args.bf16 or args.fp16) else 0.1
-
-
-def _is_sharded() -> bool:
-    """Whether a pass takes more than calling the policy."""
-    return AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def _check_arguments(args: Any, num_generations: int) -> None:
-    for name in ("num_generations", "steps_per_generation", "num_iterations"):
-        if not hasattr(args, name):
-            raise TypeError(f"args is a {type(args).__name__} without {name}; expected RLOOConfig or GRPOConfig")
-    if args.num_generations != num_generations:
-        raise ValueError(
-            f"num_generations is {num_generations} in r2m_reward and {args.num_generations} in the "
-            "trainer's args; expected the same"
-        )
-    share = args.per_device_train_batch_size * args.steps_per_generation
-    if share % num_generations:
-        raise ValueError(
-            f"per_device_train_batch_size * steps_per_generation is {args.per_device_train_batch_size} * "
-            f"{args.steps_per_generation} = {share} samples of a rollout in each process; expected a multiple of "
-            f"num_generations = {num_generations}, so that no group is split between processes"
-        )
-    if args.mask_truncated_completions:
-        raise ValueError(
-            "mask_truncated_completions is True: TRL hides truncated completions from the policy's attention, "
-            "so they have no feedback; expected False"
-        )
-    if (args.generation_kwargs or {}).get("use_cache") is False:
-        raise ValueError(
-            "generation_kwargs has use_cache=False, which makes generation look like scoring; expected True"
-        )
-
-
-def _warn(args: Any) -> None:
-    if _passes_a_rollout(args) <= args.gradient_accumulation_steps:
-        logger.warning(
-            "steps_per_generation * num_iterations = %d, gradient_accumulation_steps = %d: the policy takes one step a "
-            "rollout, so the refreshed hidden states equal the scored ones",
-            _passes_a_rollout(args),
-            args.gradient_accumulation_steps,
-        )
-    if args.num_generations == 2:
-        logger.warning("num_generations = 2: group reward entropy is constant, so GREBT is Bradley-Terry alone")
-
-
-def _sequences(ids: Tensor, mask: Tensor) -> list[Tokens]:
-    """Of ids [b, S] those where mask [b, S] is True. One transfer to the host a micro-batch."""
-    return [tuple(row[kept].tolist()) for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
-
-
-def _prompt_length(sequence: Tokens, completion: list[int]) -> int:
-    length = len(sequence) - len(completion)
-    if length < 0 or sequence[length:] != tuple(completion):
-        raise RuntimeError(
-            f"the policy ran over a sequence that ends in {list(sequence[-8:])}, and the completion to be rewarded in "
-            f"{completion[-8:]}; expected the trainer's scoring pass, in the order of the completions"
-        )
-    return length
-
-
-def _feedback_mask(mask: Tensor, skipped: list[int]) -> Tensor:
-    """mask bool [b, S] of tokens -> of policy feedback: neither the first `skipped` of a row, nor its last, from which
-    no prediction was made."""
-    place = mask.cumsum(1)  # from 1
-    start = torch.tensor(skipped, device=mask.device)[:, None]
-    return mask & (place > start) & (place < place[:, -1:])
-
-
-def _check_text(completion: Any) -> None:
-    """Raises TypeError unless a completion is what TRL makes of one response: text, or one message of the assistant."""
-    if isinstance(completion, str):
-        return
-    if len(completion) != 1 or not isinstance(completion[0].get("content"), str):
-        raise TypeError(
-            f"completion has {len(completion)} messages, {completion!r:.80}; expected text, or one message "
-            "with text (tools and images are not supported)"
-        )
