@@ -212,17 +212,17 @@ def test_a_save_killed_at_any_step_leaves_complete_checkpoints_alone(make, tmp_p
     while status != 0:
         step += 1
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"step-{step}")
-        trainer.run.folder = folder
+        trainer.run.config.output_dir = str(folder)
         if (child := os.fork()) == 0:
             killed_at(step)
-            save_checkpoint(trainer, 5)
+            save_checkpoint(trainer.run, 5)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         assert status in (0, signal.SIGKILL)
         found = checkpoints(folder)
         assert list(found) in ([4], [4, 5], [5])
         for t, checkpoint in found.items():
-            assert load_checkpoint(other, checkpoint) == t
+            assert load_checkpoint(other.run, checkpoint) == t
         assert len(cut_back(folder, 6)) == 4
         assert list(folder.glob(".unfinished*")) == []
     assert list(found) == [5]

@@ -254,7 +254,7 @@ def test_a_checkpoint_is_measured_as_it_was_in_training(finished, which):
 
 def test_a_report_holds_what_the_restored_trainer_measures_and_its_samples(finished):
     trainer = build_trainer(load_config(finished / "config.yaml"))
-    load_checkpoint(trainer, finished / "checkpoint-2")
+    load_checkpoint(trainer.run, finished / "checkpoint-2")
     measures, rollout, batch = trainer.evaluate(HELD_OUT)
     text = evaluate_run(finished, "2")
     report = reported(text)
