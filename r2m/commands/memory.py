@@ -38,7 +38,9 @@ from r2m.method.reward_model import R2MRewardModel, RewardModelConfig, hidden_wi
 from r2m.method.updater import R2MUpdater
 from r2m.models import check_no_adapter, sequence_classifier
 from r2m.policy.load import add_adapter
-from r2m.policy.rollout import Annotations, Rollout, causal_lm, collate, generate, sample
+from r2m.method.hidden_states import causal_lm
+from r2m.policy.generate import generate
+from r2m.policy.rollout import Annotations, Rollout, collate, sample
 from r2m.trainer import R2MTrainer
 
 T = TypeVar("T")

@@ -38,7 +38,7 @@ from r2m.data.tokenization import response_texts
 from r2m.method.hidden_states import policy_backbone
 from r2m.method.reward_model import WEIGHTS_FILE, R2MRewardModel, hidden_width
 from r2m.method.updater import R2MUpdater
-from r2m.policy.load import dropout_rates
+from r2m.policy.passes import dropout_rates
 from r2m.policy.rollout import collate
 
 logger = logging.getLogger(__name__)

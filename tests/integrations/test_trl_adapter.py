@@ -26,7 +26,7 @@ from r2m.integrations.trl import r2m_reward  # noqa: E402
 from r2m.method.hidden_states import policy_backbone  # noqa: E402
 from r2m.method.reward_model import R2MRewardModel  # noqa: E402
 from r2m.method.updater import R2MUpdater  # noqa: E402
-from r2m.policy.load import disable_dropout  # noqa: E402
+from r2m.policy.passes import disable_dropout  # noqa: E402
 from r2m_kernels import time_weight  # noqa: E402
 
 K = 4

@@ -20,7 +20,8 @@ from r2m.cli import app
 from r2m.commands import export
 from r2m.commands.export import export_run, push_to_hub, write_policy_card
 from r2m.config import Lora, R2MConfig, config_to_yaml
-from r2m.policy.load import freeze_reference, load_policy
+from r2m.policy.load import load_policy
+from r2m.policy.reference import freeze_reference
 from r2m_kernels import __version__
 
 IDS = torch.tensor([[5, 9, 40, 7], [200, 3, 8, 11]])

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from r2m import HiddenStateTap, R2MTrainer
 from r2m.config import Lora, config_from_dict
-from r2m.policy.load import REFERENCE, add_adapter, freeze_reference
+from r2m.policy.load import add_adapter
+from r2m.policy.reference import REFERENCE, freeze_reference
 
 IDS = torch.tensor([[5, 9, 40, 7], [200, 3, 8, 11]])
 

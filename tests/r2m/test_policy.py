@@ -11,7 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from r2m.config import Lora, Placement, R2MConfig
-from r2m.policy.load import add_adapter, disable_dropout, freeze_reference, load_policy, load_tokenizer
+from r2m.policy.load import add_adapter, load_policy, load_tokenizer
+from r2m.policy.passes import disable_dropout
+from r2m.policy.reference import freeze_reference
 
 IDS = torch.tensor([[5, 9, 40, 7], [200, 3, 8, 11]])
 
