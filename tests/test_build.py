@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from importlib.metadata import version
@@ -436,6 +437,32 @@ def test_wheels(tools, project, tmp_path, monkeypatch):
         names = content.namelist()
     assert {"r2m_kernels/csrc/cpu/answer.cpp", "r2m_kernels/csrc/cuda/answer.cu", "r2m_kernels/build.py"} <= set(names)
     assert not any(name.endswith(".so") for name in names)
+
+
+def test_a_checkout_an_sdist_and_the_wheels_of_both_carry_the_same_sources(project, tmp_path):
+    shutil.rmtree(project / "csrc")
+    shutil.copytree(ROOT / "csrc", project / "csrc")
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('.'))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True).stdout
+    with tarfile.open(project / out.split()[-1]) as content:
+        content.extractall(tmp_path / "sdist", filter="data")
+    (from_sdist,) = (tmp_path / "sdist").iterdir()
+    packages = [project / "r2m_kernels", from_sdist / "r2m_kernels"]
+    for source in (project, from_sdist):
+        path, _ = wheel(source)
+        packages.append(tmp_path / f"site-{source.name}" / "r2m_kernels")
+        with zipfile.ZipFile(path) as content:
+            content.extractall(packages[-1].parent)
+    code = (
+        "from r2m_kernels import extension as e\n"
+        "for device in e.DEVICE_TYPES:\n"
+        "    print([str(path.relative_to(e.CSRC)) for path in e.sources(device)], e.sources_key(device))"
+    )
+    found = [
+        subprocess.check_output([sys.executable, "-c", code], cwd=package.parent, text=True) for package in packages
+    ]
+    assert "'ops.h'" in found[0] and "'cuda/grebt.cu'" in found[0]
+    assert len(set(found)) == 1
 
 
 def test_unknown_backends_ahead_of_time(project, monkeypatch):

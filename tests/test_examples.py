@@ -28,9 +28,9 @@ def run(name, *options):
     ).stdout
 
 
-# movie_reviews.py takes data from the net: tests/test_training_guide.py gives it others. trl_rloo.py needs TRL:
-# tests/integrations runs it.
-ELSEWHERE = {"movie_reviews.py", "trl_rloo.py"}
+# movie_reviews.py takes data from the net: tests/test_training_guide.py gives it others. own_loop.py takes a config:
+# tests/r2m/test_run.py. trl_rloo.py needs TRL: tests/integrations.
+ELSEWHERE = {"movie_reviews.py", "own_loop.py", "trl_rloo.py"}
 
 
 @pytest.mark.parametrize("name", sorted({path.name for path in EXAMPLES.glob("*.py")} - ELSEWHERE))

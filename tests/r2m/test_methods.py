@@ -9,6 +9,7 @@ import torch
 from test_trainer import PAIRS, K, N, changed, copies, hidden_states, small_policy, with_adapter, without_costs
 
 from r2m import R2MTrainer
+from r2m.algorithms import ALGORITHMS, Algorithm
 from r2m.config import config_from_dict
 from r2m.fitting import pairs as fitting
 from r2m.fitting.bradley_terry import pair_accuracy
@@ -226,6 +227,25 @@ def test_the_steps_of_reinforce_plus_plus_are_those_written_out(make):
     assert row["policy/clip_share"] > 0
     for name, p in trainer.policy.named_parameters():
         torch.testing.assert_close(p, exact.get_parameter(name), rtol=0, atol=2e-4, msg=name)
+
+
+# ---- an algorithm of one's own ----
+
+
+def test_a_new_algorithm_is_a_row_and_a_function(make, monkeypatch):
+    def centred(credit):
+        groups = credit.scores.view(-1, credit.num_generations)
+        return (groups - groups.mean(-1, keepdim=True)).flatten()
+
+    monkeypatch.setitem(ALGORITHMS, "centred", Algorithm(centred, ratio="token", compares="group"))
+    trainer = make(algorithm="centred", kl={"placement": "reward"})
+    assert trainer.first_epoch == 1
+    _, _, batch = trainer.round(1)
+    scores = (batch.scores - BETA * batch.kl).view(N, K)
+    torch.testing.assert_close(batch.advantages.view(N, K), scores - scores.mean(-1, keepdim=True))
+    assert all(math.isfinite(x) for row in make(algorithm="centred").train() for x in row.values())
+    with pytest.raises(ValueError, match="num_generations is 1; the responses of a group are compared by centred"):
+        make(algorithm="centred", num_generations=1, r2m={"feedback": "none"})
 
 
 # ---- the head alone ----

@@ -2,14 +2,18 @@
 
 import json
 import logging
+import runpy
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 import accelerate.tracking
 import pytest
 import tiny
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from r2m import R2MRewardModel, load_config
 from r2m.commands import evaluate as run_module
@@ -376,3 +380,15 @@ def test_measuring_leaves_a_run_as_it_was(finished):
     evaluate_run(finished)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     assert list(checkpoints(finished)) == [1, 2, 3]
+
+
+def test_a_loop_of_ones_own_around_the_trainers_round_trains_as_the_trainer_does(
+    finished, run_file, tmp_path, monkeypatch, capsys
+):
+    script = Path(__file__).parents[2] / "examples" / "own_loop.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(run_file), "--nats", "1e9"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["round 1", "round 2", "round 3"]
+    for file in ("policy/model.safetensors", "reward_model/r2m.safetensors"):
+        ours, theirs = load_file(tmp_path / "out" / file), load_file(finished / file)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
