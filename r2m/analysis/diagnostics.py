@@ -1,5 +1,5 @@
-"""Measures of what a run will start from and of what it did: whether the policy's hidden states tell the preference,
-what the cross-attention makes of them, and whether rewards degenerate. The command is in `r2m.diagnose`.
+"""Measures of what a run will start from: whether the policy's hidden states tell the preference,
+and what the cross-attention makes of them. The command is in `r2m.commands.diagnose`.
 
 Texts are those of N preference pairs, 2 N rows, the chosen ones first. Standard errors are by the jackknife over pairs,
 unless a function says otherwise.
@@ -8,67 +8,23 @@ unless a function says otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r2m.analysis.statistics import Estimate, jackknife, kendall, pearson, spearman
 from r2m.fitting.bradley_terry import pair_accuracy
 from r2m.fitting.pairs import stream_hidden
 from r2m.method.hidden_states import noise_like, policy_backbone
 from r2m.method.reward_model import R2MRewardModel
 from r2m.policy.rollout import Rollout
 from r2m.progress import track
-from r2m.runs.monitor import ACCURACY_LOSS, CLIPPED_SHARE, DEGENERATE_SHARE, SPREAD_RATIOS, exploits
 
 MAX_DEPTHS = 33  # embeddings and the layers of a model of up to 32; of a deeper one, as many evenly spaced
 TEXT_PAIRS = 2000  # for correlations; Kendall's compares each with each
-JACKKNIFE_GROUPS = 20
-
-# When a finished run's last third is worth a warning, beside the thresholds of r2m.runs.monitor.
-LASTING_DEGENERATE_SHARE = DEGENERATE_SHARE / 2  # over many rounds, where half of a single one might be chance
-PAIR_FLIPS = 0.5  # more than that, and the labels depend on which hidden states are asked
-ENTROPY_LEFT = 0.5  # of the policy's at the start
-LENGTH_RATIOS = (0.5, 2.0)  # mean length, as a multiple of what it was
-
-
-class Estimate(NamedTuple):
-    value: float
-    error: float  # standard error
-
-    def __str__(self) -> str:
-        """To the second digit of the error."""
-        decimals = max(0, 1 - math.floor(math.log10(self.error))) if self.error > 0 else 3
-        return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}"
-
-    def is_above(self, value: float) -> bool:
-        """By more than two standard errors."""
-        return self.value - 2 * self.error > value
-
-    def is_below(self, value: float) -> bool:
-        """By more than two standard errors."""
-        return self.value + 2 * self.error < value
-
-
-def jackknife(statistic: Callable[[Tensor], Tensor], count: int) -> list[Estimate]:
-    """A statistic of `count` pairs, [M] values, and their standard errors by leaving out a twentieth of them in turn.
-
-    statistic: indices of the pairs that it may use, int64 [n] -> float [M]. It holds for means, and for statistics over
-    pairs of texts, which are not independent of each other, too.
-    """
-    number = torch.arange(count)
-    groups = min(JACKKNIFE_GROUPS, count)
-    value = statistic(number)
-    left_out = torch.stack([statistic(number[number % groups != g]) for g in range(groups)])
-    error = ((groups - 1) * (left_out - left_out.mean(0)).square().mean(0)).sqrt()
-    return [Estimate(v, e) for v, e in zip(value.tolist(), error.tolist(), strict=True)]
-
-
-# ---- hidden states and preferences ----
 
 
 @torch.no_grad()
@@ -167,32 +123,6 @@ def similarity_and_reward(pooled: Tensor, rewards: Tensor) -> tuple[Tensor, Tens
     return cosine, distance, dict(zip(("pearson", "spearman", "kendall"), jackknife(statistic, count), strict=True))
 
 
-# ---- correlations of x and y [N]; NaN where one of them is constant ----
-
-
-def pearson(x: Tensor, y: Tensor) -> Tensor:
-    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1]
-
-
-def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's of the ranks; equal values share their mean rank."""
-    return pearson(_ranks(x), _ranks(y))
-
-
-def kendall(x: Tensor, y: Tensor) -> Tensor:
-    """Kendall's tau-b. Time and memory grow with N^2."""
-    x_order, y_order = (x[:, None] - x).sign(), (y[:, None] - y).sign()
-    return (x_order * y_order).sum() / (x_order.abs().sum() * y_order.abs().sum()).sqrt()
-
-
-def _ranks(x: Tensor) -> Tensor:
-    _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
-
-
-# ---- the cross-attention ----
-
-
 @dataclass
 class Observed:
     """What the reward model makes of 2 N texts: float32 [2 N] each. Rewards at any w are `reward(w)`."""
@@ -283,101 +213,3 @@ def alignment(observed: Observed, floor: float) -> dict[str, Estimate]:
     names = ("pearson", "spearman", "attended_tokens", "prompt_attention", "prompt_positions")
     values = jackknife(statistic, len(fused) // 2)
     return dict(zip((*names, "noise_change", "noise_correlation"), values, strict=True))
-
-
-# ---- a finished run ----
-
-
-def thirds(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
-    """Mean of every metric over the first, the middle and the last third of a run's rounds; None where none has it.
-
-    Raises ValueError for fewer than three rounds.
-    """
-    if len(rows) < 3:
-        raise ValueError(
-            f"rows: the run has {len(rows)} rounds; expected at least 3, to compare the first with the last"
-        )
-    cuts = [round(len(rows) * i / 3) for i in range(4)]
-    parts = [rows[start:end] for start, end in pairwise(cuts)]
-    metrics = dict.fromkeys(key for row in rows for key in row)
-    return {key: [_mean([row[key] for row in part if key in row]) for part in parts] for key in metrics}
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def degeneration(table: Mapping[str, Sequence[float | None]], eps: float) -> list[str]:
-    """What in a run's `thirds` needs its user: what was seen, and what to do about it, a sentence or two each.
-
-    eps: the config's `r2m.eps`. Empty where there is nothing to warn about.
-    """
-    warnings = []
-    first, last = ({key: v for key, values in table.items() if (v := values[i]) is not None} for i in (0, -1))
-
-    def ends(key: str) -> tuple[float, float] | None:
-        return (first[key], last[key]) if key in first and key in last else None
-
-    if {"reward/mean", "reward/initial"} <= first.keys() and exploits(first, last):
-        judge = ends("eval/judge") or ends("judge/logit")
-        judged = f"; the judge's went from {judge[0]:.3f} to {judge[1]:.3f}" if judge else ""
-        warnings.append(
-            f"the run's own reward rose from {first['reward/mean']:.3f} to {last['reward/mean']:.3f}, and the initial "
-            f"reward model's score went from {first['reward/initial']:.3f} to {last['reward/initial']:.3f}{judged}. "
-            "The policy may exploit the reward model; this is the first sign of it. Read samples; raise kl.beta or "
-            "r2m.floor, lower learning_rate, or take an earlier checkpoint."
-        )
-    clipped = ends("policy/clip_share")
-    if clipped and max(clipped) > CLIPPED_SHARE:
-        warnings.append(
-            f"{clipped[0]:.0%} of the importance ratios are clipped over the first third, {clipped[1]:.0%} over the "
-            "last: in a round the policy moves further than clip_range allows. Lower learning_rate, or set fewer "
-            "epochs or minibatches."
-        )
-    share = ends("reward/degenerate_share")
-    if share and share[1] > LASTING_DEGENERATE_SHARE:
-        warnings.append(
-            f"group std under eps ({eps:g}) in {share[1]:.0%} of groups over the last third, {share[0]:.0%} over the "
-            "first: the responses of such a group get one reward, from which neither policy nor reward model learns. "
-            "Choose a higher temperature, longer responses, or prompts that leave a choice."
-        )
-    spread = ends("reward/group_std")
-    if spread and spread[0] > 0 and not SPREAD_RATIOS[0] < spread[1] / spread[0] < SPREAD_RATIOS[1]:
-        if spread[1] > spread[0]:
-            advice = (
-                "the reward model widens its own margins, and the KL penalty weighs less. Set r2m.scale_anchor: true, "
-                "or lower r2m.learning_rate."
-            )
-        else:
-            advice = "samples grow alike. Raise kl.beta or the temperature."
-        warnings.append(
-            f"rewards spread {spread[1] / spread[0]:.2f} times as wide inside groups over the last third as over the "
-            f"first: {advice}"
-        )
-    accuracy = ends("rm/pair_accuracy")
-    if accuracy and accuracy[1] < accuracy[0] - ACCURACY_LOSS:
-        warnings.append(
-            f"accuracy on held-out pairs fell from {accuracy[0]:.3f} to {accuracy[1]:.3f}: the reward model forgets "
-            "what people prefer, unless it is chance (the standard error on N pairs is about 0.5 / sqrt(N)). Lower "
-            "r2m.learning_rate, or take an earlier checkpoint."
-        )
-    flips = ends("grebt/pair_flips")
-    if flips and flips[1] > PAIR_FLIPS:
-        warnings.append(
-            f"in {flips[1]:.0%} of groups over the last third the refreshed hidden states pick another best or worst "
-            "response than the rewards did: what the reward model learns from is mostly chance. Lower learning_rate, "
-            "or raise r2m.floor."
-        )
-    entropy = ends("policy/entropy")
-    if entropy and entropy[1] < ENTROPY_LEFT * entropy[0]:
-        warnings.append(
-            f"the policy's entropy fell from {entropy[0]:.2f} to {entropy[1]:.2f} nats a token: samples grow alike. "
-            "Raise kl.beta, or lower learning_rate."
-        )
-    length = ends("length/mean")
-    if length and not LENGTH_RATIOS[0] < length[1] / length[0] < LENGTH_RATIOS[1]:
-        warnings.append(
-            f"responses went from {length[0]:.0f} to {length[1]:.0f} tokens: the reward may follow length rather than "
-            "content. Read samples of both; raise kl.beta."
-        )
-    return warnings

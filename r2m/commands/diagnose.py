@@ -13,20 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from r2m.analysis.degeneration import degeneration, thirds
 from r2m.analysis.diagnostics import (
-    Estimate,
     Observed,
     accuracies,
     accuracy_change,
     alignment,
     centred,
-    degeneration,
     observe,
     pool_depths,
     preference_gap,
     similarity_and_reward,
-    thirds,
 )
+from r2m.analysis.statistics import Estimate
 from r2m.commands.build import load_models, with_saved_part
 from r2m.commands.fit_reward import split_pairs
 from r2m.config import R2MConfig, load_config, require_keys

@@ -13,25 +13,20 @@ import yaml
 from typer.testing import CliRunner
 
 from r2m.analysis import diagnostics
+from r2m.analysis.degeneration import degeneration, thirds
 from r2m.analysis.diagnostics import (
-    Estimate,
     accuracies,
     accuracy_change,
     alignment,
     centred,
-    degeneration,
-    jackknife,
-    kendall,
     observe,
-    pearson,
     pool_depths,
     preference_cosines,
     preference_gap,
     similarity_and_reward,
-    spearman,
     text_pairs,
-    thirds,
 )
+from r2m.analysis.statistics import Estimate, jackknife, kendall, pearson, spearman
 from r2m.cli import app
 from r2m.commands import diagnose as diagnose_module
 from r2m.commands.diagnose import RUN_METRICS
