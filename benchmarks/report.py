@@ -12,6 +12,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ from r2m.plots import PHASES
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SMALL_OPS = ("time_weighted_fusion", "fused_reward", "grebt_loss")
-LEGEND = (
-    "A cell holds the median time; how many times as long as ours it takes (`triton` or `extension`, the faster); and "
-    "the ideal time's share of it. Memory is what comes and goes beyond the inputs, results included. How this was "
-    "measured, and every other figure: [docs/benchmarks.md](docs/benchmarks.md)."
+README_LEGEND = (
+    "Forward and backward together; each column has its fastest form, in brackets. A cell: median time, and how many "
+    "times this project's it is. How it was measured, and every other figure: [docs/benchmarks.md](docs/benchmarks.md)."
 )
+DRAWN = {
+    "growth": "Time over the number of tokens, sequences and features, and memory over tokens, in four forms",
+    "update": "Time and memory of one update of the reward model",
+}
 
 Device = dict[str, Results]  # one device's files, by suite
 
@@ -75,7 +79,7 @@ def load(root: Path) -> dict[str, Device]:
 
 def texts(root: Path) -> dict[Path, str]:
     devices = load(root)
-    readme = "\n\n".join([LEGEND, *map(readme_section, devices.values())])
+    readme = "\n\n".join([README_LEGEND, *(readme_section(name, device) for name, device in devices.items())])
     full = "\n\n".join(full_section(name, device) for name, device in devices.items())
     bodies = {root / "README.md": readme, root / "docs" / "benchmarks.md": full}
     return {path: between_markers(path, {(BEGIN, END): body}) for path, body in bodies.items()}
@@ -120,12 +124,107 @@ def drawn_from(path: Path) -> str | None:
 # ---- README.md ----
 
 
-def readme_section(device: Device) -> str:
-    update, ops, rounds = (device[suite].rows if suite in device else [] for suite in ("update", "ops", "round"))
+def readme_section(name: str, device: Device) -> str:
+    shown = drawings(device)[:1]
+    sections = [
+        f"**{any_of(device).machine['device']}**: {made_by(device)}",
+        main_table(device),
+        " ".join(filter(None, [own_share(device), noise(device)])),
+        *(f"![{DRAWN[what]}](docs/benchmarks/{name}-{what}.png)" for _, what, _ in shown),
+    ]
+    return "\n\n".join(filter(None, sections))
+
+
+def main_table(device: Device) -> str:
+    """Up to four rows: an update of the reward model, then forward and backward of a reward, of a pool and of GREBT."""
+    update, ops = rows_of(device, "update"), rows_of(device, "ops")
+    last = update[-1].case if update else ""  # streamed, as the trainer does it
+    named = {
+        f"one update of the reward model, {last}": [row for row in update if row.case == last],
+        "`policy_feedback_reward`": main_shape(ops, "policy_feedback_reward"),
+        "`attention_pool_with_gradient`": main_shape(ops, "attention_pool"),
+        "`grebt_loss`": largest_shape(ops, "grebt_loss"),
+    }
+    lines = []
+    for name, rows in named.items():
+        rows = sorted(
+            (row for row in timed(rows) if row.mode in ("update", "forward+backward")), key=attrgetter("median")
+        )
+        ours = next((row for row in rows if row.provider.startswith(OURS)), None)
+        if ours is not None:
+            others = [row for row in rows if not row.provider.startswith(OURS)]
+            projected = next((row for row in others if "projected" in row.provider), None)
+            plain = next((row for row in others if "projected" not in row.provider), None)
+            cells = [show(row, partial(beside, ours=ours)) for row in (projected, plain)]
+            lines.append([name, shape_of(ours), *cells, f"{format_seconds(ours.median)} ({ours.provider})"])
+    return table(["", "", "keys and values projected", "other plain PyTorch", "this project"], lines) if lines else ""
+
+
+def beside(row: Row, ours: Row) -> str:
+    form = row.provider.removeprefix("plain PyTorch, ").removeprefix("projected, ")
+    return f"{format_seconds(row.median)}, {times(row.median / ours.median)} ({form})"
+
+
+def own_share(device: Device) -> str:
+    """R2M's own part of every training round that ran."""
+    ran = [row for row in timed(rows_of(device, "round")) if row.own_seconds]
+    told = [f"{format_seconds(row.own_seconds)} of {format_seconds(row.median)} ({row.case})" for row in ran]
+    return f"R2M's own work in a training round: {', '.join(told)}." if told else ""
+
+
+def made_by(device: Device) -> str:
+    commands: dict[str, list[str]] = {}
+    for results in device.values():
+        machine, commit = results.machine, results.machine["commit"] or "unknown"
+        versions = [f"{name} {machine[name]}" for name in ("torch", "triton") if machine.get(name)]
+        versions += [f"commit {commit[:12]}{'+' if commit.endswith('+') else ''}"]  # "+": with changes
+        commands.setdefault(", ".join(versions), []).append(f"`{results.command}`")
+    return "; ".join(f"{versions}: {', '.join(unique(made))}" for versions, made in commands.items())
+
+
+# ---- docs/benchmarks.md ----
+
+COMPARED = (
+    "Side by side: a cell holds the median time; how many times as long as ours it takes (`triton` or `extension`, the "
+    "faster); and the ideal time's share of it. Memory is what comes and goes beyond the inputs, results included."
+)
+COLUMNS: dict[str, Callable[[Row, float | None], str]] = {
+    "median": lambda row, reference: format_seconds(row.median),
+    "p20": lambda row, reference: show(row.p20, format_seconds),
+    "p80": lambda row, reference: show(row.p80, format_seconds),
+    "times ours": lambda row, reference: show(ratio(row, reference), times),
+    "spread": lambda row, reference: show(row.spread, lambda share: f"{100 * share:.1f} %"),
+    "error": lambda row, reference: show(row.error, lambda error: f"{error:.1e}"),
+    "memory": lambda row, reference: show(row.peak_bytes, format_bytes),
+    "held": lambda row, reference: show(row.held_bytes, format_bytes),
+    "launches": lambda row, reference: show(row.launches, str),
+    "GB/s": lambda row, reference: show(row.bandwidth, lambda bandwidth: format_number(bandwidth / 1e9)),
+    "of ideal": lambda row, reference: show(row.fraction_of_ideal, format_percent),
+}
+
+
+def full_section(name: str, device: Device) -> str:
+    sections = [f"## {any_of(device).machine['device']}"]
+    for suite, results in device.items():
+        machine = ", ".join(f"{key} {value}" for key, value in results.machine.items() if value is not None)
+        bandwidth = ", ".join(f"{key} {format_number(value / 1e9)} GB/s" for key, value in results.bandwidth.items())
+        sections.append(f"{suite}: `{results.command}`; {machine}; bandwidth: {bandwidth}.")
+    sections += side_by_side(device)
+    sections += [f"![{what}](benchmarks/{name}-{what}.png)" for _, what, _ in drawings(device)]
+    for results in device.values():
+        for (op, mode), rows in grouped(results.rows, attrgetter("op", "mode")).items():
+            sections += [f"### {op}, {mode}", full_table(timed(rows)), without_time(rows)]
+            if any(row.parts for row in rows):
+                sections.append(parts_table([row for row in rows if row.parts]))
+    return "\n\n".join(filter(None, [*sections, noise(device)]))
+
+
+def side_by_side(device: Device) -> list[str]:
+    """What matters most, a column a form or a mode: the update, reward and pool at one shape, the small ops, rounds."""
+    update, ops, rounds = (rows_of(device, suite) for suite in ("update", "ops", "round"))
     reward, pool = main_shape(ops, "policy_feedback_reward"), main_shape(ops, "attention_pool")
     small = [row for op in SMALL_OPS for row in largest_shape(ops, op)]
-    shown = [*update, *reward, *pool, *small, *rounds]
-    sections = [f"#### {any_of(device).machine['device']}", made_by(device)]
+    sections = [COMPARED]
     if update:
         title = f"**One update of the reward model**, {shape_of(update[0])}; times the fastest; memory beyond h"
         sections += [title, comparison(update, "case", "")]
@@ -142,33 +241,7 @@ def readme_section(device: Device) -> str:
         sizes = [{key: row.shape[key] for key in ("n", "K", "S_prompt", "S_response")} for row in rounds]
         shapes = unique(f"{row.case}: {format_shape(size)}" for row, size in zip(rounds, sizes, strict=True))
         sections += [f"**A training round**, {'; '.join(shapes)}", round_table(rounds)]
-    return "\n\n".join(filter(None, [*sections, without_time(shown), noise(device)]))
-
-
-def made_by(device: Device) -> str:
-    commands: dict[str, list[str]] = {}
-    for results in device.values():
-        machine, commit = results.machine, results.machine["commit"] or "unknown"
-        versions = [f"{name} {machine[name]}" for name in ("torch", "triton") if machine.get(name)]
-        versions += [f"commit {commit[:12]}{'+' if commit.endswith('+') else ''}"]  # "+": with changes
-        commands.setdefault(", ".join(versions), []).append(f"`{results.command}`")
-    return "; ".join(f"{versions}: {', '.join(unique(made))}" for versions, made in commands.items())
-
-
-def main_shape(rows: Sequence[Row], op: str) -> list[Row]:
-    """The rows of `op` that share case, dtype and sizes with the first row of policy_feedback_reward."""
-    main = next((row for row in rows if row.op == "policy_feedback_reward"), None)
-
-    def same(row: Row) -> bool:
-        return (row.case, row.dtype) == (main.case, main.dtype) and row.shape.items() <= main.shape.items()
-
-    return [row for row in rows if row.op == op and same(row)] if main else []
-
-
-def largest_shape(rows: Sequence[Row], op: str) -> list[Row]:
-    """The rows of `op` at its largest shape, of those where the most providers have times: not all compile."""
-    shapes = grouped((row for row in rows if row.op == op), shape_of)
-    return max(shapes.values(), key=lambda same: (len(timed(same)), math.prod(same[0].shape.values())), default=[])
+    return sections
 
 
 def comparison(rows: Sequence[Row], key: str, names: str | tuple[str, ...] = OURS) -> str:
@@ -221,57 +294,6 @@ def round_table(rows: Sequence[Row]) -> str:
     return table(["", "", "the round", *names, "of which R2M's own", "peak memory"], lines)
 
 
-def without_time(rows: Sequence[Row]) -> str:
-    """A line for every reason: providers, and where they have times elsewhere, on which shapes they have none."""
-    able = {"all", *(row.provider for row in timed(rows))}
-
-    def who(row: Row) -> str:
-        return f"{row.provider} ({row.case}: {shape_of(row)})" if row.provider in able else row.provider
-
-    reasons = grouped((row for row in rows if row.status != "ok"), attrgetter("status"))
-    return "\n".join(f"- {'; '.join(unique(map(who, of)))}: {status}" for status, of in reasons.items())
-
-
-def noise(device: Device) -> str:
-    found = [row.noise for results in device.values() for row in timed(results.rows) if row.noise is not None]
-    if not found:
-        return ""
-    middle, most = 100 * statistics.median(found), 100 * max(found)
-    return f"Two series of the same version differ by {middle:.1f} % in the median, {most:.1f} % at most."
-
-
-# ---- docs/benchmarks.md ----
-
-COLUMNS: dict[str, Callable[[Row, float | None], str]] = {
-    "median": lambda row, reference: format_seconds(row.median),
-    "p20": lambda row, reference: show(row.p20, format_seconds),
-    "p80": lambda row, reference: show(row.p80, format_seconds),
-    "times ours": lambda row, reference: show(ratio(row, reference), times),
-    "spread": lambda row, reference: show(row.spread, lambda share: f"{100 * share:.1f} %"),
-    "error": lambda row, reference: show(row.error, lambda error: f"{error:.1e}"),
-    "memory": lambda row, reference: show(row.peak_bytes, format_bytes),
-    "held": lambda row, reference: show(row.held_bytes, format_bytes),
-    "launches": lambda row, reference: show(row.launches, str),
-    "GB/s": lambda row, reference: show(row.bandwidth, lambda bandwidth: format_number(bandwidth / 1e9)),
-    "of ideal": lambda row, reference: show(row.fraction_of_ideal, format_percent),
-}
-
-
-def full_section(name: str, device: Device) -> str:
-    sections = [f"## {any_of(device).machine['device']}"]
-    for suite, results in device.items():
-        machine = ", ".join(f"{key} {value}" for key, value in results.machine.items() if value is not None)
-        bandwidth = ", ".join(f"{key} {format_number(value / 1e9)} GB/s" for key, value in results.bandwidth.items())
-        sections.append(f"{suite}: `{results.command}`; {machine}; bandwidth: {bandwidth}.")
-    sections += [f"![{what}](benchmarks/{name}-{what}.png)" for _, what, _ in drawings(device)]
-    for results in device.values():
-        for (op, mode), rows in grouped(results.rows, attrgetter("op", "mode")).items():
-            sections += [f"### {op}, {mode}", full_table(timed(rows)), without_time(rows)]
-            if any(row.parts for row in rows):
-                sections.append(parts_table([row for row in rows if row.parts]))
-    return "\n\n".join(filter(None, [*sections, noise(device)]))
-
-
 def full_table(rows: Sequence[Row]) -> str:
     lines = []
     for (case, shape), same in grouped(rows, lambda row: (row.case, shape_of(row))).items():
@@ -294,6 +316,45 @@ def parts_table(rows: Sequence[Row]) -> str:
 
 def any_of(device: Device) -> Results:
     return next(iter(device.values()))
+
+
+def rows_of(device: Device, suite: str) -> list[Row]:
+    return device[suite].rows if suite in device else []
+
+
+def main_shape(rows: Sequence[Row], op: str) -> list[Row]:
+    """The rows of `op` that share case, dtype and sizes with the first row of policy_feedback_reward."""
+    main = next((row for row in rows if row.op == "policy_feedback_reward"), None)
+
+    def same(row: Row) -> bool:
+        return (row.case, row.dtype) == (main.case, main.dtype) and row.shape.items() <= main.shape.items()
+
+    return [row for row in rows if row.op == op and same(row)] if main else []
+
+
+def largest_shape(rows: Sequence[Row], op: str) -> list[Row]:
+    """The rows of `op` at its largest shape, of those where the most providers have times: not all compile."""
+    shapes = grouped((row for row in rows if row.op == op), shape_of)
+    return max(shapes.values(), key=lambda same: (len(timed(same)), math.prod(same[0].shape.values())), default=[])
+
+
+def without_time(rows: Sequence[Row]) -> str:
+    """A line for every reason: providers, and where they have times elsewhere, on which shapes they have none."""
+    able = {"all", *(row.provider for row in timed(rows))}
+
+    def who(row: Row) -> str:
+        return f"{row.provider} ({row.case}: {shape_of(row)})" if row.provider in able else row.provider
+
+    reasons = grouped((row for row in rows if row.status != "ok"), attrgetter("status"))
+    return "\n".join(f"- {'; '.join(unique(map(who, of)))}: {status}" for status, of in reasons.items())
+
+
+def noise(device: Device) -> str:
+    found = [row.noise for results in device.values() for row in timed(results.rows) if row.noise is not None]
+    if not found:
+        return ""
+    middle, most = 100 * statistics.median(found), 100 * max(found)
+    return f"Two series of the same version differ by {middle:.1f} % in the median, {most:.1f} % at most."
 
 
 def timed(rows: Iterable[Row]) -> list[Row]:

@@ -134,17 +134,17 @@ def test_one_version(project):
 
 
 def test_texts_agree_on_the_oldest_torch(project):
-    readme = (ROOT / "README.md").read_text()
+    kernels = (ROOT / "docs" / "kernels.md").read_text()
     (oldest,) = project["dependencies"]
     extension_needs = "torch " + ".".join(map(str, extension.OLDEST_TORCH))
-    assert f'(`impl="torch"`) | {oldest.replace(">=", " ")} |' in readme
-    assert f"its compiled extension | {extension_needs}," in readme
+    assert f'(`impl="torch"`) | {oldest.replace(">=", " ")} |' in kernels
+    assert f"its compiled extension | {extension_needs}," in kernels
     assert f"Needs {extension_needs} or" in build.__doc__
 
 
 def test_texts_agree_on_nvcc_and_on_the_time_of_the_benchmarks():
-    readme = (ROOT / "README.md").read_text()
-    versions = {re.search(r"nvcc (\d+(?:\.\d+)?) or newer", text)[1] for text in (readme, build.__doc__)}
+    kernels, benchmarks = ((ROOT / "docs" / name).read_text() for name in ("kernels.md", "benchmarks.md"))
+    versions = {re.search(r"nvcc (\d+(?:\.\d+)?) or newer", text)[1] for text in (kernels, build.__doc__)}
     assert len(versions) == 1
-    (line,) = re.findall(r"^make bench\b.*; (.*) on two CPU cores$", readme, re.MULTILINE)
+    (line,) = re.findall(r"^make bench\b.*; (.*) on two CPU cores$", benchmarks, re.MULTILINE)
     assert re.search(rf"^bench:.*\({line} on two CPU cores\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)

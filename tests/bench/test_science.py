@@ -322,7 +322,9 @@ def test_report(root):
         in docs
     )
     assert "| 16 pairs, `kl.beta=0`; `rloo` | 1 | 4.00 / 12.50 / 20.50 |" in docs
-    assert "6 runs, 0.2 hours" in readme and "- **planted**, 1 seeds: judge +0.50 (at 5 nats +0.00), share of" in readme
+    assert (
+        "6 runs, 0.2 hours" in readme and "- **planted**, 1 seeds: judge +0.50, share of samples with the cue" in readme
+    )
     drawn = {path.name for path in (root / "docs" / "results").iterdir()}
     assert drawn == {f"planted-{what}.png" for what in ("overoptimisation", "arms", "differences")}
     assert report.check(root) == []

@@ -115,7 +115,7 @@ def test_the_emulator_shows_what_does_not_wait(tmp_path):
 
 @pytest.mark.parametrize("compiler", ["g++-11", "clang++-14"])
 def test_older_compilers_make_the_same_operators(compiler, tmp_path, monkeypatch):
-    """The oldest that README names; bfloat16 takes what they lack or name differently."""
+    """The oldest that docs/kernels.md names; bfloat16 takes what they lack or name differently."""
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no {compiler} on PATH")
     monkeypatch.setenv("CXX", compiler)
