@@ -118,6 +118,7 @@ def test_what_is_built_is_found_and_not_built_again(tools, capfd):
     assert capfd.readouterr().out == f"cpu: already built, {path}\n" and path.stat().st_ino == inode
 
 
+@pytest.mark.slow
 def test_ops_loads_the_library(tools, csrc):
     (csrc / "registration.cpp").write_text(OP)
     build.build(["cpu"])
@@ -284,6 +285,7 @@ def test_jobs_fit_into_memory(tmp_path, monkeypatch):
     assert build.jobs(2.0) == 3
 
 
+@pytest.mark.slow
 def test_a_cuda_library_is_built_whatever_torch_is_here(nvcc, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     path = build.build(["cuda"])["cuda"]
@@ -318,6 +320,7 @@ def test_sources_that_change_meanwhile_make_no_library(compiler, csrc):
     assert libraries() == []
 
 
+@pytest.mark.slow
 def test_two_processes_compile_once(compiler, csrc, tmp_path):
     compiler(f"echo compiling >> {tmp_path}/log; sleep 1")
     processes = [start(csrc), start(csrc)]
@@ -328,6 +331,7 @@ def test_two_processes_compile_once(compiler, csrc, tmp_path):
     assert len(libraries()) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_nothing_that_is_taken_for_a_library(compiler, csrc, tmp_path):
     compiler(f"touch {tmp_path}/started cpu.so; sleep 60")
     process = start(csrc)
@@ -413,6 +417,7 @@ def wheel(project, before="", after=""):
     return (project / done.stdout.split()[-1] if done.returncode == 0 else None), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_wheels(tools, project, tmp_path, monkeypatch):
     monkeypatch.setenv("R2M_KERNELS_BUILD", "cpu")
     path, _ = wheel(project)
@@ -439,6 +444,7 @@ def test_wheels(tools, project, tmp_path, monkeypatch):
     assert not any(name.endswith(".so") for name in names)
 
 
+@pytest.mark.slow
 def test_a_checkout_an_sdist_and_the_wheels_of_both_carry_the_same_sources(project, tmp_path):
     shutil.rmtree(project / "csrc")
     shutil.copytree(ROOT / "csrc", project / "csrc")
@@ -477,6 +483,7 @@ def test_ahead_of_time_without_torch(project, monkeypatch):
     assert path is None and "--no-build-isolation" in output
 
 
+@pytest.mark.slow
 def test_ahead_of_time_where_the_cache_cannot_be_written(tools, project, tmp_path, monkeypatch):
     monkeypatch.setenv("R2M_KERNELS_BUILD", "cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -17,6 +17,8 @@ from r2m import R2MRewardModel, R2MUpdater
 from r2m.config import R2M
 from r2m_kernels import merge_pools_with_gradient, time_weight
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DOCS = Path(__file__).parents[1] / "docs"
 

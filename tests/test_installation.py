@@ -59,6 +59,7 @@ def with_torch_alone(code: str, path: Path = ROOT) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_kernels_run_with_torch_alone():
     done = with_torch_alone(KERNELS)
     assert done.returncode == 0, done.stderr

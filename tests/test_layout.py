@@ -1,30 +1,24 @@
-"""Rooms: who may import whom. A room imports from those below it in ORDER, and from itself without a circle."""
+"""Rooms as CONTRIBUTING.md draws them: one imports from those below it, never from those above, and in no circle."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import r2m
+import r2m_kernels
 
 PACKAGE = Path(r2m.__file__).parent
+ROOT = Path(__file__).parents[1]
 
-# From top to bottom; CONTRIBUTING.md draws the same. The last line is of single files, which import one another.
-ORDER = [
-    {"cli"},
-    {"commands", "demo"},
-    {"trainer"},
-    {"analysis"},
-    {"runs"},
-    {"scoring"},
-    {"fitting"},
-    {"integrations"},
-    {"policy"},
-    {"method"},
-    {"data"},
-    {"algorithms", "cards", "config", "devices", "models", "names", "plots", "presets", "processes", "progress"},
-]
-LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+DRAWING = re.search(
+    r"^## Layout\n.*?^```\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE
+)[1]
+OF_R2M, _, OF_KERNELS = DRAWING.partition("\nr2m_kernels/")
+ORDERED, SERVING = (re.findall(r"^  (\w+)(?:/|\.py) ", part, re.MULTILINE) for part in OF_R2M.split("\n  ---\n"))
+# From the top down; single files below the line, which serve all, have one place.
+LEVEL = {room: level for level, room in enumerate(ORDERED)} | dict.fromkeys(SERVING, len(ORDERED))
 
 
 def modules() -> dict[str, Path]:
@@ -56,8 +50,12 @@ def room(module: str) -> str:
     return module.split(".")[0]
 
 
-def test_every_module_is_in_a_room():
+def test_the_drawing_has_every_room():
     assert {room(name) for name in modules()} == set(LEVEL)
+    home = Path(r2m_kernels.__file__).parent
+    names = [path.name for path in home.glob("*.py") if path.name != "__init__.py"]
+    names += [f"{path.parent.name}/" for path in home.glob("*/__init__.py")]
+    assert [name for name in names if name not in OF_KERNELS] == []
 
 
 def test_no_arrow_points_upwards():

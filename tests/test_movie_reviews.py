@@ -128,6 +128,7 @@ def test_windows_are_as_long_as_generations(splits, tokenizer):
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 def test_splits_depend_on_the_seed_and_fixed_ones_not_on_num_pairs(splits, tokenizer):
     more = load_splits(tokenizer, seed=0, num_pairs=33)
     assert more.pairs[:32] == splits.pairs and len(more.pairs) == 33
@@ -139,6 +140,7 @@ def test_splits_depend_on_the_seed_and_fixed_ones_not_on_num_pairs(splits, token
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 def test_judge_on_held_out_pairs(splits):
     judge = fit_judge(splits.judge_train)
     assert pair_accuracy(judge, splits.judge_test) > 0.84  # 0.85 to 0.88 over seeds

@@ -1,6 +1,5 @@
-"""What README and CONTRIBUTING show has to run, and to be so."""
+"""What the README shows has to run, and to be so."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from r2m.config import config_from_dict
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -45,58 +43,3 @@ def test_names_imported_in_the_examples_exist(page):
     assert lines
     for line in lines:
         assert all(hasattr(r2m, name.strip()) for name in line.split(","))
-
-
-# ---- CONTRIBUTING.md, Layout ----
-
-
-def drawing() -> str:
-    return re.search(r"^## Layout\n.*?^```\n(.*?)^```", CONTRIBUTING, re.DOTALL | re.MULTILINE)[1]
-
-
-def places() -> dict[str, int]:
-    """Of r2m's rooms and files, from the top down; those below the line, which serve all, have one place."""
-    ordered, _, below = drawing().partition("\nr2m_kernels/")[0].partition("\n  ---\n")
-    names, serving = (re.findall(r"^  (\w+)(?:/|\.py) ", part, re.MULTILINE) for part in (ordered, below))
-    return {name: place for place, name in enumerate(names)} | dict.fromkeys(serving, len(names))
-
-
-def arrows() -> set[tuple[str, str]]:
-    """(room, room that it imports from) of r2m."""
-    home, found = Path(r2m.__file__).parent, set()
-    for path in home.rglob("*.py"):
-        room = path.relative_to(home).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [f"r2m.{alias.name}" for alias in node.names] if node.module == "r2m" else [node.module]
-            else:
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            found |= {(room, name.split(".")[1]) for name in names if name.startswith("r2m.")}
-    return {(room, other) for room, other in found if room != other and room != "__init__"}
-
-
-# Imports against the order, of which there may be fewer, never more.
-UPWARDS = {
-    ("trainer", "commands"),
-    ("runs", "trainer"),
-    ("policy", "trainer"),
-    ("config", "runs"),
-    ("config", "data"),
-}
-
-
-def test_the_layout_names_every_module_and_room():
-    of_r2m, _, of_kernels = drawing().partition("\nr2m_kernels/")
-    for package, text in ((r2m, of_r2m + of_kernels), (r2m_kernels, of_kernels)):
-        home = Path(package.__file__).parent
-        modules = [path.name for path in home.glob("*.py") if path.name != "__init__.py"]
-        folders = [f"{path.parent.name}/" for path in home.glob("*/__init__.py")]
-        assert modules and folders
-        assert [name for name in modules + folders if name not in text] == []
-
-
-def test_rooms_import_from_those_below():
-    place = places()
-    assert place["cli"] == 0 and place["data"] + 1 == place["config"] == place["presets"]
-    known = {(room, other) for room, other in arrows() if room in place and other in place}
-    assert {(room, other) for room, other in known if place[room] > place[other]} <= UPWARDS

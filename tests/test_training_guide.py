@@ -28,6 +28,8 @@ from r2m.config import load_config
 from r2m.runs.checkpoint import MAY_CHANGE, checkpoints, read_metrics
 from r2m.runs.judge import load_judge
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "training.md").read_text()
 sys.path.append(str(ROOT / "tests" / "r2m"))  # for tiny

@@ -164,6 +164,7 @@ def assert_equal_runs(folder, expected):
     assert all(same(files[name], expected_files[name]) for name in files)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_20_random_moments_equals_one_that_never_stopped(run_file, tmp_path, processes):
     start = time.perf_counter()
     assert finish(processes.Process(target=go_on, args=(run_file, tmp_path / "straight"))) == 0

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from r2m import R2MRewardModel, R2MTrainer, load_config
 from r2m.cli import app
-from r2m.commands import train as runs
 from r2m.devices import resolve_precision
 from r2m.presets import preset_path
 
@@ -109,7 +108,7 @@ def test_sigterm_names_the_checkpoint_that_it_wrote(run_file, tmp_path, monkeypa
 
 
 def test_a_run_that_is_interrupted_before_its_first_round_leaves_no_folder(run_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "load_models", interrupted)
+    monkeypatch.setattr("r2m.commands.build.load_models", interrupted)
     assert train(run_file, f"output_dir={tmp_path}/some/where").exit_code != 0
     assert not (tmp_path / "some").exists()
     (tmp_path / "there").mkdir()

@@ -9,6 +9,7 @@ from r2m.demo import run as demo
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 def test_the_demo_trains_the_real_model_and_reports(tmp_path, monkeypatch, capsys):
     def few(*args, **kwargs):
         splits = load_splits(*args, **kwargs)

@@ -371,6 +371,7 @@ def test_before_a_run_everything_is_measured_and_no_file_of_the_reward_model_cha
     assert R2MRewardModel.from_pretrained(files / "reward").config.floor == saved.config.floor
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_figures_and_takes_held_out_pairs(files):
     write_pairs(files / "held_out.jsonl", 14)
     for name in ("one", "two"):

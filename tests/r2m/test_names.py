@@ -225,8 +225,8 @@ def test_text_for_a_list_is_a_type_error_that_says_what_makes_one(reward_checkpo
 
 def test_a_name_that_a_function_does_not_know_is_an_error(reward_checkpoint, policy):
     zeros, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    settings = {"algorithm": "rloo", "clip_range": 0.2, "beta": 0.1, "estimator": "k3"}
-    for name, value in (("algorithm", "RLOO"), ("estimator", "k1")):
+    settings = {"ratio_of": "sequence", "clip_range": 0.2, "beta": 0.1, "estimator": "k3"}
+    for name, value in (("ratio_of", "Token"), ("estimator", "k1")):
         with pytest.raises(ValueError, match=f"{name} is '{value}'; expected"):
             policy_loss(zeros, zeros, zeros, torch.zeros(2), mask, **(settings | {name: value}))
     with pytest.raises(ValueError, match="positions is 'prompt'; expected 'all' or 'response'"):

@@ -90,19 +90,19 @@ def batch():
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-@pytest.mark.parametrize("algorithm", ["rloo", "remax", "grpo", "reinforce++"])
-def test_the_loss_is_the_one_written_out_by_hand(batch, algorithm, estimator):
+@pytest.mark.parametrize(("ratio_of", "advantage_of"), [("sequence",) * 2, ("token", "sequence"), ("token",) * 2])
+def test_the_loss_is_the_one_written_out_by_hand(batch, ratio_of, advantage_of, estimator):
     beta, clip = 0.1, 0.2
-    of_tokens = algorithm in ("grpo", "reinforce++")
-    if algorithm == "reinforce++":
+    of_tokens = ratio_of == "token"
+    if advantage_of == "token":
         batch["advantages"] = torch.tensor([[1.0, -2.0, 0.5, 3.0], [-1.0, 2.0, 9.0, 9.0], [0.7, 9.0, 9.0, 9.0]])
-    loss, _ = policy_loss(**batch, algorithm=algorithm, clip_range=clip, beta=beta, estimator=estimator)
+    loss, _ = policy_loss(**batch, ratio_of=ratio_of, clip_range=clip, beta=beta, estimator=estimator)
     for i, length in enumerate([4, 2, 1]):
         log_probs, old, reference = (
             batch[k][i, :length] for k in ("log_probs", "old_log_probs", "reference_log_probs")
         )
         advantage, d = batch["advantages"][i], reference - log_probs
-        advantage = advantage[:length] if algorithm == "reinforce++" else advantage
+        advantage = advantage[:length] if advantage_of == "token" else advantage
         kl = d**2 / 2 if estimator == "k2" else d.exp() - 1 - d
         ratio = (log_probs - old).exp() if of_tokens else (log_probs - old).sum().exp()
         objective = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -110,9 +110,9 @@ def test_the_loss_is_the_one_written_out_by_hand(batch, algorithm, estimator):
         torch.testing.assert_close(loss[i], expected)
 
 
-@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-def test_what_is_past_the_end_changes_nothing(batch, algorithm):
-    settings = {"algorithm": algorithm, "clip_range": 0.2, "beta": 0.1, "estimator": "k3"}
+@pytest.mark.parametrize("ratio_of", ["sequence", "token"])
+def test_what_is_past_the_end_changes_nothing(batch, ratio_of):
+    settings = {"ratio_of": ratio_of, "clip_range": 0.2, "beta": 0.1, "estimator": "k3"}
     before, _ = policy_loss(**batch, **settings)
     for name in ("log_probs", "old_log_probs", "reference_log_probs"):
         batch[name] = torch.where(batch["mask"], batch[name], torch.full((), -7.0))
@@ -123,7 +123,7 @@ def test_what_is_past_the_end_changes_nothing(batch, algorithm):
 def test_a_clipped_sequence_has_no_gradient_and_is_counted(batch):
     log_probs = (batch["old_log_probs"] + torch.tensor([[1.0], [0.0], [0.0]])).requires_grad_()
     loss, stats = policy_loss(
-        **(batch | {"log_probs": log_probs}), algorithm="rloo", clip_range=0.2, beta=0.0, estimator="k3"
+        **(batch | {"log_probs": log_probs}), ratio_of="sequence", clip_range=0.2, beta=0.0, estimator="k3"
     )
     loss.sum().backward()
     assert log_probs.grad[0].abs().sum() == 0

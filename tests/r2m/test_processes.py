@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from r2m import processes
 from r2m.config import config_from_dict
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("train_in_processes.py")
 SHARDED = {"placement": {"shard_policy": True}}
 # With rounds scored by a pass of their own, and, where groups of four fit, by the first epoch's.

@@ -4,7 +4,6 @@ import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from r2m.config import Generation, Lora
-from r2m.policy import rollout
 from r2m.policy.load import add_adapter
 from r2m.policy.loss import token_log_probs
 from r2m.policy.rollout import collate, sample
@@ -178,7 +177,7 @@ def test_reading_each_prompt_once_samples_the_same_tokens(tokenizer, monkeypatch
     once, shapes = reads(policy, run)
     assert shapes[0] == (3, len(PROMPTS[0]) - 1)
     assert set(shapes[1:]) == {(12, 1)}
-    monkeypatch.setattr(rollout, "_REPEATABLE_LAYERS", set())
+    monkeypatch.setattr("r2m.policy.generate._REPEATABLE_LAYERS", set())
     plain, shapes = reads(policy, run)
     assert shapes[1] == (12, len(PROMPTS[0]))
     assert torch.equal(once.input_ids, plain.input_ids)

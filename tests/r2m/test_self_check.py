@@ -76,7 +76,7 @@ def test_a_policy_whose_last_states_are_narrower_than_its_layers_trains(make):
 def test_the_check_leaves_nothing_behind(make):
     trainer = make(tiny.policy(), checkpoints={"every": 0})
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
-    check_policy(trainer)
+    check_policy(trainer.learner, trainer.prompt_ids, trainer.reward_model.config.policy_width)
     assert not trainer.policy.training
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in trainer.policy.named_parameters())
     assert not trainer.run.folder.exists()

@@ -704,8 +704,12 @@ def test_measuring_before_and_within_rounds_changes_no_bit(make, settings):
 
     (expected, plain), (rows, measured) = rounds(measures=False), rounds(measures=True)
     assert rows == expected
-    for name in ("policy", "reward_model", "initial_head"):
-        assert changed(getattr(measured, name), copies(getattr(plain, name))) == set()
+    for one, other in (
+        (measured.policy, plain.policy),
+        (measured.reward_model, plain.reward_model),
+        (measured.scorer.initial_head, plain.scorer.initial_head),
+    ):
+        assert changed(one, copies(other)) == set()
     assert measured.updater.scale == plain.updater.scale
 
 
