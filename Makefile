@@ -13,8 +13,11 @@ IMPLS ?= triton extension
 QUICK ?=
 OUT ?=
 LIMIT ?=
+# Tests that meet every Triton kernel, layout and dtype once.
+SOME := strides or several_queries or reductions_and_statistics
 
-.PHONY: help demo test extension lint types unit trl cpu sanitize emulate interpret gate nvcc-gate bench science
+.PHONY: help demo test gates extension lint types unit interpret-some slow trl cpu sanitize emulate interpret gate
+.PHONY: nvcc-gate bench science
 .PHONY: gpu gpu-test gpu-sanitize format clean
 .DEFAULT_GOAL := help
 
@@ -24,7 +27,9 @@ help:  ## list the targets
 demo: $(STAMP) extension  ## train a 135M-parameter model on movie reviews (12 minutes on two slow CPU cores)
 	$(BIN)/r2m demo
 
-test: lint types unit trl cpu sanitize emulate interpret gate nvcc-gate  ## everything a change must pass; needs no GPU
+test: lint types unit interpret-some  ## the short check (six minutes on two CPU cores); needs no GPU
+
+gates: slow trl cpu sanitize emulate interpret gate nvcc-gate  ## what compiles, emulates, sanitizes, or takes minutes; needs no GPU
 
 extension: $(STAMP)  ## compile the operators for the CPU; without a compiler, everything runs in PyTorch
 	-$(BIN)/python -m r2m_kernels.build cpu
@@ -36,8 +41,14 @@ lint: $(STAMP)  ## ruff: rules and format
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
-unit: $(STAMP) extension  ## pytest
-	$(PYTEST)
+unit: $(STAMP) extension  ## pytest, without the tests that take minutes
+	$(PYTEST) -m "not slow"
+
+interpret-some: $(STAMP)  ## a test of each Triton kernel, in Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels --impl triton -k "$(SOME)"
+
+slow: $(STAMP) extension  ## the tests that take minutes: several processes, kills, wheels, the guide, the demo, all architectures
+	$(PYTEST) -m slow
 
 trl: $(STAMP) extension  ## the tests of the TRL adapter, with the oldest and the newest release of TRL it is meant for
 	for release in 1.0.0 1.16.0; do \

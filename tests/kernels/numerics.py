@@ -1,5 +1,8 @@
 """The accuracy rule that every kernel test uses, and what it compares."""
 
+import itertools
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -100,3 +103,29 @@ def column_orders(function, width: int, count: int) -> list:
 def ragged(lengths: list[int]) -> Tensor:
     """cu_seqlens of packed sequences of these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def pairwise(**values):
+    """pytest.mark.parametrize over rows in which every two values of two arguments meet.
+
+    Most faults need two of them to meet; the whole product, in which three do, is left to the fuzz tests.
+    """
+    names = list(values)
+    left = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i, j in itertools.product(range(len(values[a])), range(len(values[b])))
+    }
+    rows = []
+    while left:
+        best = max(
+            itertools.product(*(range(len(values[name])) for name in names)),
+            key=lambda row: len(left & met(names, row)),
+        )
+        left -= met(names, best)
+        rows.append([values[name][i] for name, i in zip(names, best, strict=True)])
+    return pytest.mark.parametrize(names, rows)
+
+
+def met(names, row):
+    return {(*one, *other) for one, other in itertools.combinations(zip(names, row, strict=True), 2)}

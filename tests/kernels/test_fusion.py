@@ -5,20 +5,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import check_against_reference
+from numerics import check_against_reference, pairwise
 
 from r2m_kernels import fused_reward, time_weight, time_weighted_fusion
 from r2m_kernels.fusion import reference
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-every_dtype = pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
-every_shape = pytest.mark.parametrize("shape", [(1, 96), (5, 1), (37, 1000), (3, 4096), (300, 70), (0, 8)], ids=str)
-weights = pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, torch.tensor(0.85)], ids=str)
+CASES = {
+    "dtype": [F32, BF16, F16, F64],
+    "shape": [(1, 96), (5, 1), (37, 1000), (3, 4096), (300, 70), (0, 8)],
+    "weight": [0.0, 0.3, 1.0, torch.tensor(0.85)],
+}
 
 
-@every_dtype
-@every_shape
-@weights
+@pairwise(**CASES)
 def test_fusion_matches_the_equation(dtype, shape, weight):
     weight = torch.tensor(float(weight)) if isinstance(weight, torch.Tensor) else weight  # on the device under test
     inputs = {"aggregated": torch.randn(shape).to(dtype), "rte": torch.randn(shape).to(dtype)}
@@ -31,10 +31,7 @@ def test_fusion_matches_the_equation(dtype, shape, weight):
     )
 
 
-@every_dtype
-@every_shape
-@weights
-@pytest.mark.parametrize("bias", [(), (1,), None], ids=str)
+@pairwise(**CASES, bias=[(), (1,), None])
 def test_fused_reward_matches_the_equations(dtype, shape, weight, bias):
     weight = torch.tensor(float(weight)) if isinstance(weight, torch.Tensor) else weight  # on the device under test
     inputs = {name: torch.randn(shape).to(dtype) for name in ("aggregated", "rte")}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from numerics import assert_accurate
+from numerics import assert_accurate, pairwise
 
 from r2m_kernels import grebt_loss
 from r2m_kernels.grebt import reference
@@ -27,10 +27,12 @@ def entropy_gradient(rewards, eps=0.0):
     return value_and_gradient(grebt_loss, rewards, alpha=1.0, eps=eps, reduction="sum")[1]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
-@pytest.mark.parametrize("shape", [(1, 2), (7, 3), (64, 8), (5, 37), (2, 1023)], ids=str)
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("eps", [1e-4, 0.5])
+@pairwise(
+    dtype=[F32, BF16, F16, F64],
+    shape=[(1, 2), (7, 3), (64, 8), (5, 37), (2, 1023)],
+    alpha=[0.0, 0.3, 1.0],
+    eps=[1e-4, 0.5],
+)
 def test_loss_and_gradient_match_the_equations(dtype, shape, alpha, eps):
     if shape[1] == 2 and alpha == 1 and eps == 1e-4:
         shape = (1, 3)  # constant for K = 2, up to eps: its own test
@@ -194,10 +196,7 @@ def test_winner_and_loser_always_differ_and_bt_is_at_most_log_two(data, k):
     assert stats["bt"] <= math.log(2) + 1e-6
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
-@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e4])
-@pytest.mark.parametrize("k", [2, 3, 7])
-@pytest.mark.parametrize("eps", [0.0, 1e-4])
+@pairwise(dtype=[F32, BF16, F16, F64], value=[0.0, 0.1, -7.3, 1e4], k=[2, 3, 7], eps=[0.0, 1e-4])
 def test_a_group_of_equal_rewards_has_exactly_no_gradient(dtype, value, k, eps):
     rewards = torch.stack([torch.full((k,), value), torch.randn(k)]).to(dtype).requires_grad_()
     loss, stats = grebt_loss(rewards, eps=eps, return_stats=True)
