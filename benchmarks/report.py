@@ -19,10 +19,10 @@ from typing import Any
 
 from PIL import Image
 
-from r2m.bench.ops import OURS
-from r2m.bench.plots import format_bytes, format_seconds, memory, plot_growth, plot_update, sweeps
-from r2m.bench.results import Results, Row, format_number, format_percent, format_shape
 from r2m.plots import PHASES
+from r2m_kernels.bench.ops import OURS
+from r2m_kernels.bench.plots import format_bytes, format_seconds, memory, plot_growth, plot_update, sweeps
+from r2m_kernels.bench.results import Results, Row, format_number, format_percent, format_shape
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from r2m.bench import record, slug, start
-from r2m.bench.ops import MODES, Case, run_cases
-from r2m.bench.results import Results, Row
-from r2m.bench.update import run_updates
+from r2m_kernels.bench import record, slug, start
+from r2m_kernels.bench.ops import MODES, Case, run_cases
+from r2m_kernels.bench.results import Results, Row
+from r2m_kernels.bench.update import run_updates
 
 SUITES = ("update", "ops", "round")  # in this order
 

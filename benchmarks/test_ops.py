@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 import torch
 
-from r2m.bench.measure import TOLERANCE, check
-from r2m.bench.ops import MODES, Case, build
+from r2m_kernels.bench.measure import TOLERANCE, check
+from r2m_kernels.bench.ops import MODES, Case, build
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = {"B": 8, "S": 256, "D_p": 1024, "D_rm": 1024, "d": 512, "heads": 1}

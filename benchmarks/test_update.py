@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.test_ops import DEVICE, time_checked
-from r2m.bench.measure import TOLERANCE
-from r2m.bench.update import RESIDENT, STREAMED, build
+from r2m_kernels.bench.measure import TOLERANCE
+from r2m_kernels.bench.update import RESIDENT, STREAMED, build
 
 SHAPE = {"n": 4, "K": 4, "S": 128, "D_p": 512, "D_rm": 512, "d": 512}
 

@@ -359,9 +359,10 @@ def bench(
     with _clear_errors():
         _check_models(("--policy", policy), ("--reward-model", reward_model))
 
-        from r2m.bench import bench_shape
+        with _loading():
+            from r2m.commands.bench import bench_models
 
-        bench_shape(
+        bench_models(
             policy,
             reward_model,
             batch=batch,

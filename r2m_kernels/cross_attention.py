@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import checks
-from r2m_kernels.attention_pool import (
-    attention_pool,
-    attention_pool_dot,
-    attention_pool_with_gradient,
-    choose_implementation,
-)
+from r2m_kernels.attention_pool import choose_implementation
+from r2m_kernels.attention_pool import ops as pool_ops
 from r2m_kernels.registration import (
     autocast_off,
     autograd_ready,
@@ -40,9 +36,9 @@ def absorbed_query(rte: Tensor, w_q: Tensor, w_k: Tensor, *, num_heads: int = 1)
     rte [B, D_rm], w_q [d, D_rm], w_k [d, D_p] -> float32 [B, D_p], or [B, num_heads, D_p] for more than one head.
     """
     checks.floating(rte=rte, w_q=w_q, w_k=w_k)
+    checks.dimensions("rte", rte, "[B, D_rm]")
     _check_query_weights(rte, w_q, w_k, num_heads)
-    scale = (w_q.shape[0] // num_heads) ** -0.5
-    u = _query(rte, w_q, w_k, num_heads, checks.accumulate_dtype(rte)) * scale
+    u = _absorbed_query(rte, w_q, w_k, num_heads)
     return u.squeeze(1) if num_heads == 1 else u
 
 
@@ -61,9 +57,7 @@ def reward_direction(
     checks.shape("w_o", w_o, ((phi.shape[0], "d"), "[D_rm, d] to go with head_weight"))
     checks.shape("w_v", w_v, ((w_o.shape[1], "D_p"), "[d, D_p] to go with w_o"))
     checks.heads(num_heads, w_v.shape[0])
-    w = checks.fusion_weight(weight, head_weight)
-    dtype = checks.accumulate_dtype(w_v)
-    g = (1 - w) * _into_heads(phi.to(dtype)[None], w_o.to(dtype), w_v.to(dtype), num_heads).squeeze(0)
+    g = _reward_direction(w_v, w_o, phi, checks.fusion_weight(weight, head_weight), num_heads)
     return g.squeeze(0) if num_heads == 1 else g
 
 
@@ -91,15 +85,8 @@ def reward_from_pools(
     Returns float32 [B], differentiable (once) in u, g, rte, head_weight and head_bias, so that ordinary autograd gives
     every weight's gradient without hidden. Right only while the weights are those that the pools were made with.
     """
-    checks.floating(
-        u=u,
-        g=g,
-        pooled=pooled,
-        gradient=gradient,
-        rte=rte,
-        head_weight=head_weight,
-        **checks.given(head_bias=head_bias),
-    )
+    tensors = {"u": u, "g": g, "pooled": pooled, "gradient": gradient, "rte": rte, "head_weight": head_weight}
+    checks.floating(**tensors, **checks.given("head_bias", head_bias))
     checks.dimensions("u", u, "[B, D_p]", "[B, heads, D_p]")
     checks.shape("g", g, (tuple(u.shape[1:]), "u without B"))
     checks.shape("pooled", pooled, (tuple(u.shape), "like u"))
@@ -108,13 +95,13 @@ def reward_from_pools(
     checks.shape("rte", rte, ((u.shape[0], rte.shape[1]), "[B, D_rm] to go with u"))
     phi, bias = checks.head(rte.shape[1], head_weight, head_bias)
     w = checks.fusion_weight(weight, rte)
-    dtype = checks.accumulate_dtype(u)
     forbid_transforms("reward_from_pools", u, g, rte, phi, bias)
-    bias = None if bias is None else bias.to(dtype)
-    tensors = (u, g, pooled.detach(), gradient.detach(), rte, phi, w)
-    return _RewardFromPools.apply(*(autograd_ready(t).to(dtype) for t in tensors), bias)
+    dtype = checks.accumulate_dtype(u)
+    u, g, pooled, gradient = (autograd_ready(t).to(dtype) for t in (u, g, pooled.detach(), gradient.detach()))
+    return _reward_from_pools(u, g, pooled, gradient, rte, phi, bias, w)
 
 
+@full_precision
 def policy_feedback_reward(
     rte: Tensor,
     hidden: Tensor,
@@ -151,37 +138,31 @@ def policy_feedback_reward(
     PyTorch operations; training with grebt_loss is 3 of its own and 34 more, the backward included. Raises ValueError
     or TypeError for arguments that do not fit, RuntimeError for an `impl` that cannot run.
     """
-    checks.floating(
-        rte=rte,
-        hidden=hidden,
-        w_q=w_q,
-        w_k=w_k,
-        w_v=w_v,
-        w_o=w_o,
-        head_weight=head_weight,
-        **checks.given(head_bias=head_bias),
-    )
-    _check_cross_attention(rte, hidden, w_q, w_k, w_v, w_o, num_heads, cu_seqlens, mask, impl)
-    needs_hidden = torch.is_grad_enabled() and hidden.requires_grad
-    if needs_hidden and not hidden_grad:
+    tensors = {"rte": rte, "hidden": hidden, "w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o, "head_weight": head_weight}
+    checks.floating(**tensors, **checks.given("head_bias", head_bias))
+    name, checked = _check_cross_attention(rte, hidden, w_q, w_k, w_v, w_o, num_heads, cu_seqlens, mask, impl)
+    if hidden.requires_grad and not hidden_grad and torch.is_grad_enabled():
         raise ValueError(
             "hidden: expected a tensor that requires no grad (detach it, or pass hidden_grad=True to train the policy "
             "through its reward), got one that does"
         )
     phi, bias = checks.head(rte.shape[1], head_weight, head_bias)
     w = checks.fusion_weight(weight, rte)
-    sequences: dict[str, Any] = {"cu_seqlens": cu_seqlens, "mask": mask, "scale": 1.0, "impl": impl}
-    u = absorbed_query(rte, w_q, w_k, num_heads=num_heads)
-    g = reward_direction(w_v, w_o, phi, weight=w, num_heads=num_heads)
-    if needs_hidden:
-        pooled = attention_pool(u, hidden, **sequences)
-        return (pooled * g).flatten(1).sum(-1) + _vanilla_reward(rte, phi, bias, w)
-    inputs = (rte, w_q, w_k, w_v, w_o, phi, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        pooled, gradient, _ = attention_pool_with_gradient(u.detach(), hidden, g, **sequences)
-        return reward_from_pools(u, g, pooled, gradient, rte, phi, bias, weight=w)
-    value, _ = attention_pool_dot(u, hidden, g, **sequences)
-    return value.reshape(rte.shape[0], num_heads).sum(-1) + _vanilla_reward(rte, phi, bias, w)
+    forbid_transforms("policy_feedback_reward", rte, hidden, w_q, w_k, w_v, w_o, phi, bias)
+
+    rows = cu_seqlens, mask, name, checked
+    u = _absorbed_query(rte, w_q, w_k, num_heads)
+    g = _reward_direction(w_v, w_o, phi, w, num_heads)
+    if torch.is_grad_enabled():
+        if hidden.requires_grad:
+            pooled, _ = pool_ops.attention_pool(u, hidden, *rows)
+            return (pooled * g).flatten(1).sum(-1) + _vanilla_reward(rte, phi, bias, w)
+        if u.requires_grad or g.requires_grad or (bias is not None and bias.requires_grad):
+            direction = g.detach().expand(u.shape)
+            pooled, gradient, _ = pool_ops.attention_pool_with_gradient(u.detach(), hidden, direction, *rows)
+            return _reward_from_pools(u, g, pooled, gradient, rte, phi, bias, w)
+    value, _ = pool_ops.attention_pool_dot(u, hidden, g.expand(u.shape), *rows)
+    return value.sum(-1) + _vanilla_reward(rte, phi, bias, w)
 
 
 @full_precision
@@ -207,26 +188,51 @@ def sequence_to_token_attention(
     then, which autograd cannot see. If rte and all weights are bfloat16, the weights' products round to it like those
     of nn.Linear; converting the weights would take longer than all the rest.
     """
-    checks.floating(rte=rte, hidden=hidden, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, **checks.given(v_bias=v_bias))
-    _check_cross_attention(rte, hidden, w_q, w_k, w_v, w_o, num_heads, cu_seqlens, mask, impl)
+    tensors = {"rte": rte, "hidden": hidden, "w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}
+    checks.floating(**tensors, **checks.given("v_bias", v_bias))
+    name, checked = _check_cross_attention(rte, hidden, w_q, w_k, w_v, w_o, num_heads, cu_seqlens, mask, impl)
     if v_bias is not None:
         checks.shape("v_bias", v_bias, ((w_v.shape[0],), "[d]"))
-    weights = (w_q, w_k, w_v, w_o)
-    half = all(t.dtype is torch.bfloat16 for t in (rte, *weights))
+    forbid_transforms("sequence_to_token_attention", rte, hidden, w_q, w_k, w_v, w_o, v_bias)
+
+    half = {t.dtype for t in (rte, w_q, w_k, w_v, w_o)} == {torch.bfloat16}
     dtype = torch.bfloat16 if half else checks.accumulate_dtype(rte)
     u = _query(rte, w_q, w_k, num_heads, dtype)
-    sequences: dict[str, Any] = {"cu_seqlens": cu_seqlens, "mask": mask, "impl": impl}
-    scale = (w_q.shape[0] // num_heads) ** -0.5
-    pooled, lse = attention_pool(u, hidden, scale=scale, return_lse=True, **sequences)
+    scaled = u.to(checks.accumulate_dtype(rte)) * (w_q.shape[0] // num_heads) ** -0.5
+    pooled, lse = pool_ops.attention_pool(scaled, hidden, cu_seqlens, mask, name, checked)
     if v_bias is not None:
         # The softmax weights sum to 1, except in an empty sequence, whose lse is -inf.
         v_bias = torch.where(lse.detach()[:, :1] == -torch.inf, 0.0, v_bias.to(dtype))
-    return _out_of_heads(pooled, w_v.to(dtype), w_o.to(dtype), v_bias).to(rte.dtype)
+    return _out_of_heads(pooled.to(dtype), w_v.to(dtype), w_o.to(dtype), v_bias).to(rte.dtype)
+
+
+# What the public functions compute, of arguments that were checked; outside of autocast.
 
 
 def _query(rte: Tensor, w_q: Tensor, w_k: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     """W_k^T W_q H [B, num_heads, D_p], computed in `dtype`."""
     return _into_heads(autograd_ready(rte).to(dtype), w_q.to(dtype).mT, w_k.to(dtype), num_heads)
+
+
+def _absorbed_query(rte: Tensor, w_q: Tensor, w_k: Tensor, num_heads: int) -> Tensor:
+    """u [B, num_heads, D_p]."""
+    return _query(rte, w_q, w_k, num_heads, checks.accumulate_dtype(rte)) * (w_q.shape[0] // num_heads) ** -0.5
+
+
+def _reward_direction(w_v: Tensor, w_o: Tensor, phi: Tensor, w: Tensor, num_heads: int) -> Tensor:
+    """g [num_heads, D_p]."""
+    dtype = w.dtype
+    return (1 - w) * _into_heads(phi.to(dtype)[None], w_o.to(dtype), w_v.to(dtype), num_heads).squeeze(0)
+
+
+def _reward_from_pools(
+    u: Tensor, g: Tensor, pooled: Tensor, gradient: Tensor, rte: Tensor, phi: Tensor, bias: Tensor | None, w: Tensor
+) -> Tensor:
+    """Of u, g, pooled and gradient in the arithmetic dtype."""
+    dtype = u.dtype
+    bias = None if bias is None else bias.to(dtype)
+    rte, phi, w = autograd_ready(rte).to(dtype), autograd_ready(phi).to(dtype), autograd_ready(w)
+    return _RewardFromPools.apply(u, g, pooled, gradient, rte, phi, w, bias)
 
 
 # The two chains of products around a pool. Each is the other's adjoint, x the small vector and c the one of D_p:
@@ -319,7 +325,6 @@ def _weight_gradients(
     return grad_a, grad_w
 
 
-@full_precision
 def _vanilla_reward(rte: Tensor, head_weight: Tensor, head_bias: Tensor | None, w: Tensor) -> Tensor:
     """w phi . H + b: what of the reward does not come from policy feedback."""
     reward = w * matrix_vector(autograd_ready(rte).to(w.dtype), head_weight.to(w.dtype))
@@ -328,10 +333,11 @@ def _vanilla_reward(rte: Tensor, head_weight: Tensor, head_bias: Tensor | None, 
 
 def _check_query_weights(rte: Tensor, w_q: Tensor, w_k: Tensor, num_heads: int, policy: int | None = None) -> None:
     """policy: the width of hidden, where it is there."""
-    checks.dimensions("rte", rte, "[B, D_rm]")
-    checks.shape("w_q", w_q, (("d", rte.shape[1]), "[d, D_rm] to go with rte"))
-    of_policy = "" if policy is None else "hidden and "
-    checks.shape("w_k", w_k, ((w_q.shape[0], policy or "D_p"), f"[d, D_p] to go with {of_policy}w_q"))
+    if w_q.ndim != 2 or w_q.shape[0] == 0 or w_q.shape[1] != rte.shape[1]:
+        checks.shape("w_q", w_q, (("d", rte.shape[1]), "[d, D_rm] to go with rte"))
+    if policy is None or w_k.shape != (w_q.shape[0], policy):
+        of_policy = "" if policy is None else "hidden and "
+        checks.shape("w_k", w_k, ((w_q.shape[0], policy or "D_p"), f"[d, D_p] to go with {of_policy}w_q"))
     checks.heads(num_heads, w_q.shape[0])
 
 
@@ -346,15 +352,22 @@ def _check_cross_attention(
     cu_seqlens: Any,
     mask: Any,
     impl: str,
-) -> None:
+) -> tuple[str, bool]:
+    """The implementation's name and `checked` as in attention_pool/ops.py, or an error."""
     # Widths come from rte and hidden, which are data: a weight that is transposed is the one to blame.
-    checks.dimensions("rte", rte, "[B, D_rm]")
-    checks.dimensions("hidden", hidden, "[B, S, D]" if cu_seqlens is None else "[total, D]")
-    checks.sequences(rte.shape[0], "rte", hidden.shape[-1], hidden, cu_seqlens, mask)
-    _check_query_weights(rte, w_q, w_k, num_heads, hidden.shape[-1])
-    checks.shape("w_v", w_v, ((w_q.shape[0], hidden.shape[-1]), "[d, D_p] like w_k"))
-    checks.shape("w_o", w_o, ((rte.shape[1], w_q.shape[0]), "[D_rm, d]"))
-    choose_implementation(impl, hidden)
+    if rte.ndim != 2 or rte.shape[1] == 0:
+        checks.dimensions("rte", rte, "[B, D_rm]")
+    if hidden.ndim == 0 or hidden.shape[-1] == 0:
+        checks.dimensions("hidden", hidden, "[B, S, D]" if cu_seqlens is None else "[total, D]")
+    width = hidden.shape[-1]
+    checked = checks.sequences(rte.shape[0], "rte", width, hidden, cu_seqlens, mask)
+    _check_query_weights(rte, w_q, w_k, num_heads, width)
+    d = w_q.shape[0]
+    if w_v.shape != (d, width):
+        checks.shape("w_v", w_v, ((d, width), "[d, D_p] like w_k"))
+    if w_o.shape != (rte.shape[1], d):
+        checks.shape("w_o", w_o, ((rte.shape[1], d), "[D_rm, d]"))
+    return choose_implementation(impl, hidden), checked
 
 
 class _RewardFromPools(torch.autograd.Function):

@@ -32,36 +32,49 @@ def choose(impl: str, *tensors: Tensor, op: str | None = None, **limits: str | N
     `op` is the operator's folder, whose implementations these are; without it, the question is what the machine can.
     `limits` gives for an implementation the reason why it cannot take these shapes, or None.
     """
-
-    def reason(name: str) -> str | None:
-        if name != "torch" and any(t.dtype is torch.float64 for t in tensors):
-            return "float64 runs in 'torch' only"
-        return limits.get(name) or _reason(name, str(tensors[0].device)) or (_lacks(op, name) if op else None)
-
+    if impl == "torch":
+        return impl
     if impl == "auto":
-        order = FASTEST_FIRST.get(tensors[0].device.type, ())
-        return next((name for name in order if reason(name) is None), "torch")
+        for name in FASTEST_FIRST.get(tensors[0].device.type, ()):
+            if _why_not(name, tensors, op, limits) is None:
+                return name
+        return "torch"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    why_not = reason(impl)
+    why_not = _why_not(impl, tensors, op, limits)
     if why_not is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {why_not}")
     return impl
+
+
+def _why_not(name: str, tensors: tuple[Tensor, ...], op: str | None, limits: dict[str, str | None]) -> str | None:
+    """Why an implementation cannot run on these tensors, or None."""
+    if name == "torch":
+        return None
+    for tensor in tensors:
+        if tensor.dtype is torch.float64:
+            return "float64 runs in 'torch' only"
+    return limits.get(name) or _reason(name, str(tensors[0].device)) or (_lacks(op, name) if op else None)
 
 
 def _reason(name: str, device: str) -> str | None:
     """Why an implementation cannot run on a device, or None: then it is loaded. Nothing is compiled to find out."""
     if name == "torch":
         return None
+    kind = device.partition(":")[0]
     if name == "extension":
-        why_not = extension.reason(device.split(":")[0])
-        return why_not or (_too_old(device) if device.startswith("cuda") else None)
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        if not device.startswith("cuda"):
-            return f"Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels slowly, and this is {device!r}"
-        if torch.version.hip is None and (too_old := _too_old(device)) is not None:
+        return extension.reason(kind) or (_too_old(device) if kind == "cuda" else None)
+    if kind != "cuda" and not _interpreted():
+        return f"Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels slowly, and this is {device!r}"
+    if kind == "cuda" and torch.version.hip is None:
+        too_old = _too_old(device)
+        if too_old is not None and not _interpreted():
             return too_old
     return _triton_error()
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -76,9 +89,15 @@ def _triton_error() -> str | None:
     return None
 
 
+_new_enough: set[str] = set()  # devices: asking for their capability takes longer than all checks of a call
+
+
 def _too_old(device: str) -> str | None:
     """Why an NVIDIA GPU lacks the instructions that the kernels use, or None."""
+    if device in _new_enough:
+        return None
     if torch.cuda.get_device_capability(device) >= (8, 0):
+        _new_enough.add(device)
         return None
     return f"needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} is older"
 

@@ -13,16 +13,47 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_LIBRARY = torch.library.Library("r2m_kernels", "FRAGMENT")
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers torch.ops.r2m_kernels.<name>, which `kernel` computes on every device, and returns it.
+
+    `fake` makes results of the same shapes, strides and dtypes from tensors without data. Not torch.library.custom_op,
+    whose wrappers in Python take three times as long as all of this.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"r2m_kernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.r2m_kernels, name).default
+
+
+def differentiate(op: Any, function: type[torch.autograd.Function]) -> None:
+    """Gives an op its derivative: that of `function`, whose forward calls the op within below_autograd()."""
+
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args)
+        with below_autograd():
+            return op(*args)
+
+    _LIBRARY.impl(op._schema.name.split("::")[1], run, "Autograd")
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs `function` with autocast off on the device of its tensors: an outer autocast changes no result."""
+    """Runs `function` with autocast off on the device of its first tensor: an outer autocast changes no result."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        device_type = next((t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), "cpu")
+        first = args[0] if args else next((t for t in kwargs.values() if isinstance(t, Tensor)), None)
         # Most calls: the context costs more than all checks.
-        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
             return function(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return run
@@ -34,8 +65,11 @@ def needs_own_backward(*tensors: Tensor | None) -> bool:
     Autograd runs its own formulas under the autocast that is on during the backward; compiled, under that around the
     compiled function. Not under torch.func, which knows derivatives of plain operations only.
     """
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return needed and not torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return not torch._C._are_functorch_transforms_active()
+    return False
 
 
 def matrix_vector(a: Tensor, b: Tensor) -> Tensor:
@@ -73,14 +107,14 @@ def save(ctx: Any, *tensors: Tensor | None, uncopied: Tensor | None = None) -> N
     If it changes before the backward the gradients are wrong: say so where a user reads it.
     """
     kept = () if uncopied is None else (uncopied,)
-    ctx.unseen = kept if any(t.is_inference() for t in kept) else ()
-    copies = (t if t is None else autograd_ready(t) for t in tensors)
+    ctx.unseen = kept if uncopied is not None and uncopied.is_inference() else ()
+    copies = [t.clone() if t is not None and t.is_inference() else t for t in tensors]
     ctx.save_for_backward(*copies, *(() if ctx.unseen else kept))
 
 
-def saved(ctx: Any) -> list[Any]:
+def saved(ctx: Any) -> tuple[Any, ...]:
     """What `save` kept, in its order."""
-    return [*ctx.saved_tensors, *ctx.unseen]
+    return *ctx.saved_tensors, *ctx.unseen
 
 
 def autograd_ready(tensor: Tensor) -> Tensor:
@@ -94,10 +128,17 @@ def autograd_ready(tensor: Tensor) -> Tensor:
 def forbid_second_derivative(backward_op: Any, name: str) -> None:
     """Makes it an error to differentiate the op that computes a gradient."""
 
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise no_second_derivative(name)
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with below_autograd():
+                return backward_op(*args)
 
-    backward_op.register_autograd(backward)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> None:
+            raise no_second_derivative(name)
+
+    differentiate(backward_op, Gradient)
 
 
 def no_second_derivative(name: str) -> RuntimeError:

@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
 from benchmarks.science.optional import REPLAY_WEIGHT, REPLAYED_PAIRS, AgreementGate, HumanReplay
-from r2m.bench.results import describe
 from r2m.config import R2MConfig, load_config
 from r2m.data.sources import Preference, Prompt
 from r2m.demo.movie_reviews import Scorer, Splits, distinct_2, fit_judge, load_splits, vader
@@ -43,6 +42,7 @@ from r2m.models import cached, smollm2
 from r2m.policy.load import load_policy, load_tokenizer
 from r2m.presets import preset_path
 from r2m.trainer import R2MTrainer
+from r2m_kernels.bench.results import describe
 
 # ---- settings: what a result depends on beside the code ----
 

@@ -1,7 +1,7 @@
 """Attention pooling with keys = values = hidden states: all sequence-length work of equations 1 to 3 of R2M
 (arXiv 2601.22664), because with one query per sequence the projected K and V never have to exist.
 
-The registered ops take query and direction as [B, H, D] in the arithmetic dtype, softmax scale included.
+Public functions and their checks: a call is checked here, once, before anything is launched. The ops are in ops.py.
 """
 
 from typing import Any, Literal, overload
@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r2m_kernels import checks, dispatch
-from r2m_kernels.attention_pool import sharded
-from r2m_kernels.registration import forbid_second_derivative, forbid_transforms, full_precision, save, saved
-
-_OP = "attention_pool"
+from r2m_kernels.attention_pool import ops, sharded
+from r2m_kernels.registration import forbid_transforms
 
 
 @overload
@@ -82,12 +80,12 @@ def attention_pool(
     then each has the whole gradient of query (averaging it over the ranks changes nothing, summing it would count it
     once a rank) and, of hidden, that of its own rows. torch.compile(fullgraph=True) is promised for group=None only.
     """
-    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, group)
+    name, scale, checked = _check(query, hidden, cu_seqlens, mask, scale, impl, group)
     forbid_transforms("attention_pool", query, hidden)
     by_head = _by_head(query, scale)
     if group is not None:
         by_head = sharded.with_summed_gradient(by_head, group)
-    pooled, lse = torch.ops.r2m_kernels.attention_pool(by_head, hidden, cu_seqlens, mask, name)
+    pooled, lse = ops.attention_pool(by_head, hidden, cu_seqlens, mask, name, checked)
     if group is not None:
         pooled, lse = sharded.merge(pooled, lse, group)
     pooled, lse = pooled.view(query.shape).to(query.dtype), lse.view(query.shape[:-1])
@@ -110,9 +108,10 @@ def attention_pool_dot(
     direction is [D], [H, D] (with query [B, H, D]) or like query; the rest as in `attention_pool`. The scoring path:
     the results carry no gradient. With a group the ranks exchange 2 B H numbers each.
     """
-    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, group, direction=direction)
-    value, lse = torch.ops.r2m_kernels.attention_pool_dot(
-        _by_head(query.detach(), scale), hidden.detach(), _directions(direction, query), cu_seqlens, mask, name
+    name, scale, checked = _check(query, hidden, cu_seqlens, mask, scale, impl, group, direction=direction)
+    directions = _directions(direction, query)
+    value, lse = ops.attention_pool_dot(
+        _by_head(query.detach(), scale), hidden.detach(), directions, cu_seqlens, mask, name, checked
     )
     if group is not None:
         value, lse = sharded.merge(value[..., None], lse, group)
@@ -137,15 +136,15 @@ def attention_pool_with_gradient(
     as in `attention_pool`. No autograd: raises ValueError if query or hidden requires grad while grad is enabled.
     With a group gradient is that of the whole sequences too; the ranks exchange B H (2 D + 1) numbers each.
     """
-    name, scale = _check(query, hidden, cu_seqlens, mask, scale, impl, group, direction=direction)
+    name, scale, checked = _check(query, hidden, cu_seqlens, mask, scale, impl, group, direction=direction)
     forbid_transforms("attention_pool_with_gradient", query, hidden)
     if torch.is_grad_enabled():
         for argument, tensor in (("query", query), ("hidden", hidden)):
             if tensor.requires_grad:
                 raise ValueError(f"{argument}: expected a tensor that requires no grad (detach it), got one that does")
     directions = _directions(direction, query)
-    pooled, gradient, lse = torch.ops.r2m_kernels.attention_pool_with_gradient(
-        _by_head(query, scale), hidden, directions, cu_seqlens, mask, name
+    pooled, gradient, lse = ops.attention_pool_with_gradient(
+        _by_head(query, scale), hidden, directions, cu_seqlens, mask, name, checked
     )
     if group is not None:
         pooled, gradient, lse = sharded.merge_with_gradient(pooled, gradient, lse, directions, group)
@@ -155,11 +154,12 @@ def attention_pool_with_gradient(
 
 def _check(
     query: Tensor, hidden: Tensor, cu_seqlens: Any, mask: Any, scale: Any, impl: str, group: Any, **direction: Tensor
-) -> tuple[str, float]:
-    """Errors for arguments that do not fit; returns the implementation's name and the scale."""
+) -> tuple[str, float, bool]:
+    """Errors for arguments that do not fit; returns the implementation's name, the scale and `checked` of ops.py."""
     checks.floating(query=query, hidden=hidden, **direction)
-    checks.dimensions("query", query, "[B, D]", "[B, H, D]")
-    checks.sequences(query.shape[0], "query", query.shape[-1], hidden, cu_seqlens, mask)
+    if query.ndim not in (2, 3) or query.shape[-1] == 0:
+        checks.dimensions("query", query, "[B, D]", "[B, H, D]")
+    checked = checks.sequences(query.shape[0], "query", query.shape[-1], hidden, cu_seqlens, mask)
     for name, tensor in direction.items():
         shapes = [((query.shape[-1],), "[D]"), (tuple(query.shape[1:]), "[H, D]"), (tuple(query.shape), "like query")]
         checks.shape(name, tensor, *(shapes if query.ndim == 3 else shapes[::2]))
@@ -168,14 +168,14 @@ def _check(
     checks.number("scale", scale)
     if group is not None:
         sharded.check(group)
-    return choose_implementation(impl, hidden, query), scale
+    return choose_implementation(impl, hidden), scale, checked
 
 
-def choose_implementation(impl: str, hidden: Tensor, *others: Tensor) -> str:
+def choose_implementation(impl: str, hidden: Tensor) -> str:
     """The implementation that pools `hidden`, or an error, as dispatch.choose."""
     apart = hidden.stride(-1) if hidden.shape[-1] > 1 else 1
     why_not = None if apart == 1 else f"hidden: expected a stride of 1 in the last dimension, got {apart}"
-    return dispatch.choose(impl, hidden, *others, op=_OP, extension=why_not)
+    return dispatch.choose(impl, hidden, op=ops.OP, extension=why_not)
 
 
 def _by_head(query: Tensor, scale: float) -> Tensor:
@@ -193,109 +193,3 @@ def _directions(direction: Tensor, query: Tensor) -> Tensor:
     """direction as a constant [B, H, D] (one that is shared stays shared: strides of 0) in the arithmetic dtype."""
     direction = direction.detach().to(checks.accumulate_dtype(direction)).expand(query.shape)
     return direction if query.ndim == 3 else direction[:, None]
-
-
-def _packed_rows(cu_seqlens: Tensor | None, hidden: Tensor) -> Tensor | None:
-    return None if cu_seqlens is None else checks.packed_rows(cu_seqlens, hidden.shape[0])
-
-
-@torch.library.custom_op("r2m_kernels::attention_pool", mutates_args=())
-@full_precision
-def _attention_pool(
-    query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor]:
-    cu_seqlens = _packed_rows(cu_seqlens, hidden)
-    return dispatch.implementation(_OP, impl).attention_pool(query, hidden, cu_seqlens, mask)
-
-
-@_attention_pool.register_fake
-def _(
-    query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1])
-
-
-@torch.library.custom_op("r2m_kernels::attention_pool_backward", mutates_args=())
-@full_precision
-def _attention_pool_backward(
-    query: Tensor,
-    hidden: Tensor,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    pooled: Tensor,
-    lse: Tensor,
-    grad_pooled: Tensor,
-    grad_lse: Tensor,
-    needs_hidden: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    cu_seqlens = _packed_rows(cu_seqlens, hidden)
-    return dispatch.implementation(_OP, impl).attention_pool_backward(
-        query, hidden, cu_seqlens, mask, pooled, lse, grad_pooled, grad_lse, needs_hidden
-    )
-
-
-@_attention_pool_backward.register_fake
-def _(
-    query: Tensor,
-    hidden: Tensor,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    pooled: Tensor,
-    lse: Tensor,
-    grad_pooled: Tensor,
-    grad_lse: Tensor,
-    needs_hidden: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), hidden.new_empty(hidden.shape if needs_hidden else 0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, hidden, cu_seqlens, mask, ctx.impl = inputs
-    save(ctx, query, cu_seqlens, mask, *output, uncopied=hidden)
-
-
-def _backward(ctx: Any, grad_pooled: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    query, cu_seqlens, mask, pooled, lse, hidden = saved(ctx)
-    needs_hidden = ctx.needs_input_grad[1]
-    grad_query, grad_hidden = torch.ops.r2m_kernels.attention_pool_backward(
-        query, hidden, cu_seqlens, mask, pooled, lse, grad_pooled, grad_lse, needs_hidden, ctx.impl
-    )
-    return grad_query, grad_hidden if needs_hidden else None, None, None, None
-
-
-_attention_pool.register_autograd(_backward, setup_context=_setup_context)
-forbid_second_derivative(_attention_pool_backward, "attention_pool")
-
-
-@torch.library.custom_op("r2m_kernels::attention_pool_dot", mutates_args=())
-@full_precision
-def _attention_pool_dot(
-    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor]:
-    cu_seqlens = _packed_rows(cu_seqlens, hidden)
-    return dispatch.implementation(_OP, impl).attention_pool_dot(query, hidden, direction, cu_seqlens, mask)
-
-
-@_attention_pool_dot.register_fake
-def _(
-    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape[:-1]), query.new_empty(query.shape[:-1])
-
-
-@torch.library.custom_op("r2m_kernels::attention_pool_with_gradient", mutates_args=())
-@full_precision
-def _attention_pool_with_gradient(
-    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    cu_seqlens = _packed_rows(cu_seqlens, hidden)
-    return dispatch.implementation(_OP, impl).attention_pool_with_gradient(query, hidden, direction, cu_seqlens, mask)
-
-
-@_attention_pool_with_gradient.register_fake
-def _(
-    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape[:-1])

@@ -4,12 +4,13 @@ Every function takes query [B, H, D] in float32 or float64, which is the dtype o
 the softmax scale in it; hidden [B, S, D] with an optional mask, or [total, D] with cu_seqlens.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r2m_kernels.attention_pool.merge import Segments, merge, merge_with_gradient, total
+from r2m_kernels.registration import full_precision
 
 # Rows of one packed partial pool: few enough that a sequence's last chunk wastes little work, enough that partial
 # pools stay far smaller than the hidden states.
@@ -24,108 +25,99 @@ Sequences = slice | Tensor
 Tile = tuple[Sequences, tuple[slice | Tensor, ...] | None, Tensor | None]
 
 
-def attention_pool(query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, ...]:
-    """pooled [B, H, D] and lse [B, H]."""
+@full_precision
+def pool(
+    query: Tensor,
+    hidden: Tensor,
+    direction: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    vectors: bool = True,
+    keep: bool = False,
+) -> tuple[Any, ...]:
+    """pooled, gradient = Cov_p(hidden) direction [B, H, D], value = direction . pooled and lse [B, H].
 
-    def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
-        p, lse = _softmax(query[sequence] @ block.mT, valid)
-        return p @ block, lse
-
+    None for what is not asked for: without direction gradient and value, without vectors pooled and gradient; with
+    vectors value is optional. Last, with keep, what grad_hidden needs: here the products of every tile, two scalars a
+    row, lse and value.
+    """
+    products: list[tuple[Tensor, Tensor]] = []
+    results: list[tuple[Tensor, ...]] = []
+    both = query if direction is None else torch.cat([query, direction], 1)
     tiles, segments = _tiles(query, hidden, cu_seqlens, mask)
-    pooled, lse = _partials(partial, query, hidden, tiles, segments)
-    return merge(pooled, lse, segments)
-
-
-def attention_pool_dot(
-    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, ...]:
-    """direction . pooled [B, H] and lse [B, H]: the pool of the scalars direction . hidden_j."""
-    both = torch.cat([query, direction], 1)
-
-    def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
-        scores, values = (both[sequence] @ block.mT).chunk(2, 1)
+    for sequence, rows, valid in tiles:
+        block = _load(hidden, rows, valid, query.dtype)
+        scores = both[sequence] @ block.mT
+        if direction is None:
+            p, lse = _softmax(scores, valid)
+            results.append((p @ block, lse))
+            continue
+        scores, values = scores.chunk(2, 1)
+        if keep:
+            products.append((scores, values))
         p, lse = _softmax(scores, valid)
         values = _masked(values, valid, 0)
-        return (p * values).sum(-1, keepdim=True), lse
-
-    tiles, segments = _tiles(query, hidden, cu_seqlens, mask)
-    value, lse = _partials(partial, query, hidden, tiles, segments)
-    value, lse = merge(value, lse, segments)
-    return value.squeeze(-1), lse
-
-
-def attention_pool_with_gradient(
-    query: Tensor, hidden: Tensor, direction: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, ...]:
-    """pooled, gradient = Cov_p(hidden) direction [B, H, D], and lse [B, H]."""
-    both = torch.cat([query, direction], 1)
-
-    def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
-        scores, values = (both[sequence] @ block.mT).chunk(2, 1)
-        p, lse = _softmax(scores, valid)
-        values = _masked(values, valid, 0)
+        if not vectors:
+            results.append(((p * values).sum(-1, keepdim=True), lse))
+            continue
         centred = p * (values - (p * values).sum(-1, keepdim=True))
         pooled, gradient = (torch.cat([p, centred], 1) @ block).chunk(2, 1)
         # `centred` sums to 0 only up to rounding, which a common offset of all rows would blow up.
-        return pooled, gradient - centred.sum(-1, keepdim=True) * pooled, lse
+        results.append((pooled, gradient - centred.sum(-1, keepdim=True) * pooled, lse))
 
-    tiles, segments = _tiles(query, hidden, cu_seqlens, mask)
-    pooled, gradient, lse = _partials(partial, query, hidden, tiles, segments)
-    return merge_with_gradient(pooled, gradient, lse, direction, 1.0, segments)
+    parts = _joined(results, query, segments)
+    if direction is None:
+        pooled, lse = merge(parts[0], parts[1], segments)
+        return pooled, None, None, lse, None
+    if not vectors:
+        value, lse = merge(parts[0], parts[1], segments)
+        return None, None, value.squeeze(-1), lse, None
+    pooled, gradient, lse = merge_with_gradient(parts[0], parts[1], parts[2], direction, 1.0, segments)
+    if not keep:
+        return pooled, gradient, None, lse, None
+    value = (direction * pooled).sum(-1)
+    return pooled, gradient, value, lse, (products, lse, value)
 
 
-def attention_pool_backward(
+@full_precision
+def grad_hidden(
     query: Tensor,
     hidden: Tensor,
+    direction: Tensor,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
-    pooled: Tensor,
-    lse: Tensor,
-    grad_pooled: Tensor,
     grad_lse: Tensor,
-    needs_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of query [B, H, D] and, if it is needed (else empty), of hidden, in its shape and dtype.
-
-    With p_j = exp(query . hidden_j - lse) and ds_j = p_j (dc . hidden_j - dc . c):
-    dquery = sum_j ds_j hidden_j + dlse c and dhidden_j = (ds_j + p_j dlse) query + p_j dc.
-    """
-    empty = lse == -torch.inf  # nothing flows into an empty pool, whatever comes from above
-    lse = lse.masked_fill(empty, 0)[..., None]
-    grad_pooled = grad_pooled.masked_fill(empty[..., None], 0)
-    grad_lse = grad_lse.masked_fill(empty, 0)[..., None]
-    value = (grad_pooled * pooled).sum(-1, keepdim=True)
-    weights = []  # p and ds of every tile: two scalars a row, all that the gradient of hidden needs
-
-    def partial(sequence: Sequences, valid: Tensor | None, block: Tensor) -> tuple[Tensor, ...]:
-        # The product that gave lse, with its bits: in a stacked one, large scores would round away from their lse.
-        p = torch.exp(_masked(query[sequence] @ block.mT, valid, -torch.inf) - lse[sequence])
-        dscores = p * (grad_pooled[sequence] @ block.mT - value[sequence])
-        if needs_hidden:
-            weights.append((p, dscores))
-        return dscores @ block, dscores.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
-
+    kept: tuple[Any, ...],
+) -> Tensor:
+    """sum over queries of p_j (t_j - value + dlse) query + p_j direction, with t = direction . hidden; contiguous, in
+    the shape and dtype of hidden. `kept` is what pool kept for this direction."""
+    products, lse, value = kept
+    lse = lse.masked_fill(lse == -torch.inf, 0)[..., None]
+    value, grad_lse = value[..., None], grad_lse[..., None]
     tiles, segments = _tiles(query, hidden, cu_seqlens, mask)
-    partials = _partials(partial, query, hidden, tiles, segments)
+    weights: list[tuple[Tensor, Tensor]] = []
+    sums: list[tuple[Tensor, ...]] = []
+    for (sequence, _, valid), (scores, values) in zip(tiles, products, strict=True):
+        p = torch.exp(_masked(scores, valid, -torch.inf) - lse[sequence])
+        dscores = p * (values - value[sequence])
+        weights.append((p, dscores))
+        sums.append((dscores.sum(-1, keepdim=True), p.sum(-1, keepdim=True)))
     # p sums to 1 and ds to 0 only up to rounding, which large logits or a common offset of all rows would blow up.
-    moment, remainder, mass = (total(part, segments) for part in partials)
+    remainder, mass = (total(part, segments) for part in _joined(sums, query, segments))
     mass = mass.masked_fill(mass == 0, 1)
     remainder = remainder / mass
-    grad_query = moment / mass + (grad_lse - remainder) * pooled
-    if not needs_hidden:
-        return grad_query, hidden.new_empty(0)
 
     # Packed rows of no sequence have gradient zero; padding of a tile is written to one row past the end.
     past_the_end = 0 if cu_seqlens is None else 1
-    grad_hidden = hidden.new_zeros(hidden.shape[0] + past_the_end, *hidden.shape[1:])
-    both = torch.cat([query, grad_pooled], 1) / torch.cat([mass, mass], 1)
+    result = hidden.new_zeros(hidden.shape[0] + past_the_end, *hidden.shape[1:])
+    both = torch.cat([query, direction], 1) / torch.cat([mass, mass], 1)
     for (sequence, rows, valid), (p, dscores) in zip(tiles, weights, strict=True):
         if rows is not None:
             factors = torch.cat([dscores + p * (grad_lse - remainder)[sequence], p], 1)  # [G, 2 H, C]
             block = factors.mT @ both[sequence]
             block = block if valid is None or cu_seqlens is not None else _zeroed(block, valid)
-            grad_hidden[rows] = block.to(hidden.dtype)
-    return grad_query, grad_hidden[: hidden.shape[0]]
+            result[rows] = block.to(hidden.dtype)
+    return result[: hidden.shape[0]]
 
 
 def _softmax(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,15 +135,8 @@ def _masked(scores: Tensor, valid: Tensor | None, value: float) -> Tensor:
     return scores if valid is None else scores.masked_fill(~valid[:, None], value)
 
 
-def _partials(
-    partial: Callable[[Sequences, Tensor | None, Tensor], tuple[Tensor, ...]],
-    query: Tensor,
-    hidden: Tensor,
-    tiles: list[Tile],
-    segments: Segments,
-) -> list[Tensor]:
-    """`partial` of every tile's rows, joined: [parts, B, ...] for dense hidden, [parts, ...] for packed."""
-    results = [partial(sequence, valid, _load(hidden, rows, valid, query.dtype)) for sequence, rows, valid in tiles]
+def _joined(results: list[tuple[Tensor, ...]], query: Tensor, segments: Segments) -> list[Tensor]:
+    """What every tile gave, joined: [parts, B, ...] for dense hidden, [parts, ...] for packed."""
     columns = [torch.cat(column) for column in zip(*results, strict=True)]
     # Without rows there is one tile, and with no sequences -1 would not say how many parts there are.
     batch, parts = query.shape[0], -1 if query.shape[0] else 1

@@ -6,13 +6,17 @@ Results are contiguous, whatever the strides of the arguments are: elementwise o
 import torch
 from torch import Tensor
 
+from r2m_kernels.registration import full_precision
 
+
+@full_precision
 def time_weighted_fusion(aggregated: Tensor, rte: Tensor, weight: Tensor) -> Tensor:
     """F = (1 - w) A + w H, in the promoted dtype of A and H."""
     fused = (1 - weight) * aggregated.to(weight.dtype) + weight * rte.to(weight.dtype)
     return fused.to(torch.promote_types(aggregated.dtype, rte.dtype)).contiguous()
 
 
+@full_precision
 def time_weighted_fusion_backward(
     grad: Tensor, weight: Tensor, aggregated_dtype: torch.dtype | None, rte_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -23,6 +27,7 @@ def time_weighted_fusion_backward(
     return grad_aggregated, grad_rte
 
 
+@full_precision
 def fused_reward(
     aggregated: Tensor, rte: Tensor, weight: Tensor, head_weight: Tensor, head_bias: Tensor | None
 ) -> Tensor:
@@ -32,6 +37,7 @@ def fused_reward(
     return reward if head_bias is None else reward + head_bias.to(phi.dtype)
 
 
+@full_precision
 def fused_reward_backward(
     grad: Tensor,
     aggregated: Tensor,

@@ -1,14 +1,13 @@
 """GREBT, the loss that trains the reward model's trainable part: equations 4 to 6 of R2M (arXiv 2601.22664)."""
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from r2m_kernels import checks, dispatch
-from r2m_kernels.registration import forbid_second_derivative, forbid_transforms, full_precision, save, saved
+from r2m_kernels.grebt import ops
+from r2m_kernels.registration import forbid_transforms
 
-_OP = "grebt"
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -71,9 +70,10 @@ def grebt_loss(
         raise ValueError(f"rewards: expected shape [n, K] with n >= 1 and K >= 2, got {list(rewards.shape)}")
     if pair_scores is None:
         pair_scores = rewards
-    checks.floating(pair_scores=pair_scores)
-    checks.shape("pair_scores", pair_scores, (tuple(rewards.shape), "[n, K] like rewards"))
-    checks.same_device(rewards=rewards, pair_scores=pair_scores)
+    else:
+        checks.floating(pair_scores=pair_scores)
+        checks.shape("pair_scores", pair_scores, (tuple(rewards.shape), "[n, K] like rewards"))
+        checks.same_device(rewards=rewards, pair_scores=pair_scores)
     for name, value, low, high in (("alpha", alpha, 0, 1), ("eps", eps, 0, float("inf"))):
         checks.number(name, value)
         if not low <= value <= high:
@@ -84,66 +84,9 @@ def grebt_loss(
     # Asked only where Triton may run: torch.export of a symbolic K would keep the answer as a condition.
     names = dispatch.FASTEST_FIRST.get(rewards.device.type, ()) if impl == "auto" else (impl,)
     too_wide = f"K = {k} exceeds 1024 rewards a group" if "triton" in names and k > 1024 else None
-    name = dispatch.choose(impl, rewards, op=_OP, triton=too_wide)
+    name = dispatch.choose(impl, rewards, op=ops.OP, triton=too_wide)
     forbid_transforms("grebt_loss", rewards)
-    loss, *stats, _ = torch.ops.r2m_kernels.grebt_loss(
-        rewards, pair_scores.detach(), float(alpha), float(eps), reduction, name
-    )
+    loss, *stats, _ = ops.grebt_loss(rewards, pair_scores.detach(), float(alpha), float(eps), reduction, name)
     if not return_stats:
         return loss
     return loss, dict(zip(("bt", "entropy", "std", "winner", "loser"), stats, strict=True))
-
-
-@torch.library.custom_op("r2m_kernels::grebt_loss", mutates_args=())
-@full_precision
-def _grebt_loss(
-    rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, reduction: str, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the statistics, and the gradient of the rewards, up to that of the loss: the forward computes both."""
-    groups = dispatch.implementation(_OP, impl).grebt_loss
-    group_weight = 1 / rewards.shape[0] if reduction == "mean" else 1.0
-    loss, bt, entropy, std, winner, loser, gradient = groups(rewards, pair_scores, alpha, eps, group_weight)
-    if reduction != "none":
-        loss = loss.mean() if reduction == "mean" else loss.sum()
-    return loss, bt, entropy, std, winner, loser, gradient
-
-
-@_grebt_loss.register_fake
-def _(
-    rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, reduction: str, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, dtype = rewards.shape[0], checks.accumulate_dtype(rewards)
-    loss = rewards.new_empty((n,) if reduction == "none" else (), dtype=dtype)
-    bt, entropy, std = (rewards.new_empty(n, dtype=dtype) for _ in range(3))
-    winner, loser = (rewards.new_empty(n, dtype=torch.int64) for _ in range(2))
-    return loss, bt, entropy, std, winner, loser, rewards.new_empty(rewards.shape, dtype=dtype)
-
-
-@torch.library.custom_op("r2m_kernels::grebt_loss_backward", mutates_args=())
-@full_precision
-def _grebt_loss_backward(grad: Tensor, gradient: Tensor, rewards: Tensor) -> Tensor:
-    """grad, 0-dim or [n], times gradient, in the dtype of the rewards, which are an argument also so that autograd sees
-    the dependence on them that `gradient` stands for, and a second derivative raises."""
-    return torch.mul(grad[..., None], gradient, out=rewards.new_empty(rewards.shape))
-
-
-@_grebt_loss_backward.register_fake
-def _(grad: Tensor, gradient: Tensor, rewards: Tensor) -> Tensor:
-    return rewards.new_empty(rewards.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rewards, *_ = inputs
-    *_, gradient = output
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for the statistics
-    save(ctx, gradient, rewards)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *grads_of_constants: None) -> tuple[Tensor | None, ...]:
-    grad_rewards = None if grad is None else torch.ops.r2m_kernels.grebt_loss_backward(grad, *saved(ctx))
-    return grad_rewards, None, None, None, None, None
-
-
-_grebt_loss.register_autograd(_backward, setup_context=_setup_context)
-forbid_second_derivative(_grebt_loss_backward, "grebt_loss")

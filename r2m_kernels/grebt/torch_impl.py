@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from r2m_kernels.checks import accumulate_dtype
+from r2m_kernels.registration import full_precision
 
 # Rewards that are larger overflow when squared, and the unit that they are computed in.
 LARGE = {torch.float32: (2.0**60, 2.0**-80), torch.float64: (2.0**480, 2.0**-640)}
 
 
+@full_precision
 def grebt_loss(
     rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, group_weight: float
 ) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
-"""`r2m bench`: the table and three files for a user's shapes, and mistakes that end in one line."""
+"""`r2m bench`: the table and three files for a user's shapes, and mistakes that end in one line; and the same without
+r2m, `python -m r2m_kernels.bench`."""
 
+import importlib.util
 import json
 import socket
 import sys
@@ -8,9 +10,10 @@ import pytest
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from r2m import bench as benchmarks
-from r2m.bench.results import Results
 from r2m.cli import app
+from r2m_kernels import bench as benchmarks
+from r2m_kernels.bench.__main__ import main
+from r2m_kernels.bench.results import Results
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ["--batch", "4", "--responses", "2", "--seq", "8", "--inner-width", "16", "--seconds", "0", "--device", "cpu"]
@@ -109,3 +112,36 @@ def test_a_mistake_is_one_line_before_anything_is_asked_or_measured(monkeypatch,
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {message}") and len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def bench_kernels(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    main()
+
+
+@pytest.mark.parametrize("with_matplotlib", [True, False])
+def test_the_kernels_alone(monkeypatch, tmp_path, capsys, with_matplotlib):
+    find_spec = importlib.util.find_spec
+    missing = None if with_matplotlib else "matplotlib"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    options = ["--dtype", "float32", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path)]
+    bench_kernels(monkeypatch, "--shape", "B=4", "S=8", "D_p=48", "D_rm=40", "d=16", "heads=2", "K=2", *options)
+    found = Results.load(tmp_path / "bench.json")
+    assert found.command.startswith("python -m r2m_kernels.bench --shape B=4 S=8")
+    assert found.rows[0].shape == {"B": 4, "S": 8, "D_p": 48, "D_rm": 40, "d": 16, "heads": 2}
+    assert (tmp_path / "bench.png").exists() == with_matplotlib
+    assert ("matplotlib is not installed" in capsys.readouterr().out) != with_matplotlib
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "T=4"], "expected one of B, S, D_p, D_rm, d, heads, K and a size, as in S=1024, got 'T=4'"),
+        (["--shape", "S=0"], "got 'S=0'"),
+        (["--shape", "B=4", "K=3"], "batch is 4; expected a multiple of responses, which is 3"),
+    ],
+)
+def test_a_wrong_shape_of_the_kernels_alone(monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        bench_kernels(monkeypatch, *arguments)
+    assert message in capsys.readouterr().err

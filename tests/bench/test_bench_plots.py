@@ -4,10 +4,9 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from r2m.bench import plots
-from r2m.bench.plots import format_bytes, format_seconds, plot_growth, plot_providers, plot_update
-from r2m.bench.results import Results, Row
-from r2m.plots import COLORS
+from r2m_kernels.bench import plots
+from r2m_kernels.bench.plots import COLORS, format_bytes, format_seconds, plot_growth, plot_providers, plot_update
+from r2m_kernels.bench.results import Results, Row
 
 pytestmark = pytest.mark.filterwarnings("error")  # a layout that collapses is a warning
 

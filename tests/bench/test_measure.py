@@ -7,9 +7,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from r2m.bench import measure as core
-from r2m.bench.measure import measure, relative_error, summarize
-from r2m.bench.results import Results, Row, describe, format_table
+from r2m_kernels.bench import measure as core
+from r2m_kernels.bench.measure import measure, relative_error, summarize
+from r2m_kernels.bench.results import Results, Row, describe, format_table
 
 CPU = torch.device("cpu")
 ONES = [torch.ones(3, dtype=torch.float64)]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks.run import quick_cases
-from r2m.bench import ops
-from r2m.bench.measure import TOLERANCE, measure
-from r2m.bench.ops import OURS, Case, build, run_cases
 from r2m_kernels import dispatch
+from r2m_kernels.bench import ops
+from r2m_kernels.bench.measure import TOLERANCE, measure
+from r2m_kernels.bench.ops import OURS, Case, build, run_cases
 
 CPU = torch.device("cpu")
 TINY = {"B": 6, "S": 40, "D_p": 64, "D_rm": 48, "d": 32, "heads": 1}

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import report
-from r2m.bench.results import Results, Row
+from r2m_kernels.bench.results import Results, Row
 
 SHAPE = {"B": 512, "S": 1024, "D_p": 4096, "D_rm": 4096, "d": 2048, "heads": 1}
 ABSENT = "cannot run: No module named 'flash_attn'"

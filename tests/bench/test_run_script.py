@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from r2m.bench.results import Results
+from r2m_kernels.bench.results import Results
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "run.py"
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from r2m.bench import ops
-from r2m.bench import update as suite
-from r2m.bench.measure import TOLERANCE, relative_error
-from r2m.bench.update import RESIDENT, STREAMED, build, run_updates
 from r2m_kernels import dispatch
+from r2m_kernels.bench import ops
+from r2m_kernels.bench import update as suite
+from r2m_kernels.bench.measure import TOLERANCE, relative_error
+from r2m_kernels.bench.update import RESIDENT, STREAMED, build, run_updates
 
 CPU = torch.device("cpu")
 SHAPE = {"n": 10, "K": 3, "S": 16, "D_p": 48, "D_rm": 40, "d": 32}  # two micro-batches of five groups

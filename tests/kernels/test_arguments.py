@@ -184,6 +184,7 @@ def test_the_extension_takes_rows_of_adjacent_elements_only(monkeypatch):
 
 def test_the_extension_says_what_it_cannot_run_on(monkeypatch):
     monkeypatch.setattr(extension, "reason", lambda device_type: None)
+    monkeypatch.setattr(dispatch, "_new_enough", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of 2018")
     why_not = "needs compute capability 8.0 or newer, and a GPU of 2018 is older"

@@ -68,14 +68,15 @@ def _pool(case: Case, form: str) -> Any:
     )
     match form:
         case "pool":
-            return pool.attention_pool(query, hidden, *sequences)
+            return pool.pool(query, hidden, None, *sequences)
         case "dot":
-            return pool.attention_pool_dot(query, hidden, shared, *sequences)
+            return pool.pool(query, hidden, shared, *sequences, vectors=False)
         case "with_gradient":
-            return pool.attention_pool_with_gradient(query, hidden, shared, *sequences)
+            return pool.pool(query, hidden, shared, *sequences)
         case "backward":
-            lse = _empty(B, H)
-            return pool.attention_pool_backward(query, hidden, *sequences, query, lse, _empty(B, H, D), lse, True)
+            grad_pooled, grad_lse = _empty(B, H, D), _empty(B, H)
+            *_, kept = pool.pool(query, hidden, grad_pooled, *sequences, keep=True)
+            return pool.grad_hidden(query, hidden, grad_pooled, *sequences, grad_lse, kept)
 
 
 def _fused(case: Case, form: str) -> Any:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import r2m_kernels as rk
-from r2m.bench.measure import TOLERANCE, Run, measure, release
-from r2m.bench.ops import OURS, WEIGHT, Entries, exact_reward, in_float64, make_weights, too_much
-from r2m.bench.plain import ALPHA, EPS, absorbed_reward, plain_grebt, projected_reward, softmax_attention
-from r2m.bench.results import Row, dtype_name
+from r2m_kernels.bench.measure import TOLERANCE, Run, measure, release
+from r2m_kernels.bench.ops import OURS, WEIGHT, Entries, exact_reward, in_float64, make_weights, too_much
+from r2m_kernels.bench.plain import ALPHA, EPS, absorbed_reward, plain_grebt, projected_reward, softmax_attention
+from r2m_kernels.bench.results import Row, dtype_name
 from r2m_kernels.grebt import reference as grebt_reference
 
 # At most, in a micro-batch: 64 sequences of the paper's dialogue round are 0.5 GB of h.

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in __all__
 from torch.profiler import ProfilerActivity, profile
 
-from r2m.bench.results import Row
+from r2m_kernels import build
+from r2m_kernels.bench.results import Row
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr
 
@@ -104,6 +105,11 @@ def relative_error(results: Tensor | Sequence[Tensor], exact: Sequence[Tensor]) 
         ((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, exact, strict=True)
     ]  # a zip of other lengths is a mistake in the benchmark, and raises
     return max(error if error == error else float("inf") for error in errors)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes."""
+    return build._available_memory() * 2**30 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def release(device: torch.device) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import r2m_kernels as rk
-from r2m.bench.measure import TOLERANCE, Run, measure, release
-from r2m.bench.plain import (
+from r2m_kernels.attention_pool import reference as pool_reference
+from r2m_kernels.bench.measure import TOLERANCE, Run, free_memory, measure, release
+from r2m_kernels.bench.plain import (
     ALPHA,
     EPS,
     absorbed_reward,
@@ -25,9 +26,7 @@ from r2m.bench.plain import (
     softmax_attention,
     two_products,
 )
-from r2m.bench.results import Row, dtype_name
-from r2m.commands.doctor import free_memory
-from r2m_kernels.attention_pool import reference as pool_reference
+from r2m_kernels.bench.results import Row, dtype_name
 from r2m_kernels.fusion import reference as fusion_reference
 from r2m_kernels.grebt import reference as grebt_reference
 

@@ -16,8 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from r2m.bench.results import Results, Row, format_number, format_shape
-from r2m.plots import COLORS, MARKERS, dress
+from r2m_kernels.bench.results import Results, Row, format_number, format_shape
+
+# Okabe and Ito's palette, told apart with any colour vision, less its yellow, which is too light for a line. Markers
+# differ too, for prints in grey.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 # A part of the provider's name -> its place in the palette, whose last colour, black, is the ideal's.
 PLACES = {"triton": 0, "extension": 1, "eager": 2, "plain PyTorch": 2, "compiled": 3, "SDPA flash": 4, "flash_attn": 5}
@@ -216,6 +220,15 @@ def _log(ax: Axes, name: str) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def dress(ax: Axes, title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=9.5)
+    ax.set_xlabel(x, fontsize=8)
+    ax.set_ylabel(y, fontsize=8)
+    ax.tick_params(labelsize=7.5)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, path: str | Path, source: str | None) -> None:
