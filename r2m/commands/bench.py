@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from r2m.method.reward_model import hidden_width, saved_config
+from r2m.method.backbone import hidden_width
+from r2m.method.reward_model import saved_config
 from r2m.models import shown
 from r2m.names import check_model, named
 from r2m_kernels.bench import bench_shape, check_shape
