@@ -28,12 +28,11 @@ from transformers import (
 
 from r2m import R2MConfig, R2MRewardModel, R2MTrainer
 from r2m.commands.doctor import free_memory
-from r2m.commands.memory import MemoryTracker
 from r2m.config import config_from_dict
 from r2m.devices import compute_dtype, resolve_precision
 from r2m.method.reward_model import RewardModelConfig
 from r2m.policy.load import add_adapter
-from r2m_kernels.bench.measure import release, summarize
+from r2m_kernels.bench.measure import MemoryTracker, release, summarize
 from r2m_kernels.bench.results import OWN, Row, device_name, format_shape
 
 # Policy and reward model, and the keys of the run: a toy, the demo, and the shapes of Qwen2.5-0.5B and Qwen2.5-3B, of

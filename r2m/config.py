@@ -272,6 +272,14 @@ class R2MConfig:
                 f"expected a divisor of prompts_per_round * num_generations = {batch}"
             )
 
+    @property
+    def first_epoch(self) -> int:
+        """0: a pass of its own scores, without gradient. 1: the first epoch does, where it runs on the weights that
+        sampled, one optimizer step an epoch, and each of its micro-batches knows its advantages."""
+        compares = ALGORITHMS[self.algorithm].compares
+        whole_groups = compares == "group" and self.micro_batch_size % self.num_generations == 0
+        return 1 if self.minibatches == 1 and (whole_groups or compares == "none") else 0
+
     def check_processes(self, number: int) -> None:
         """Raises ValueError unless whole groups can be dealt to so many processes, the same to each."""
         share, rest = divmod(self.prompts_per_round, number)

@@ -118,11 +118,7 @@ class R2MTrainer:
         self.run = RunState(config, self.scorer, schedules, self.prompts, self.prompt_ids)
         self.evaluator = Evaluator(self.scorer, config, prompts=eval_prompts, pairs=held_out_pairs, judge=judge)
         self.session = Session(self.run, self.evaluator, sample_metrics)
-        # Epoch 0 scores without gradient. Epoch 1 can do that where it runs on the weights that sampled, one optimizer
-        # step an epoch, and where each of its micro-batches knows its advantages.
-        whole_groups = self.algorithm.compares == "group" and config.micro_batch_size % config.num_generations == 0
-        knows_advantages = whole_groups or self.algorithm.compares == "none"
-        self.first_epoch = 1 if config.minibatches == 1 and knows_advantages else 0
+        self.first_epoch = config.first_epoch
         warn_about_settings(config, has_adapter=isinstance(policy, PeftModel))
 
     # ---- Algorithm 1 ----

@@ -103,7 +103,7 @@ def _memory(config: R2MConfig) -> list[str]:
         with waiting("estimating memory"):
             estimate = estimate_memory(config)
     except RuntimeError as error:
-        return [f"cannot be estimated, since these models do not run on tensors without data: {error}"]
+        return [f"cannot be estimated, since these models cannot be made without their weights: {error}"]
     lines = [f"parts on {device}, the policy's device, in GiB"]
     lines += [f"  {size / _GIB:8.2f}  {part}" for part, size in estimate.parts.items()]
     lines += ["peak of each phase in GiB, every response at its greatest length"]

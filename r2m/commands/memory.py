@@ -1,289 +1,275 @@
-"""How much memory a config's run takes on the policy's device, found by running a round on tensors without data."""
+"""How much memory a config's run takes on the policy's device: sums of terms that follow from the models' configs."""
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+import re
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
-from typing import Any, TypeVar
-from unittest.mock import patch
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-from transformers.cache_utils import DynamicLayer
-from transformers.generation.logits_process import InfNanRemoveLogitsProcessor, TemperatureLogitsWarper
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from r2m.config import Placement, R2MConfig, require_keys
+from r2m.config import R2MConfig, require_keys
 from r2m.devices import compute_dtype, policy_device, resolve_precision
-from r2m.method.backbone import hidden_width
-from r2m.method.hidden_states import causal_lm
-from r2m.method.reward_model import R2MRewardModel, RewardModelConfig, saved_config
-from r2m.method.updater import R2MUpdater
+from r2m.method.hidden_states import policy_backbone
+from r2m.method.reward_model import saved_config
 from r2m.models import check_no_adapter, sequence_classifier
-from r2m.policy.generate import generate
 from r2m.policy.load import add_adapter
-from r2m.policy.rollout import Annotations, Rollout, collate, sample
-from r2m.trainer import R2MTrainer
 
-T = TypeVar("T")
-
-_WORD = "a"  # the one token of the texts below
+Terms = dict[str, int]  # name -> bytes
 
 
 @dataclass
 class MemoryEstimate:
     """Bytes on the policy's device in a round after the first, if every sequence has its greatest length."""
 
-    parts: dict[str, int]  # what lies there throughout, then the most of what comes and goes
-    phases: dict[str, int]  # the peak of each phase of R2MTrainer.train, everything included
+    parts: Terms  # what lies there throughout, then the most of what comes and goes
+    terms: dict[str, Terms]  # of each phase of R2MTrainer.train: what lies there at its peak
     reward_model_device: int | None  # the peak on the device of the reward model's backbone, where that is another
 
-
-class MemoryTracker(TorchDispatchMode):
-    """Context manager that counts the bytes of the storages which operations inside it make, while they live.
-
-    live: now; peak: the most since it was last set. Older storages count from `add` on. Scratch memory inside an
-    operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.shift(self._sizes[key])
-            weakref.finalize(storage, self._forget, key)
-
-    def shift(self, size: int) -> None:
-        """Count `size` bytes more, or fewer."""
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def peak_of(self, function: Callable[[], T]) -> tuple[T, int]:
-        """What `function` returns, and the most bytes alive meanwhile."""
-        self.peak = self.live
-        return function(), self.peak
-
-    def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self.add(value)
-        return result
+    @property
+    def phases(self) -> Terms:
+        return {phase: _sum(terms) for phase, terms in self.terms.items()}
 
 
 def estimate_memory(config: R2MConfig) -> MemoryEstimate:
-    """Peaks by part and phase, from the models' configs alone: no weights are read, and none are made.
+    """Peaks by part and phase. The models are made on the meta device: no weights are read, and none are made.
 
-    The trainer's own phases run on fake tensors, with two micro-batches in a pass; what it keeps of the round's other
-    sequences is added. Fake tensors are on the CPU whatever the device, so fused attention is counted as PyTorch's
-    kernel there keeps it, for flash_attention_2 too. A quantised backbone is counted without the weights that
-    bitsandbytes unpacks one layer at a time.
+    Not counted: scratch memory inside an operation, and what bitsandbytes unpacks of a quantised layer.
 
-    Raises ValueError for a missing key, OSError for a model that cannot be found, RuntimeError for one whose operations
-    do not run on fake tensors, such as experts in float32.
+    Raises ValueError for a missing key, OSError for a model that cannot be found, RuntimeError for one that cannot be
+    made on the meta device.
     """
     require_keys(config, "policy", "reward_model")
     config = resolve_precision(config)
-    tracker, parts, elsewhere = MemoryTracker(), dict[str, int](), list[int]()
-    with ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of copies of fake tensors, and of statistics over few sequences
-        stack.enter_context(_FakeTensors(trained_adapter=config.lora is not None and config.lora.adapter is not None))
-        # Module.to cannot replace fake parameters. All are made where, and as wide as, they are needed.
-        stack.enter_context(patch.object(nn.Module, "_apply", lambda self, function, recurse=True: self))
-        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _copy_fake))
-        stack.enter_context(torch.device("cpu"))
-        stack.enter_context(tracker)
-        trainer = _trainer(config, tracker, parts)
-        _move(config, tracker, parts, trainer, stack, elsewhere)
-        phases = _run_round(config, tracker, parts, trainer)
-    return MemoryEstimate(parts, phases, max(elsewhere, default=None))
-
-
-def _trainer(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int]) -> R2MTrainer:
-    """A trainer for a short round as it is after a first one; enters what lies there throughout in `parts`."""
-
-    def made(part: str, make: Callable[[], T]) -> T:
-        before = tracker.live
-        result = make()
-        parts[part] = parts.get(part, 0) + tracker.live - before
-        return result
-
-    policy = made("policy weights", lambda: _policy(config))
-    settings = _reward_config(config, hidden_width(policy))
-    classifier = made("reward model backbone", lambda: _classifier(config, settings, tracker))
-    tokenizer, short = _tokenizer(), _short_round(config)
-    reward_model = made("R2M part", lambda: R2MRewardModel(classifier, tokenizer, settings))
-    trainer = made(
-        "reference",
-        lambda: R2MTrainer(
-            policy,
-            reward_model,
-            tokenizer,
-            [f"{_WORD} " * config.generation.max_prompt_tokens],
-            short,
-        ),
-    )
-    parts["gradients"] = sum(p.nbytes for p in trainer.parameters)
-    for part, optimizer, steps in (
-        ("optimizer state", trainer.optimizer, True),
-        ("R2M part", trainer.updater.optimizer, config.r2m.trains),
-    ):
-        if steps:
-            made(part, partial(_first_step, optimizer))
-    return trainer
-
-
-def _move(
-    config: R2MConfig,
-    tracker: MemoryTracker,
-    parts: dict[str, int],
-    trainer: R2MTrainer,
-    stack: ExitStack,
-    elsewhere: list[int],
-) -> None:
-    """Count backbone and reference where `config.placement` has them; the backbone's peaks on a device of its own go to
-    `elsewhere`."""
-    place, device = config.placement, policy_device(config)
-
-    def takes_away(part: str) -> int:
-        size, parts[part] = parts[part], 0
-        tracker.shift(-size)
-        return size
-
-    meanwhile: Any = None
+    place, device, full = config.placement, policy_device(config), config.lora is None
+    with torch.device("meta"):
+        policy, (backbone, inner, heads) = _policy(config), _backbone(config)
+    p, rm = _numbers(policy, policy_backbone(policy)), _numbers(backbone, backbone)
+    throughout: Terms = {
+        "policy weights": p.nbytes,
+        "reward model backbone": _quantized(backbone, place.quantize_reward_model),
+        "R2M part": _small_part(config, p, rm, inner, heads),
+        # A copy of all weights, or of a saved adapter; a new adapter is switched off instead.
+        "reference": p.nbytes if full else 4 * p.trained * bool(config.lora and config.lora.adapter),
+        "optimizer state": 8 * p.trained,  # AdamW's two moments in float32
+    }
+    training, scoring, generation = _training(config, p), _scoring(config, p), _generation(config, p)
+    reference = scoring | {"bfloat16 weights": 0}  # autocast keeps no copy of what is frozen
+    embedding: Terms = {"one layer": _tokens(config) * _passing(rm, rm.wide)}
+    apart = None
     if place.reward_model is not None and not _same(torch.device(place.reward_model), device):
-        meanwhile = _elsewhere(tracker, takes_away("reward model backbone"), elsewhere)
+        apart = throughout["reward model backbone"] + embedding["one layer"]
+        throughout["reward model backbone"], embedding = 0, {}
     elif place.offload_reward_model and device.type != "cpu":
-        meanwhile = _brought(tracker, takes_away("reward model backbone"), nullcontext)
-    if meanwhile is not None:
-        embed = meanwhile(trainer.reward_model.embed_tokens)
-        stack.enter_context(patch.object(trainer.reward_model, "embed_tokens", embed))
-    if place.offload_reference and config.lora is None and device.type != "cpu":
-        brought = partial(_brought, tracker, takes_away("reference"), trainer.reference)
-        stack.enter_context(patch.object(trainer, "reference", brought))
+        embedding["backbone, loaded"], throughout["reward model backbone"] = throughout["reward model backbone"], 0
+    if place.offload_reference and full and device.type != "cpu":
+        reference["reference, loaded"], throughout["reference"] = throughout["reference"], 0
+    step: Terms = {"gradients": 4 * p.trained}
+    moments: dict[str, list[Terms]] = {
+        "rollout": generation,
+        "annotate": [embedding, reference, *([*training, step] if config.first_epoch == 1 else [scoring])],
+        "policy": [*([*training, step] if config.epochs > config.first_epoch else [{}])],
+        "reward_model": [{}],  # gradients and moments of the small part lie there throughout
+    }
+    terms = {phase: throughout | max(tables, key=_sum) for phase, tables in moments.items()}
+    most = max(training, key=_sum)
+    parts = throughout | step | {"logits": _logits(config, p), "generation cache": generation[0]["cache"]}
+    parts["activations and temporaries"] = _sum(most) - most["gradients"] - parts["logits"]
+    return MemoryEstimate(parts, terms, apart)
 
 
-def _run_round(config: R2MConfig, tracker: MemoryTracker, parts: dict[str, int], trainer: R2MTrainer) -> dict[str, int]:
-    """The peak of each phase; enters what comes and goes in `parts`."""
-    total = config.prompts_per_round * config.num_generations
-    kept = _kept(config, tracker, trainer, total)
-    parts["R2M part"] += kept
-    rollout, row = _longest(trainer, trainer.config.num_generations), dict[str, float]()
-    if config.algorithm == "remax":
-        rollout.greedy = _longest(trainer, 1)
-    embedded, lying, first_epoch = min(total, config.micro_batch_size), tracker.live, trainer.scores_in_first_epoch
-    texts = rollout.prompts[:1] * embedded, rollout.completions[:1] * embedded
-    _, embed = tracker.peak_of(lambda: trainer.reward_model.embed(*texts))
-    batch, annotate = tracker.peak_of(lambda: trainer.annotate(rollout, 1, row, first_epoch=first_epoch))
-    passes = [annotate] if first_epoch else []  # peaks before a step of the optimizer
-    trainer.optimizer.register_step_pre_hook(lambda *_: passes.append(tracker.peak))
-    _, optimize = tracker.peak_of(lambda: trainer.optimize_policy(rollout, batch, 1, row))
-    _, align = tracker.peak_of(lambda: trainer.align_reward_model(batch, 1, row))
-    vocabulary, width = trainer.policy.config.get_text_config().vocab_size, 2 if config.precision == "bf16" else 4
-    sequences = min(config.micro_batch_size, len(rollout.prompts) // trainer.config.minibatches)
-    parts["logits"] = sequences * (config.generation.max_new_tokens + 1) * vocabulary * width
-    parts["activations and temporaries"] = passes[0] - lying - parts["gradients"] - parts["logits"]
-    parts["generation cache"], sample = tracker.peak_of(lambda: _generate(config, trainer))
-    others = kept - _kept(config, tracker, trainer, len(rollout.prompts))
-    peaks = {"rollout": sample, "annotate": max(embed, annotate), "policy": optimize, "reward_model": align}
-    return {phase: peak + others for phase, peak in peaks.items()}
+# ---- the terms ----
 
 
-def _longest(trainer: R2MTrainer, responses: int) -> Rollout:
-    """So many responses of the greatest length to each of a round's prompts; nothing is generated."""
-    settings = trainer.config.generation
-    ids = [[0] * settings.max_new_tokens]
-    return sample(
-        trainer.policy,
-        trainer.tokenizer,
-        trainer.prompts_of_round(1),
-        responses,
-        settings,
-        positions=trainer.config.r2m.positions,
-        rollout_fn=lambda prompt_ids, each: ids * (len(prompt_ids) * each),
+def _small_part(config: R2MConfig, p: _Numbers, rm: _Numbers, inner: int, heads: int) -> int:
+    """R2M's trainable part, in float32, and what a round keeps of its sequences."""
+    weights = 2 * inner * (rm.width + p.width) + rm.width  # W_q [d, D_rm], W_k, W_v [d, D_p], W_o [D_rm, d], phi [D_rm]
+    trained = {"trained": weights, "head": rm.width}.get(config.r2m.feedback, 0)  # with gradient and two moments
+    # RTE, W_q RTE, u, its pool and the pool's gradient; ids, positions and masks; three log-probabilities a token.
+    vectors = rm.width + (inner + 3 * heads * p.width) * config.r2m.attends
+    sequence = 4 * vectors + 20 * _length(config) + 12 * config.generation.max_new_tokens
+    return 4 * weights + 12 * trained + config.prompts_per_round * config.num_generations * sequence
+
+
+def _training(config: R2MConfig, p: _Numbers) -> list[Terms]:
+    """Of a forward and backward pass, the moments that may be the greatest."""
+    narrow, tokens, logits = _narrow(config), _tokens(config), _logits(config, p)
+    layer, again = tokens * _kept(config, p), 0
+    kept, copies = p.kept * layer, {"bfloat16 weights": _copies(config, p)}
+    if config.gradient_checkpointing:  # the inputs of all layers, and one layer at a time with its own copies
+        kept, again = p.kept * tokens * p.width * p.wide, layer
+    several = config.prompts_per_round * config.num_generations // config.minibatches > config.micro_batch_size
+    # The gradients are of the passes before: those of this one come as its activations go.
+    held: Terms = {"gradients": 4 * p.trained * several, "activations": kept}
+    loss, backward = held | {"logits": 2 * logits}, held | ({} if again else copies)
+    rows = 3 * 4 * p.vocabulary * min(128, _rows(config))  # policy_loss makes float32 of 128 rows at a time
+    head = p.head * (4 if narrow == 4 else 6)  # its gradient in float32, beside that in bfloat16
+    return [
+        loss | copies,  # the logits of the pass before are there, too
+        backward | {"logits": 3 * logits, "rows of logits": rows},  # with their gradient, in parts and in one piece
+        backward | {"logits": logits, "gradient of the head": head, "one layer": again + tokens * p.up * narrow},
+    ]
+
+
+def _kept(config: R2MConfig, p: _Numbers) -> int:
+    """Bytes that one layer keeps of one token for the backward pass."""
+    narrow = _narrow(config)
+    # What linear layers read: autocast copies it for each of them; in float32 attention and MLP have one each.
+    inputs = p.readers if narrow == 2 else min(2, p.readers)
+    # A row of the mask, in numbers; eager attention has each head's probabilities, in float32 and as they multiply.
+    eager = p.heads * (4 if narrow == 4 else 6)
+    row = {"flash_attention_2": 0, "eager": eager}.get(config.placement.attention or p.attention, narrow)
+    return (
+        4 * p.norms  # their inputs in float32; these normalised, too, where an RMS norm's weight trains
+        + narrow * p.width * inputs
+        + narrow * 4 * p.queries  # queries; keys and values, repeated for every head; the result
+        + row * _length(config)
+        + narrow * 2 * p.up  # gate and up as they are, activation and product
     )
+
+
+def _scoring(config: R2MConfig, p: _Numbers) -> Terms:
+    """A pass without gradient, beside the logits of the one before."""
+    one_layer = _tokens(config) * _passing(p, _narrow(config))
+    return {"bfloat16 weights": _copies(config, p), "one layer": one_layer, "logits": 2 * _logits(config, p)}
+
+
+def _generation(config: R2MConfig, p: _Numbers) -> list[Terms]:
+    """Of generation, the moments that may be the greatest."""
+    narrow, total = _narrow(config), config.prompts_per_round * config.num_generations
+    batch = min(config.generation.batch_size or total, total)
+    prompts = max(1, batch // config.num_generations) * config.generation.max_prompt_tokens
+    tokens = batch * (_length(config) - 1)  # the last one is never read
+    stored = 2 * p.keys * p.wide  # keys and values of a token: rotation makes float32 of both where weights are
+    # In the last step one layer's, repeated for every head of the queries, and narrowed.
+    repeated = 2 * p.queries * (p.wide * (p.queries > p.keys) + narrow * (p.wide > narrow))
+    copies, cache = {"bfloat16 weights": _copies(config, p)}, tokens * stored * p.layers
+    return [
+        copies | {"cache": cache, "one layer": tokens * repeated},
+        copies | {"cache": cache, "logits": batch * p.vocabulary * (narrow + 16)},  # and four times in float32
+        copies | {"cache": prompts * stored * p.layers, "one layer": prompts * _passing(p, narrow)},  # each prompt once
+    ]
+
+
+def _passing(p: _Numbers, narrow: int) -> int:
+    """Bytes of one token in a layer without gradient: hidden states, and what the MLP makes of them."""
+    return 3 * p.width * p.wide + 2 * p.up * narrow
+
+
+def _copies(config: R2MConfig, p: _Numbers) -> int:
+    """Autocast makes a bfloat16 copy of every trained weight that multiplies, and keeps it to the end of its region."""
+    return 2 * p.multiplying if config.precision == "bf16" else 0
+
+
+def _logits(config: R2MConfig, p: _Numbers) -> int:
+    return _rows(config) * p.vocabulary * _narrow(config)
+
+
+def _rows(config: R2MConfig) -> int:
+    """Rows of logits in a pass: response tokens and the one before them."""
+    return _tokens(config) // _length(config) * (config.generation.max_new_tokens + 1)
+
+
+def _tokens(config: R2MConfig) -> int:
+    """Tokens in a pass."""
+    minibatch = config.prompts_per_round * config.num_generations // config.minibatches
+    return min(config.micro_batch_size, minibatch) * _length(config)
+
+
+def _length(config: R2MConfig) -> int:
+    return config.generation.max_prompt_tokens + config.generation.max_new_tokens
+
+
+def _narrow(config: R2MConfig) -> int:
+    """Bytes of a number in a product."""
+    return 2 if config.precision == "bf16" else 4
+
+
+def _sum(terms: Terms) -> int:
+    return sum(terms.values())
 
 
 def _same(a: torch.device, b: torch.device) -> bool:
     return (a.type, a.index or 0) == (b.type, b.index or 0)
 
 
-# ---- models and a round of the config's sizes ----
+# ---- the models ----
 
 
-class _FakeTensors(FakeTensorMode):
-    """Fake tensors that answer what the trainer asks of its numbers as a run without trouble would: every check passes,
-    a count of what is missing is 0.
+class _Numbers(NamedTuple):
+    """What the terms need of a model. Widths count the numbers that one layer has of one token."""
 
-    trained_adapter: the answer to whether any weight is not 0, which `freeze_reference` asks of an adapter.
-    """
-
-    def __init__(self, *, trained_adapter: bool):
-        super().__init__()
-        self._any = trained_adapter
-
-    def __deepcopy__(self, memo: Any) -> _FakeTensors:
-        return self  # tensors of two modes do not mix
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.any.default:
-            with self:
-                return torch.tensor(self._any)
-        if func is torch.ops.aten.equal.default:
-            return True
-        try:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        except DataDependentOutputException:
-            if func is not torch.ops.aten._local_scalar_dense.default:
-                raise
-            dtype = args[0].dtype
-            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
+    nbytes: int  # of all weights
+    trained: int  # weights
+    multiplying: int  # trained weights but those of an embedding that is no head
+    head: int  # trained weights of the LM head
+    vocabulary: int
+    wide: int  # bytes of a number in the hidden states
+    layers: int
+    kept: int  # layers from the first trained one on
+    width: int  # of hidden states
+    heads: int
+    queries: int  # of all heads
+    keys: int  # of all heads
+    up: int  # what the MLP makes of hidden states: gate and up, of all experts that a token goes to
+    norms: int  # what norms keep
+    readers: int  # trained linear layers that read hidden states
+    attention: str  # its implementation
 
 
-def _copy_fake(tensor: FakeTensor, memo: Any) -> Any:
-    tensor.constant = None  # PyTorch would take a fake tensor whose value is known for a real one
-    return Tensor.__deepcopy__(tensor, memo)
+def _numbers(model: Any, backbone: nn.Module) -> _Numbers:
+    text = model.config.get_text_config()
+    layers, width, heads = text.num_hidden_layers, text.hidden_size, getattr(text, "num_attention_heads", None) or 0
+    each = getattr(text, "head_dim", None) or width // max(1, heads)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    places = [re.search(r"\.(\d+)\.", name) for name in trained]  # None for an embedding, which is before all layers
+    kept = layers - min((int(place[1]) if place else 0 for place in places), default=layers)
+    table, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
+    count = sum(weight.numel() for weight in trained.values())
+    up = norms = readers = 0
+    for name, module in backbone.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear | Conv1D):
+            out, reads = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+            readers += reads == width and weight.requires_grad
+            up += out * (reads == width and not re.search("attn|attention", name))
+        elif type(module).__name__.endswith("Norm") and weight is not None:
+            normalised = weight.requires_grad and not isinstance(module, nn.LayerNorm)
+            norms += (width if len(weight) == width else heads * each) * (1 + normalised)
+        for own, experts in module.named_parameters(recurse=False):
+            if experts.ndim == 3 and "down" not in own:  # [experts, out, D]: a token goes to some, in a copy each
+                up += (experts[0].numel() // width + width) * (getattr(text, "num_experts_per_tok", None) or 1)
+    return _Numbers(
+        nbytes=sum(weight.nbytes for weight in model.parameters()),
+        trained=count,
+        multiplying=count - table.numel() * (table.requires_grad and head is not table),
+        head=head.numel() * head.requires_grad if head is not None else 0,
+        vocabulary=text.vocab_size,
+        wide=table.itemsize,
+        layers=layers,
+        kept=kept,
+        width=width,
+        heads=heads,
+        queries=heads * each,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * each,
+        up=up // layers,
+        norms=norms // layers,
+        readers=readers // max(1, kept),
+        attention=model.config._attn_implementation,
+    )
 
 
 def _policy(config: R2MConfig) -> PreTrainedModel | PeftModel:
     """As r2m.load_policy, without weights."""
     check_no_adapter("policy", config.policy, config.policy_revision)
-    where: Any = {"revision": config.policy_revision, "trust_remote_code": config.trust_remote_code}
-    narrow = config.lora is not None and config.precision == "bf16"
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(config.policy, **where),
-        dtype=torch.bfloat16 if narrow else torch.float32,
-        attn_implementation=_attention(config),
-        trust_remote_code=config.trust_remote_code,
-    )
+    remote: Any = {"trust_remote_code": config.trust_remote_code}
+    model_config = AutoConfig.from_pretrained(config.policy, revision=config.policy_revision, **remote)
+    dtype = torch.bfloat16 if config.lora is not None and config.precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **remote)
     if config.lora is None:
         return model
     if config.lora.adapter is None:
@@ -291,177 +277,26 @@ def _policy(config: R2MConfig) -> PreTrainedModel | PeftModel:
     return get_peft_model(model, PeftConfig.from_pretrained(config.lora.adapter, inference_mode=False))
 
 
-def _reward_config(config: R2MConfig, policy_width: int) -> RewardModelConfig:
-    """The saved one, or that of the new one which R2MRewardModel.from_pretrained makes; either has its statistics."""
-    saved = saved_config(config.reward_model, config.reward_model_revision)
+def _backbone(config: R2MConfig) -> tuple[PreTrainedModel, int, int]:
+    """The reward model's, without weights; inner width and heads of the cross-attention."""
+    name, revision = config.reward_model, config.reward_model_revision
+    inner, heads = config.r2m.inner_width, config.r2m.num_heads
+    saved = saved_config(name, revision)
     if saved is not None:
-        return dataclasses.replace(saved, standardize=False)
-    return RewardModelConfig(
-        backbone=config.reward_model,
-        backbone_revision=config.reward_model_revision,
-        policy=config.policy,
-        policy_revision=config.policy_revision,
-        policy_width=policy_width,
-        inner_width=config.r2m.inner_width,
-        num_heads=config.r2m.num_heads,
-        floor=config.r2m.floor,
-        standardize=False,
-        rte_token="checkpoint",
-        suffix="",
-        max_length=2048,
-    )
-
-
-def _classifier(config: R2MConfig, settings: RewardModelConfig, tracker: MemoryTracker) -> PreTrainedModel:
-    where: Any = {"revision": settings.backbone_revision, "trust_remote_code": config.trust_remote_code}
-    model_config = AutoConfig.from_pretrained(settings.backbone, num_labels=1, **where)
+        name, revision, inner, heads = saved.backbone, saved.backbone_revision, saved.inner_width, saved.num_heads
+    remote: Any = {"trust_remote_code": config.trust_remote_code}
+    model_config = AutoConfig.from_pretrained(name, revision=revision, num_labels=1, **remote)
     dtype = compute_dtype(config.placement.reward_model or policy_device(config))
-    loader, how = (
-        sequence_classifier(model_config),
-        {"dtype": dtype, "attn_implementation": _attention(config)},
-    )
+    loader = sequence_classifier(model_config)
     if loader is AutoModelForSequenceClassification:
-        model = loader.from_config(model_config, trust_remote_code=config.trust_remote_code, **how)
+        model = loader.from_config(model_config, dtype=dtype, **remote)
     else:
-        model = loader._from_config(model_config, **how)
-    if config.placement.quantize_reward_model is not None:
-        # Of 16 bits a weight; bitsandbytes' 4 bits share a float32 scale among 64.
-        saved = {"8bit": 8, "4bit": 11.5}[config.placement.quantize_reward_model]
-        layers = (module for module in model.base_model.modules() if isinstance(module, nn.Linear))
-        tracker.shift(-sum(int(layer.weight.nbytes * saved / 16) for layer in layers))
-    return model
+        model = loader._from_config(model_config, dtype=dtype)
+    return getattr(model.requires_grad_(False), model.base_model_prefix), inner, heads
 
 
-def _attention(config: R2MConfig) -> str | None:
-    # It asks for a GPU and its package; both kernels keep inputs, output and one number a row.
-    return "sdpa" if config.placement.attention == "flash_attention_2" else config.placement.attention
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """A text of n words is n tokens."""
-    words = Tokenizer(models.WordLevel({_WORD: 0, "</s>": 1}, unk_token=_WORD))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
-
-
-def _short_round(config: R2MConfig) -> R2MConfig:
-    """The config with at most two micro-batches a minibatch, two minibatches and two epochs: the fewest that meet all
-    that can be in memory at once. Groups still are, or are not, whole in a micro-batch."""
-    each = config.prompts_per_round * config.num_generations // config.minibatches
-    minibatches, micro = min(2, config.minibatches), config.micro_batch_size
-    rows, prompts, responses = min(each, 2 * micro), config.prompts_per_round, config.num_generations
-    if rows * minibatches < prompts * responses:
-        whole = micro % responses == 0
-        responses = next(k for k in count(min(3, responses)) if (micro % k == 0) == whole)
-        prompts = -(-rows // responses) * minibatches
-    return dataclasses.replace(
-        config,
-        prompts_per_round=prompts,
-        num_generations=responses,
-        minibatches=minibatches,
-        epochs=min(2, config.epochs),
-        trackers=[],
-        r2m=dataclasses.replace(config.r2m, standardize=False),
-        placement=Placement(),
-    )
-
-
-# ---- what is counted by hand ----
-
-
-def _first_step(optimizer: torch.optim.Optimizer) -> None:
-    """Afterwards the optimizer has its state."""
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _kept(config: R2MConfig, tracker: MemoryTracker, trainer: R2MTrainer, rows: int) -> int:
-    """Bytes that a round keeps of so many sequences: token ids, masks, annotations and the reward model's vectors."""
-    before, lengths = tracker.live, config.generation
-    prompts, responses = [[0] * lengths.max_prompt_tokens] * rows, [[0] * lengths.max_new_tokens] * rows
-    rollout = collate([""] * rows, [""] * rows, prompts, responses, pad_id=0)
-    rte = torch.zeros(rows, trainer.reward_model.head.weight.shape[0])
-    updater = R2MUpdater(trainer.reward_model, config.r2m, total_steps=config.rounds, num_generations=rows)
-    if config.r2m.attends:
-        updater.begin_round(rte, 1)
-    batch = Annotations.blank(rollout, rte[:, 0])
-    size = tracker.live - before
-    del batch  # until here
-    return size
-
-
-@contextmanager
-def _brought(tracker: MemoryTracker, size: int, context: Callable[[], Any]) -> Iterator[Any]:
-    """`context()`, with `size` bytes from host memory on the device meanwhile."""
-    tracker.shift(size)
-    try:
-        with context() as value:
-            yield value
-    finally:
-        tracker.shift(-size)
-
-
-@contextmanager
-def _elsewhere(tracker: MemoryTracker, size: int, peaks: list[int]) -> Iterator[None]:
-    """What is made meanwhile lies on another device, beside `size` bytes; its peak there is appended to `peaks`."""
-    before, tracker.peak = tracker.peak, tracker.live
-    live = tracker.live
-    yield
-    peaks.append(size + tracker.peak - live)
-    tracker.peak = before
-
-
-# ---- generation ----
-
-
-def _generate(config: R2MConfig, trainer: R2MTrainer) -> int:
-    """One batch of rollout.generate, with `_last_steps` for transformers' loop; returns the cache's bytes."""
-    settings, total = config.generation, config.prompts_per_round * config.num_generations
-    size = min(settings.batch_size or total, total)
-    prompts, responses = max(1, size // config.num_generations), min(size, config.num_generations)
-    model, caches = causal_lm(trainer.policy), list[int]()
-    together = dataclasses.replace(settings, batch_size=None)
-    with patch.object(model, "generate", partial(_last_steps, model, caches)), trainer.autocast():
-        generate(model, trainer.tokenizer, trainer.prompt_ids * prompts, responses, together, [1])
-    return caches[0]
-
-
-def _last_steps(
-    model: Any,
-    caches: list[int],
-    *,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    past_key_values: Any,
-    generation_config: GenerationConfig,
-    **_: Any,
-) -> np.ndarray:
-    """The last two steps of transformers' generate, with the cache as full as it is then; returns as many ids."""
-    rows, width = input_ids.shape
-    cache, new = past_key_values, generation_config.max_new_tokens
-    if cache is None:  # generate reads every sequence from its start
-        cache = model(input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1).past_key_values
-    missing = max(0, width + new - 3 - cache.get_seq_length())
-    for i, layer in enumerate(cache.layers):
-        if isinstance(layer, DynamicLayer):
-            both: Any = layer.keys, layer.values
-            grown = (x.new_empty(*x.shape[:2], missing, x.shape[-1]) for x in both)
-            cache.update(*grown, i)
-    processors = InfNanRemoveLogitsProcessor(), TemperatureLogitsWarper(generation_config.temperature)
-    for length in (width + new - 2, width + new - 1):  # in the second step, what the first made is still there
-        outputs = model(
-            input_ids=input_ids[:, -1:],
-            attention_mask=attention_mask.new_ones(rows, length),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-        scores = logits
-        for process in processors:
-            scores = process(input_ids, scores)
-        probabilities = nn.functional.softmax(scores, -1)
-        torch.multinomial(probabilities, 1)
-    caches.append(sum(x.nbytes for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor)))
-    return np.zeros((rows, width + new), int)
+def _quantized(backbone: nn.Module, how: str | None) -> int:
+    """Bytes of its weights; bitsandbytes' 4 bits share a float32 scale among 64."""
+    linear = sum(module.weight.nbytes for module in backbone.modules() if isinstance(module, nn.Linear))
+    share = {None: 1, "8bit": 8 / 16, "4bit": 4.5 / 16}[how]
+    return int(sum(weight.nbytes for weight in backbone.parameters()) - linear * (1 - share))

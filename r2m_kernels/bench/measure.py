@@ -7,13 +7,17 @@ import logging
 import os
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in __all__
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from r2m_kernels import build
 from r2m_kernels.bench.results import Row
@@ -22,6 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Run = Callable[[], Tensor | Sequence[Tensor]]
 
 # Relative Frobenius error allowed, by dtype of hidden: what forms that round every intermediate to it stay under.
@@ -110,6 +115,43 @@ def relative_error(results: Tensor | Sequence[Tensor], exact: Sequence[Tensor]) 
 def free_memory(device: torch.device) -> float:
     """Bytes."""
     return build._available_memory() * 2**30 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Context manager that counts the bytes of the storages which operations inside it make, while they live.
+
+    live: now; peak: the most since it was last set. Older storages count from `add` on. Scratch memory inside an
+    operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += self._sizes[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key)
+
+    def peak_of(self, function: Callable[[], T]) -> tuple[T, int]:
+        """What `function` returns, and the most bytes alive meanwhile."""
+        self.peak = self.live
+        return function(), self.peak
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.add(value)
+        return result
 
 
 def release(device: torch.device) -> None:

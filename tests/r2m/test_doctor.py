@@ -76,13 +76,13 @@ def test_a_device_of_another_machine_gets_no_verdict(settings):
     assert "cpu, the reward model's: fits" in text
 
 
-def test_a_model_that_cannot_be_simulated_says_so_below_the_rest(settings, monkeypatch):
+def test_a_model_that_cannot_be_estimated_says_so_below_the_rest(settings, monkeypatch):
     def fail(config):
-        raise RuntimeError("no meta kernel")
+        raise RuntimeError("no meta tensors here")
 
     monkeypatch.setattr(doctor, "estimate_memory", fail)
     text = doctor.report(config_from_dict(settings))
-    assert "versions" in text and text.endswith("do not run on tensors without data: no meta kernel")
+    assert "versions" in text and text.endswith("cannot be made without their weights: no meta tensors here")
 
 
 def test_the_command_takes_a_file_and_overrides(settings, tmp_path):

@@ -5,8 +5,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from r2m.commands.memory import MemoryTracker
 from r2m.method.hidden_states import HiddenStateTap, noise_like, policy_backbone
+from r2m_kernels.bench.measure import MemoryTracker
 
 
 @pytest.fixture

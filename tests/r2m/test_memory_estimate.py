@@ -1,4 +1,4 @@
-"""The memory estimate against what real tensors of a real run take, phase by phase."""
+"""The memory estimate against what real tensors of a real run take, phase by phase, and against sums made by hand."""
 
 import itertools
 import json
@@ -6,56 +6,33 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    Gemma2Config,
+    AutoModelForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
-    OPTConfig,
+    MambaConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
+    Qwen3Config,
 )
 
 from r2m.commands.build import build_trainer
-from r2m.commands.memory import MemoryTracker, estimate_memory
+from r2m.commands.memory import estimate_memory
 from r2m.config import config_from_dict
+from r2m_kernels.bench.measure import MemoryTracker
 
-PROMPT, RESPONSE = 30, 20  # tokens
-WORDS = 2000
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """A policy, a reward model of another shape and prompts; weights, activations and logits all weigh something."""
-    folder = tmp_path_factory.mktemp("memory")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w1", unk_token="w0")
-    shape = {"vocab_size": WORDS, "num_key_value_heads": 2, "num_attention_heads": 4, "pad_token_id": None}
-    policy = LlamaConfig(**shape, hidden_size=128, intermediate_size=384, num_hidden_layers=2)
-    reward = LlamaConfig(**shape, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_labels=1)
-    for name, model in (("policy", LlamaForCausalLM(policy)), ("reward", LlamaForSequenceClassification(reward))):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    prompts = [" ".join(["w7"] * (PROMPT - i)) for i in range(4)]  # of several lengths: masks are needed
-    (folder / "prompts.txt").write_text("\n".join(prompts))
-    return folder
+PROMPT, RESPONSE, WORDS = 30, 20, 2000
+SHAPE = {"vocab_size": WORDS, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
 
 
-def run_config(folder, **settings):
-    defaults = {
-        "policy": str(folder / "policy"),
-        "reward_model": str(folder / "reward"),
-        "prompts": str(folder / "prompts.txt"),
-        "output_dir": str(folder / "out"),
-        "prompts_per_round": 4,
-        "num_generations": 4,
-        "micro_batch_size": 4,
-        "learning_rate": 1e-4,
-        "r2m": {"inner_width": 64},
-        "generation": {"max_prompt_tokens": PROMPT, "max_new_tokens": RESPONSE, "eos_token_ids": [WORDS]},
-    }
-    return config_from_dict(defaults | settings)
+def peaks_of_round(trainer, tracker, t):
+    peaks, row = {}, {}
+    rollout, peaks["rollout"] = tracker.peak_of(lambda: trainer.sample(t))
+    batch, peaks["annotate"] = tracker.peak_of(lambda: trainer.annotate(rollout, t, row))
+    _, peaks["policy"] = tracker.peak_of(lambda: trainer.optimize_policy(rollout, batch, t, row))
+    _, peaks["reward_model"] = tracker.peak_of(lambda: trainer.align_reward_model(batch, t, row))
+    return peaks, rollout, batch
 
 
 def measured_peaks(config):
@@ -70,81 +47,152 @@ def measured_peaks(config):
         return peaks_of_round(trainer, tracker, 2)[0] if first_round else None
 
 
-def peaks_of_round(trainer, tracker, t):
-    peaks, row = {}, {}
-    rollout, peaks["rollout"] = tracker.peak_of(lambda: trainer.sample(t))
-    batch, peaks["annotate"] = tracker.peak_of(lambda: trainer.annotate(rollout, t, row))
-    _, peaks["policy"] = tracker.peak_of(lambda: trainer.optimize_policy(rollout, batch, t, row))
-    _, peaks["reward_model"] = tracker.peak_of(lambda: trainer.align_reward_model(batch, t, row))
-    return peaks, rollout, batch
+@pytest.fixture(scope="module")
+def save(tmp_path_factory):
+    """Saves a random policy of a config, a reward model of another shape, and prompts; each of weights, activations and
+    logits is a share of the whole that the tolerance below would not hide."""
+
+    def make(policy):
+        folder = tmp_path_factory.mktemp("memory")
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w1", unk_token="w0")
+        reward = LlamaConfig(**SHAPE, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_labels=1)
+        for name, model in (
+            ("policy", AutoModelForCausalLM.from_config(policy)),
+            ("reward", LlamaForSequenceClassification(reward)),
+        ):
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+        prompts = [" ".join(["w7"] * (PROMPT - i)) for i in range(4)]  # of several lengths: masks are needed
+        (folder / "prompts.txt").write_text("\n".join(prompts))
+        return folder
+
+    return make
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"precision": "float32"},
-        {"precision": "bf16"},
-        {"precision": "bf16", "lora": {"rank": 4}},
-        {"precision": "bf16", "gradient_checkpointing": True},
-        {"precision": "float32", "micro_batch_size": 2},
-        {"precision": "bf16", "minibatches": 2, "micro_batch_size": 3, "epochs": 1, "kl": {"placement": "reward"}},
-        {"precision": "float32", "algorithm": "remax", "micro_batch_size": 3},
-        {
-            "precision": "bf16",
-            "algorithm": "reinforce++",
-            "kl": {"placement": "reward"},
-            "num_generations": 1,
-            "prompts_per_round": 16,
-            "r2m": {"feedback": "frozen", "inner_width": 64},
-        },
-        {"precision": "bf16", "r2m": {"feedback": "head", "inner_width": 64}},
-        {"precision": "float32", "r2m": {"source": "noise", "inner_width": 64}},
-        {"precision": "float32", "r2m": {"source": "reference", "inner_width": 64}},
-    ],
-    ids=str,
-)
-def test_the_peak_of_every_phase_is_that_of_a_real_run(checkpoints, settings):
-    config = run_config(checkpoints, **settings)
+@pytest.fixture(scope="module")
+def llama(save):
+    return save(LlamaConfig(**SHAPE, **SIZES))
+
+
+def run_config(folder, **settings):
+    defaults = {
+        "policy": str(folder / "policy"),
+        "reward_model": str(folder / "reward"),
+        "prompts": str(folder / "prompts.txt"),
+        "output_dir": str(folder / "out"),
+        "prompts_per_round": 4,
+        "num_generations": 8,
+        "micro_batch_size": 16,
+        "learning_rate": 1e-4,
+        "precision": "float32",
+        "r2m": {"inner_width": 64},
+        "generation": {"max_prompt_tokens": PROMPT, "max_new_tokens": RESPONSE, "eos_token_ids": [WORDS]},
+    }
+    return config_from_dict(defaults | settings)
+
+
+CASES = {
+    "full": {},
+    "full, bf16": {"precision": "bf16"},
+    "adapter": {"lora": {"rank": 4}},
+    "adapter, bf16": {"lora": {"rank": 4}, "precision": "bf16"},
+    "adapter in the last layer": {"lora": {"rank": 4, "top_layers": 1}},
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing, adapter, bf16": {"gradient_checkpointing": True, "lora": {"rank": 4}, "precision": "bf16"},
+    "eager attention": {"placement": {"attention": "eager"}},
+    "scoring apart": {"micro_batch_size": 3},  # groups are not whole in a pass
+    "one pass": {"micro_batch_size": 32},  # its gradients come as its activations go
+    "minibatches": {"minibatches": 2, "micro_batch_size": 8, "epochs": 1},
+    "one response, frozen reward model": {
+        "algorithm": "reinforce++", "kl": {"placement": "reward"}, "num_generations": 1, "prompts_per_round": 32,
+        "r2m": {"feedback": "frozen", "inner_width": 64},
+    },
+    "the head alone trains": {"r2m": {"feedback": "head", "inner_width": 64}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_of_every_phase_is_that_of_a_real_run(llama, case):
+    config = run_config(llama, **CASES[case])
     assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)
 
 
-def test_batches_of_generation_bound_the_cache(checkpoints):
-    """Half of the sequences at once, half of the cache, and the peak of a real run."""
-    config = run_config(checkpoints)
+# LayerNorm, one product for q, k and v, an MLP without gate; norms of heads; experts.
+@pytest.mark.parametrize(
+    "policy",
+    [
+        GPTNeoXConfig(vocab_size=WORDS, num_attention_heads=4, **SIZES),
+        Qwen3Config(**SHAPE, **SIZES, head_dim=32),
+        MixtralConfig(**SHAPE, **SIZES, num_local_experts=4, num_experts_per_tok=2),
+    ],
+    ids=lambda policy: policy.model_type,
+)
+def test_other_layers_keep_what_theirs_keep(save, policy):
+    config = run_config(save(policy))
+    assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)
+
+
+def test_batches_of_generation_bound_the_cache(llama):
+    config = run_config(llama)
     whole = estimate_memory(config)
-    config.generation.batch_size = 8
+    config.generation.batch_size = 16
     half = estimate_memory(config)
     assert half.parts["generation cache"] == whole.parts["generation cache"] / 2
     assert half.phases["rollout"] == pytest.approx(measured_peaks(config)["rollout"], rel=0.15)
 
 
+# ---- sums made by hand ----
+
+# Widths of Llama-3-8B, two layers; its weights: layers with norms, and a table each for embedding and head.
+D, Q, K, M, V = 4096, 4096, 1024, 14336, 128256
+LAYERS, TABLE = 2 * (2 * D * Q + 2 * D * K + 3 * D * M) + 5 * D, V * D
+LENGTH, NEW = 1024, 512
+
+
 @pytest.fixture
 def large(tmp_path):
-    """Configs of models of 8B-parameter width, two layers deep; no weights and no tokenizer."""
-    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2}
+    """A config alone: no weights and no tokenizer."""
+    shape = {"vocab_size": V, "hidden_size": D, "intermediate_size": M, "num_hidden_layers": 2}
     llama = LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=8, architectures=["LlamaForCausalLM"])
     llama.save_pretrained(tmp_path)
-    return {"policy": str(tmp_path), "reward_model": str(tmp_path)}
+    return {"policy": str(tmp_path), "reward_model": str(tmp_path), "precision": "bf16"}
 
 
-# Weights of `large`: two layers, embedding, head (of the policy alone) and norms.
-LAYERS = 2 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 5 * 4096
-TABLE = 128256 * 4096
+def test_parts_of_full_training(large):
+    estimate = estimate_memory(config_from_dict(large | {"placement": {"device": "cuda"}}))
+    weights, sequences = LAYERS + 2 * TABLE, 64 * 8
+    expected = {
+        "policy weights": 4 * weights,
+        "reference": 4 * weights,
+        "gradients": 4 * weights,
+        "optimizer state": 8 * weights,
+        "reward model backbone": 2 * (LAYERS + TABLE),  # bfloat16, without the policy's head
+        # W_q, W_k, W_v, W_o of inner width 2048 and phi, 16 bytes each, beside a few vectors of every sequence.
+        "R2M part": 16 * (4 * 2048 * D + D) + 4 * sequences * (4 * D + 2048) + sequences * (20 * LENGTH + 12 * NEW),
+        "logits": 8 * (NEW + 1) * V * 2,  # of a micro-batch of 8, in bfloat16
+        "generation cache": sequences * (LENGTH - 1) * 2 * 2 * K * 4,  # two layers, keys and values in float32
+    }
+    assert {part: estimate.parts[part] for part in expected} == expected
+    # Of a token and layer: inputs of five half norms, as they are and normalised, in float32; in bfloat16 the input of
+    # six products, q, k, v and the result, a row of the mask, and gate, up, activation and product.
+    kept = 5 * D * 4 + (6 * D + 4 * Q + LENGTH + 4 * M) * 2
+    assert estimate.terms["policy"]["activations"] == 2 * 8 * LENGTH * kept
+    assert estimate.terms["policy"]["bfloat16 weights"] == 2 * (LAYERS + TABLE)
 
 
-def test_a_config_alone_is_enough(large):
-    """The paper's batch; sizes that can be counted by hand."""
-    parts = estimate_memory(config_from_dict(large | {"placement": {"device": "cuda"}})).parts
-    weights = 4 * (LAYERS + 2 * TABLE)
-    for part in ("policy weights", "reference", "gradients"):
-        assert parts[part] == pytest.approx(weights, rel=1e-3)
-    assert parts["optimizer state"] == pytest.approx(2 * weights, rel=1e-3)
-    assert parts["reward model backbone"] == pytest.approx(2 * (LAYERS + TABLE), rel=1e-3)
-    assert parts["logits"] == 8 * 513 * 128256 * 2
-    tokens = 512 * 1023  # of 64 x 8 sequences; the last one sampled is never read
-    # Layers, tokens, keys and values, width, bytes: rotation makes float32 of keys where the weights are float32, and
-    # the cache takes their type for the values too.
-    assert parts["generation cache"] == 2 * tokens * 2 * 1024 * 4
+def test_an_adapter_trains_its_own_weights_alone(large):
+    def parts(**lora):
+        return estimate_memory(
+            config_from_dict(large | {"lora": {"rank": 16, "target_modules": ["q_proj"]} | lora})
+        ).parts
+
+    adapter = 2 * 16 * (D + Q)  # in each layer, two matrices beside q_proj
+    assert parts()["policy weights"] == 2 * (LAYERS + 2 * TABLE) + 4 * adapter
+    assert parts()["optimizer state"] == 2 * parts()["gradients"] == 8 * adapter
+    assert parts()["reference"] == 0  # a new adapter is the identity: switched off
+    assert parts(top_layers=1)["gradients"] == 4 * adapter / 2
 
 
 def test_placement_takes_models_off_the_policy_s_device(large):
@@ -152,11 +200,8 @@ def test_placement_takes_models_off_the_policy_s_device(large):
         few = {"prompts_per_round": 4, "num_generations": 4}
         return estimate_memory(config_from_dict(large | few | {"placement": {"device": "cuda"} | placement}))
 
-    whole, off, apart = (
-        estimate(),
-        estimate(offload_reference=True, offload_reward_model=True),
-        estimate(reward_model="cpu"),
-    )
+    whole, apart = estimate(), estimate(reward_model="cpu")
+    off = estimate(offload_reference=True, offload_reward_model=True)
     backbone, reference = whole.parts["reward model backbone"], whole.parts["reference"]
     assert off.parts["reference"] == off.parts["reward model backbone"] == 0
     assert whole.phases["policy"] - off.phases["policy"] == backbone + reference
@@ -171,7 +216,7 @@ def test_placement_takes_models_off_the_policy_s_device(large):
 def test_a_saved_reward_model_names_its_backbone_and_widths(large, tmp_path):
     saved = {
         "backbone": large["policy"], "backbone_revision": None, "policy": "any", "policy_revision": None,
-        "policy_width": 4096, "inner_width": 4096, "num_heads": 1, "floor": 0.6, "standardize": False,
+        "policy_width": D, "inner_width": 4096, "num_heads": 1, "floor": 0.6, "standardize": False,
         "rte_token": "checkpoint", "suffix": "", "max_length": 2048,
     }  # fmt: skip
     folder = tmp_path / "saved"
@@ -186,14 +231,10 @@ def test_a_saved_reward_model_names_its_backbone_and_widths(large, tmp_path):
     assert old["R2M part"] == pytest.approx(2 * new["R2M part"], rel=0.01)  # twice the inner width
 
 
-@pytest.mark.parametrize("config", [GPTNeoXConfig, Qwen2Config, Gemma2Config, OPTConfig])
-def test_other_architectures_are_simulated_too(large, tmp_path, config):
-    sizes = {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config(**sizes, num_key_value_heads=2, word_embed_proj_dim=64).save_pretrained(tmp_path / "other")
-    small = {"prompts_per_round": 2, "num_generations": 2, "micro_batch_size": 2, "policy": str(tmp_path / "other")}
-    estimate = estimate_memory(config_from_dict(large | small))
-    assert min(estimate.parts.values()) > 0
-    assert estimate.phases["policy"] > estimate.parts["reward model backbone"] + 4 * estimate.parts["policy weights"]
+def test_a_model_without_attention_gets_a_figure(large, tmp_path):
+    MambaConfig(vocab_size=500, hidden_size=64, num_hidden_layers=2).save_pretrained(tmp_path / "mamba")
+    estimate = estimate_memory(config_from_dict(large | {"policy": str(tmp_path / "mamba")}))
+    assert estimate.phases["policy"] > estimate.parts["reward model backbone"] + 5 * estimate.parts["policy weights"]
 
 
 def test_what_is_missing_is_named(large):
