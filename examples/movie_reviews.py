@@ -6,6 +6,7 @@ judge it is a linear classifier, fitted once a process, on reviews that none of 
 
 import argparse
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from r2m import load_tokenizer
 from r2m.demo.movie_reviews import Splits, fit_judge, load_splits
 from r2m.models import smollm2
+from r2m.progress import waiting
 
 
 def splits() -> Splits:
@@ -42,7 +44,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the five files")
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
-    dealt = splits()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("r2m").setLevel(logging.INFO)  # what it says while it works
+    with waiting("reading the reviews"):
+        dealt = splits()
     write(folder / "pairs.jsonl", map(vars, dealt.pairs))
     write(folder / "held_out_pairs.jsonl", map(vars, dealt.validation_pairs[:24]))
     write(folder / "test_pairs.jsonl", map(vars, dealt.test_pairs))
