@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 
 from r2m.devices import compute_dtype
 from r2m.models import sequence_classifier
@@ -25,7 +25,7 @@ def load_classifier(
     attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, bool]:
+) -> tuple[Any, bool]:
     """A language model with a scoring head of one output, and whether that head is random, as on a causal LM.
 
     In host memory, but for a quantised one, which is loaded to `device`; the arguments are those of
