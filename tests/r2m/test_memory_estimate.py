@@ -83,8 +83,8 @@ def run_config(folder, **settings):
         "prompts": str(folder / "prompts.txt"),
         "output_dir": str(folder / "out"),
         "prompts_per_round": 4,
-        "num_generations": 8,
-        "micro_batch_size": 16,
+        "num_generations": 4,
+        "micro_batch_size": 8,
         "learning_rate": 1e-4,
         "precision": "float32",
         "r2m": {"inner_width": 64},
@@ -103,10 +103,10 @@ CASES = {
     "checkpointing, adapter, bf16": {"gradient_checkpointing": True, "lora": {"rank": 4}, "precision": "bf16"},
     "eager attention": {"placement": {"attention": "eager"}},
     "scoring apart": {"micro_batch_size": 3},  # groups are not whole in a pass
-    "one pass": {"micro_batch_size": 32},  # its gradients come as its activations go
-    "minibatches": {"minibatches": 2, "micro_batch_size": 8, "epochs": 1},
+    "one pass": {"micro_batch_size": 16},  # its gradients come as its activations go
+    "minibatches": {"minibatches": 2, "micro_batch_size": 4, "epochs": 1},
     "one response, frozen reward model": {
-        "algorithm": "reinforce++", "kl": {"placement": "reward"}, "num_generations": 1, "prompts_per_round": 32,
+        "algorithm": "reinforce++", "kl": {"placement": "reward"}, "num_generations": 1, "prompts_per_round": 16,
         "r2m": {"feedback": "frozen", "inner_width": 64},
     },
     "the head alone trains": {"r2m": {"feedback": "head", "inner_width": 64}},
@@ -137,7 +137,7 @@ def test_other_layers_keep_what_theirs_keep(save, policy):
 def test_batches_of_generation_bound_the_cache(llama):
     config = run_config(llama)
     whole = estimate_memory(config)
-    config.generation.batch_size = 16
+    config.generation.batch_size = 8
     half = estimate_memory(config)
     assert half.parts["generation cache"] == whole.parts["generation cache"] / 2
     assert half.phases["rollout"] == pytest.approx(measured_peaks(config)["rollout"], rel=0.15)
