@@ -25,23 +25,23 @@ using OptionalTensor = std::optional<Tensor>;
 //   gradient    [B, H, D] their covariance times direction
 //   value       [B, H] direction . pooled, present with direction
 //   lse         [B, H] log-sum-exp of the scores
-//   norm        [2, B, H] the largest score m, and the sum of exp(score - m)
+//   max_sum        [2, B, H] the largest score m, and the sum of exp(score - m)
 //   scores      [1 or 2, H, rows] query . row and, with direction, direction . row, of rows that are attended
 //   workspace   1-D
 // A sequence is cut into chunks of `chunk` rows, whose pools are merged in order. Those of a sequence that has at least
 // two are in the workspace, which has room for `partials` of them: pooled [partials, H, D] and gradient [partials, H, D]
-// where they are wanted, then norm [2, partials, H] and value [partials, H]. Chunk `number` of sequence b is in row
+// where they are wanted, then max_sum [2, partials, H] and value [partials, H]. Chunk `number` of sequence b is in row
 // b * chunks + number, with chunks = ceil(S / chunk); of packed sequences in row 2 * cu_seqlens[b] // chunk + number.
 void attention_pool(
     const Tensor& query, const Tensor& hidden, const OptionalTensor& direction, const OptionalTensor& cu_seqlens,
     const OptionalTensor& mask, const OptionalTensor& pooled, const OptionalTensor& gradient,
-    const OptionalTensor& value, const Tensor& lse, const Tensor& norm, const OptionalTensor& scores,
+    const OptionalTensor& value, const Tensor& lse, const Tensor& max_sum, const OptionalTensor& scores,
     const Tensor& workspace, int64_t chunk, int64_t partials);
 
 // grad_hidden, shape and dtype of hidden: the sum over queries of p_j (t_j - value + grad_lse) query + p_j direction,
-// with p_j and t_j from what attention_pool kept in norm, value and scores; 0 in rows that are not attended.
+// with p_j and t_j from what attention_pool kept in max_sum, value and scores; 0 in rows that are not attended.
 void attention_pool_grad_hidden(
-    const Tensor& query, const Tensor& direction, const Tensor& scores, const Tensor& norm, const Tensor& value,
+    const Tensor& query, const Tensor& direction, const Tensor& scores, const Tensor& max_sum, const Tensor& value,
     const Tensor& grad_lse, const OptionalTensor& cu_seqlens, const OptionalTensor& mask, const Tensor& grad_hidden);
 
 // fused = (1 - w) aggregated + w rte, [B, D]. aggregated, rte and fused in any of the three dtypes and the first two of

@@ -6,10 +6,10 @@
 STABLE_TORCH_LIBRARY(R2M_NAMESPACE, library) {
   library.def(
       "attention_pool(Tensor query, Tensor hidden, Tensor? direction, Tensor? cu_seqlens, Tensor? mask,"
-      " Tensor(a!)? pooled, Tensor(b!)? gradient, Tensor(c!)? value, Tensor(d!) lse, Tensor(e!) norm,"
+      " Tensor(a!)? pooled, Tensor(b!)? gradient, Tensor(c!)? value, Tensor(d!) lse, Tensor(e!) max_sum,"
       " Tensor(f!)? scores, Tensor(g!) workspace, int chunk, int partials) -> ()");
   library.def(
-      "attention_pool_grad_hidden(Tensor query, Tensor direction, Tensor scores, Tensor norm, Tensor value,"
+      "attention_pool_grad_hidden(Tensor query, Tensor direction, Tensor scores, Tensor max_sum, Tensor value,"
       " Tensor grad_lse, Tensor? cu_seqlens, Tensor? mask, Tensor(a!) grad_hidden) -> ()");
   library.def("time_weighted_fusion(Tensor aggregated, Tensor rte, Tensor weight, Tensor(a!) fused) -> ()");
   library.def(

@@ -84,20 +84,20 @@ std::unique_ptr<float, Aligned> aligned_memory(int64_t bytes) {
 void attention_pool(
     const Tensor& query, const Tensor& hidden, const OptionalTensor& direction, const OptionalTensor& cu_seqlens,
     const OptionalTensor& mask, const OptionalTensor& pooled, const OptionalTensor& gradient,
-    const OptionalTensor& value, const Tensor& lse, const Tensor& norm, const OptionalTensor& scores,
+    const OptionalTensor& value, const Tensor& lse, const Tensor& max_sum, const OptionalTensor& scores,
     const Tensor& workspace, int64_t chunk, int64_t partials) {
   const int64_t B = query.size(0), H = query.size(1), D = query.size(2);
   const Rows rows(hidden, cu_seqlens, mask, B);
   const Pieces chunks(rows, chunk);
-  const Dtype dtype = dtype_of(hidden);
+  const Dtype dtype = dtype_of("hidden", hidden);
   float* part_pooled = data(workspace);
   float* part_gradient = part_pooled + (pooled ? partials * H * D : 0);
-  float* part_norm = part_gradient + (gradient ? partials * H * D : 0);
-  float* part_value = part_norm + 2 * partials * H;
+  float* part_max_sum = part_gradient + (gradient ? partials * H * D : 0);
+  float* part_value = part_max_sum + 2 * partials * H;
   auto part = [&](int64_t b) { return cu_seqlens ? 2 * rows.first(b) / chunk : b * chunks.of(b); };
   auto at = [](float* start, int64_t offset) { return start ? start + offset : nullptr; };
   auto log_sum_exp = [&](int64_t result) {
-    float m = data(norm)[result], l = data(norm)[B * H + result];
+    float m = data(max_sum)[result], l = data(max_sum)[B * H + result];
     data(lse)[result] = l == 0 ? -std::numeric_limits<float>::infinity() : m + std::log(l);
   };
 
@@ -135,7 +135,7 @@ void attention_pool(
       task.stride_sh = rows.total;
       task.pooled = pooled ? alone ? data(*pooled) + result * D : part_pooled + partial * D : nullptr;
       task.gradient = gradient ? alone ? data(*gradient) + result * D : part_gradient + partial * D : nullptr;
-      task.largest = alone ? data(norm) + result : part_norm + partial;
+      task.largest = alone ? data(max_sum) + result : part_max_sum + partial;
       task.sum = task.largest + (alone ? B : partials) * H;
       task.value = value ? alone ? data(*value) + result : part_value + partial : nullptr;
       task.scratch = scratch.get();
@@ -154,15 +154,15 @@ void attention_pool(
       task.chunks = chunks.of(b);
       task.D = D;
       task.stride = H;
-      task.part_largest = part_norm + partial;
-      task.part_sum = part_norm + partials * H + partial;
+      task.part_largest = part_max_sum + partial;
+      task.part_sum = part_max_sum + partials * H + partial;
       task.part_value = value ? part_value + partial : nullptr;
       task.part_pooled = part_pooled + partial * D;
       task.part_gradient = part_gradient + partial * D;
       task.pooled = at(data(pooled), result * D);
       task.gradient = at(data(gradient), result * D);
-      task.largest = data(norm) + result;
-      task.sum = data(norm) + B * H + result;
+      task.largest = data(max_sum) + result;
+      task.sum = data(max_sum) + B * H + result;
       task.value = at(data(value), result);
       kernels().merge(task);
       log_sum_exp(result);
@@ -171,13 +171,13 @@ void attention_pool(
 }
 
 void attention_pool_grad_hidden(
-    const Tensor& query, const Tensor& direction, const Tensor& scores, const Tensor& norm, const Tensor& value,
+    const Tensor& query, const Tensor& direction, const Tensor& scores, const Tensor& max_sum, const Tensor& value,
     const Tensor& grad_lse, const OptionalTensor& cu_seqlens, const OptionalTensor& mask, const Tensor& grad_hidden) {
   const int64_t B = query.size(0), H = query.size(1), D = query.size(2);
   const Rows rows(grad_hidden, cu_seqlens, mask, B);
   constexpr int64_t PIECE = 256;  // rows: a sequence's vectors are arranged anew for each, little beside so many
   const Pieces pieces(rows, PIECE);
-  const Dtype dtype = dtype_of(grad_hidden);
+  const Dtype dtype = dtype_of("grad_hidden", grad_hidden);
   const int64_t width = kernels().padded(D), bytes = D * rows.itemsize;
   char* grad = data<char>(grad_hidden);
 
@@ -200,7 +200,7 @@ void attention_pool_grad_hidden(
         }
         for (int64_t h = 0; h < H; ++h) {
           const int64_t result = b * H + h, position = h * rows.total + rows.first(b) + s;
-          const float p = std::exp(data(scores)[position] - data(norm)[result]) / data(norm)[B * H + result];
+          const float p = std::exp(data(scores)[position] - data(max_sum)[result]) / data(max_sum)[B * H + result];
           const float t = data(scores)[H * rows.total + position];
           factors[2 * h] = p * (t - data(value)[result] + data(grad_lse)[result]);
           factors[2 * h + 1] = p;

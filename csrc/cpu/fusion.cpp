@@ -45,7 +45,7 @@ class Matrix {
         itemsize_(tensor.element_size()),
         stride_b_(tensor.dim() == 2 ? tensor.stride(0) : 0),
         stride_d_(tensor.dim() > 0 ? tensor.stride(-1) : 1),
-        dtype_(dtype_of(tensor)) {}
+        dtype_(dtype_of("fusion", tensor)) {}
 
   // Columns d to d + n of row b: in `to`, with zeros behind them, or where they are.
   const float* read(int64_t b, int64_t d, int64_t n, Buffer& to) const {

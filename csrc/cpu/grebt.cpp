@@ -11,8 +11,6 @@
 namespace r2m {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // Rewards that are worth another thread: some 20 us of work.
 constexpr int64_t REWARDS_OF_A_THREAD = 1024;
 
@@ -25,13 +23,10 @@ void read_row(const Tensor& tensor, int64_t n, std::vector<double>& row) {
 
 // What copies a row of the tensor's dtype into float64, exactly.
 auto reader(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return read_row<float>;
-    case ScalarType::BFloat16: return read_row<torch::headeronly::BFloat16>;
-    case ScalarType::Half: return read_row<torch::headeronly::Half>;
-    case ScalarType::Double: return read_row<double>;
-    default: STD_TORCH_CHECK(false, name, ": expected a floating dtype"); return read_row<double>;
-  }
+  const Dtype dtype = dtype_of(name, tensor, true);
+  if (dtype == FLOAT64) return &read_row<double>;
+  using torch::headeronly::BFloat16, torch::headeronly::Half;
+  return with_dtype<BFloat16, Half>(dtype, [](auto zero) { return &read_row<decltype(zero)>; });
 }
 
 // Indices of the first of the highest scores and of the last of the lowest. As in torch, NaN is both.

@@ -3,13 +3,23 @@
 // lacks.
 #pragma once
 
-#include "dtypes.h"
-
 #include <cstdint>
 
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
+
+namespace r2m {
+
+// 16-bit floats as they are stored; arithmetic is in float.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+}  // namespace r2m
 
 namespace r2m::R2M_ISA {
 

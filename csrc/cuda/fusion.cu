@@ -18,8 +18,6 @@ constexpr int kSumThreads = kSumWarps * kWarp;
 // all addresses are aligned to vectors; elsewhere 1.
 constexpr int kVectorColumns = 8;
 
-enum class Dtype { kFloat32, kBfloat16, kFloat16 };
-
 // A matrix [B, D] of any strides; tensors of fewer dimensions are one row, or one element. Tensors may mix dtypes, so
 // every access asks for its own: all threads take the same branch, and beside a load it costs little.
 struct Matrix {
@@ -32,7 +30,7 @@ struct Matrix {
   // Columns d to d + kColumns of row b, which are all there.
   template <int kColumns>
   __device__ void read(int64_t b, int64_t d, float (&x)[kColumns]) const {
-    with_type([&](auto zero) {
+    with_dtype<__nv_bfloat16, __half>(dtype, [&](auto zero) {
       using V = Vector<decltype(zero), kColumns>;
       const auto* from = static_cast<const V*>(address(b, d, sizeof(zero)));
 #pragma unroll
@@ -47,7 +45,7 @@ struct Matrix {
   // The same, of factor times x.
   template <int kColumns>
   __device__ void write(int64_t b, int64_t d, float factor, const float (&x)[kColumns]) const {
-    with_type([&](auto zero) {
+    with_dtype<__nv_bfloat16, __half>(dtype, [&](auto zero) {
       using T = decltype(zero);
       using V = Vector<T, kColumns>;
       auto* to = static_cast<V*>(address(b, d, sizeof(T)));
@@ -67,15 +65,6 @@ struct Matrix {
     static constexpr int kElements = kColumns == 1 ? 1 : kVectorBytes / sizeof(T);
     T elements[kElements];
   };
-
-  template <typename Run>
-  __device__ void with_type(Run run) const {
-    switch (dtype) {
-      case Dtype::kFloat32: return run(float{});
-      case Dtype::kBfloat16: return run(__nv_bfloat16{});
-      default: return run(__half{});
-    }
-  }
 
   __device__ void* address(int64_t b, int64_t d, int64_t itemsize) const {
     return static_cast<char*>(data) + (b * stride_b + d * stride_d) * itemsize;
@@ -223,18 +212,12 @@ __global__ void __launch_bounds__(kSumThreads) head_gradient_kernel(
 // ------------------------------------------------------------------------------------------------------------- Host
 
 Matrix matrix_of(const char* name, const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
   Matrix matrix{};
   matrix.data = tensor.data_ptr();
   matrix.stride_b = tensor.dim() == 2 ? tensor.stride(0) : 0;
   matrix.stride_d = tensor.dim() > 0 ? tensor.stride(-1) : 1;
   matrix.D = tensor.dim() > 0 ? tensor.size(-1) : 1;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: matrix.dtype = Dtype::kFloat32; break;
-    case ScalarType::BFloat16: matrix.dtype = Dtype::kBfloat16; break;
-    case ScalarType::Half: matrix.dtype = Dtype::kFloat16; break;
-    default: throw std::runtime_error(std::string(name) + ": expected float32, bfloat16 or float16");
-  }
+  matrix.dtype = dtype_of(name, tensor);
   return matrix;
 }
 
@@ -246,19 +229,12 @@ Matrix matrix_of(const char* name, const OptionalTensor& tensor) {
 template <typename Run>
 void with_columns(std::initializer_list<Matrix> matrices, Run run) {
   for (const Matrix& matrix : matrices) {
-    const int64_t itemsize = matrix.dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t itemsize = matrix.dtype == FLOAT32 ? 4 : 2;
     const bool aligned = reinterpret_cast<uintptr_t>(matrix.data) % kVectorBytes == 0 &&
         matrix.stride_b * itemsize % kVectorBytes == 0 && matrix.D % kVectorColumns == 0 && matrix.stride_d == 1;
     if (matrix.data != nullptr && !aligned) return run(std::integral_constant<int, 1>());
   }
   run(std::integral_constant<int, kVectorColumns>());
-}
-
-// A block of threads for so many columns of every row.
-dim3 grid_of(int64_t rows, int64_t D, int64_t columns) {
-  const int64_t tiles = ceil_div(D, columns);
-  if (rows > INT32_MAX || tiles > UINT16_MAX) throw std::runtime_error("fusion: more blocks than a launch can have");
-  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(tiles));
 }
 
 }  // namespace
@@ -269,8 +245,8 @@ void time_weighted_fusion(const Tensor& aggregated, const Tensor& rte, const Ten
   const Matrix a = matrix_of("aggregated", aggregated), h = matrix_of("rte", rte), to = matrix_of("fused", fused);
   with_columns({a, h, to}, [&](auto columns) {
     launch(
-        fuse_kernel<columns>, grid_of(fused.size(0), to.D, kThreads * columns), dim3(kThreads), 0, 1, device.stream(),
-        a, h, weight.const_data_ptr<float>(), to);
+        fuse_kernel<columns>, grid_of(fused.size(0), ceil_div(to.D, kThreads * columns)), dim3(kThreads), 0, 1,
+        device.stream(), a, h, weight.const_data_ptr<float>(), to);
   });
 }
 
@@ -282,8 +258,8 @@ void time_weighted_fusion_backward(
   const Matrix to_h = matrix_of("grad_rte", grad_rte);
   with_columns({from, to_a, to_h}, [&](auto columns) {
     launch(
-        fuse_backward_kernel<columns>, grid_of(grad.size(0), from.D, kThreads * columns), dim3(kThreads), 0, 1,
-        device.stream(), from, weight.const_data_ptr<float>(), to_a, to_h);
+        fuse_backward_kernel<columns>, grid_of(grad.size(0), ceil_div(from.D, kThreads * columns)), dim3(kThreads), 0,
+        1, device.stream(), from, weight.const_data_ptr<float>(), to_a, to_h);
   });
 }
 
@@ -296,7 +272,7 @@ void fused_reward(
   const Matrix phi = matrix_of("head_weight", head_weight);
   with_columns({a, h, phi}, [&](auto columns) {
     launch(
-        reward_kernel<columns>, grid_of(rte.size(0), 1, 1), dim3(kThreads), kThreads / kWarp * sizeof(float2), 1,
+        reward_kernel<columns>, grid_of(rte.size(0)), dim3(kThreads), kThreads / kWarp * sizeof(float2), 1,
         device.stream(), a, h, weight.const_data_ptr<float>(), phi, matrix_of("head_bias", head_bias),
         reward.mutable_data_ptr<float>());
   });
@@ -325,12 +301,12 @@ void fused_reward_backward(
         arguments.aggregated, arguments.rte, arguments.head_weight, arguments.grad_aggregated, arguments.grad_rte};
     with_columns(matrices, [&](auto columns) {
       launch(
-          reward_backward_kernel<columns>, grid_of(blocks, D, kWarp * columns), dim3(kSumThreads),
+          reward_backward_kernel<columns>, grid_of(blocks, ceil_div(D, kWarp * columns)), dim3(kSumThreads),
           kSumThreads * columns * sizeof(float), 1, device.stream(), arguments);
     });
   }
   launch(
-      head_gradient_kernel, grid_of(ceil_div(D + 1, kWarp), 1, 1), dim3(kSumThreads), kSumThreads * sizeof(float), 1,
+      head_gradient_kernel, grid_of(ceil_div(D + 1, kWarp)), dim3(kSumThreads), kSumThreads * sizeof(float), 1,
       device.stream(), partial_sums.const_data_ptr<float>(), blocks, matrix_of("grad_head_weight", grad_head_weight),
       matrix_of("grad_head_bias", grad_head_bias));
 }

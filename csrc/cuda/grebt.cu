@@ -14,8 +14,6 @@ constexpr int kBlocks = 8;  // on a multiprocessor: 64 registers a thread, of wh
 // Groups with larger rewards, whose squares or differences overflow, are computed in a smaller unit: a power of two.
 constexpr float kLarge = 0x1p60f, kSmallUnit = 0x1p-80f, kInSmallUnits = 0x1p80f;
 
-enum class Dtype { kFloat32, kBfloat16, kFloat16, kFloat64 };
-
 // A tensor [n, K].
 struct Groups {
   const void* data;
@@ -25,12 +23,10 @@ struct Groups {
   template <typename T>
   __device__ T at(int64_t n, int64_t k) const {
     const int64_t place = n * stride_n + k * stride_k;
-    switch (dtype) {
-      case Dtype::kFloat32: return static_cast<T>(static_cast<const float*>(data)[place]);
-      case Dtype::kBfloat16: return static_cast<float>(static_cast<const __nv_bfloat16*>(data)[place]);
-      case Dtype::kFloat16: return static_cast<float>(static_cast<const __half*>(data)[place]);
-      default: return static_cast<T>(static_cast<const double*>(data)[place]);
-    }
+    if (dtype == FLOAT64) return static_cast<T>(static_cast<const double*>(data)[place]);
+    return with_dtype<__nv_bfloat16, __half>(dtype, [&](auto zero) {
+      return static_cast<T>(static_cast<float>(static_cast<const decltype(zero)*>(data)[place]));
+    });
   }
 };
 
@@ -147,16 +143,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grebt_kernel(const __grid_c
 // ------------------------------------------------------------------------------------------------------------- Host
 
 Groups groups_of(const char* name, const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  Groups groups{tensor.data_ptr(), tensor.stride(0), tensor.stride(1), {}};
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: groups.dtype = Dtype::kFloat32; break;
-    case ScalarType::BFloat16: groups.dtype = Dtype::kBfloat16; break;
-    case ScalarType::Half: groups.dtype = Dtype::kFloat16; break;
-    case ScalarType::Double: groups.dtype = Dtype::kFloat64; break;
-    default: throw std::runtime_error(std::string(name) + ": expected a floating dtype");
-  }
-  return groups;
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), dtype_of(name, tensor, true)};
 }
 
 }  // namespace
@@ -183,9 +170,8 @@ void grebt_loss(
   arguments.gradient = gradient.mutable_data_ptr<float>();
   arguments.winner = winner.mutable_data_ptr<int64_t>();
   arguments.loser = loser.mutable_data_ptr<int64_t>();
-  const int64_t of_a_block = kThreads / arguments.lanes, blocks = (arguments.groups + of_a_block - 1) / of_a_block;
-  if (blocks > INT32_MAX) throw std::runtime_error("rewards: more groups than a launch has");
-  launch(grebt_kernel, dim3(blocks), dim3(kThreads), 0, 1, device.stream(), arguments);
+  const int64_t of_a_block = kThreads / arguments.lanes, blocks = ceil_div(arguments.groups, of_a_block);
+  launch(grebt_kernel, grid_of(blocks), dim3(kThreads), 0, 1, device.stream(), arguments);
 }
 
 }  // namespace r2m

@@ -3,7 +3,7 @@
 // With R2M_EMULATE, tests/offline/emulation stands in for CUDA and runs kernels on CPU tensors.
 #pragma once
 
-#include "../ops.h"
+#include "../dtypes.h"
 
 #ifdef R2M_EMULATE
 #include "cuda_emulation.h"
@@ -12,7 +12,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "primitives.cuh"
+#include "ptx.cuh"
 #endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -27,8 +27,6 @@ namespace r2m {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kVectorBytes = 16;  // the widest load
-
-inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 inline void check_cuda(cudaError_t status, const char* call) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
@@ -67,6 +65,11 @@ int architecture_of(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes{};
   R2M_CHECK_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
   return attributes.ptxVersion;
+}
+
+inline dim3 grid_of(int64_t x, int64_t y = 1) {
+  if (x > INT32_MAX || y > UINT16_MAX) throw std::runtime_error("more blocks than a launch can have");
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
 }
 
 // Launches kernel(arguments...) with `shared_bytes` of dynamic shared memory, in clusters of `cluster` blocks along x.

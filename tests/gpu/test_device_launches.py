@@ -84,7 +84,7 @@ def test_the_profiler_sees_every_kernel(kernels):
     assert len(kernels(lambda: [x + 1, x * 2, x.sqrt()])) == 3
 
 
-ROWS, MERGE, SCORES, SUMS, OUTER = (f"_{name}_kernel" for name in ("rows", "merge", "scores", "sums", "outer"))
+ROWS, MERGE, SCORES, SUMS, OUTER = (f"{name}_kernel" for name in ("rows", "merge", "scores", "sums", "outer"))
 
 
 @pytest.mark.parametrize(

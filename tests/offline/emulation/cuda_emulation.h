@@ -1,4 +1,4 @@
-// CUDA for a CPU: enough of the language, the runtime and csrc/cuda/primitives.cuh to compile the kernels with a C++
+// CUDA for a CPU: enough of the language, the runtime and csrc/cuda/ptx.cuh to compile the kernels with a C++
 // compiler and to run them on CPU tensors. R2M_EMULATE is the __CUDA_ARCH__ to be: 800, 900, ...
 //
 // Every thread of a cluster of blocks is a fibre; clusters run one after another. It is built to find mistakes:

@@ -4,7 +4,8 @@
 // and all but one find it in the L2 cache.
 #pragma once
 
-#include "attention_pool_common.cuh"
+#include "sequences.cuh"
+#include "softmax.cuh"
 
 namespace r2m {
 

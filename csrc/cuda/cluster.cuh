@@ -6,7 +6,8 @@
 // contributions in the same order, so that the softmaxes of all of them are the same, bit for bit.
 #pragma once
 
-#include "attention_pool_common.cuh"
+#include "sequences.cuh"
+#include "softmax.cuh"
 
 namespace r2m {
 
