@@ -9,7 +9,7 @@ namespace r2m {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocks = 8;  // on a multiprocessor: 64 registers a thread, of which 56 are needed
+constexpr int kBlocks = 8;  // on a multiprocessor: 64 registers a thread, of which at most 58 are needed
 
 // Groups with larger rewards, whose squares or differences overflow, are computed in a smaller unit: a power of two.
 constexpr float kLarge = 0x1p60f, kSmallUnit = 0x1p-80f, kInSmallUnits = 0x1p80f;
