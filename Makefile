@@ -34,9 +34,10 @@ gates: slow trl cpu sanitize emulate interpret gate nvcc-gate  ## what compiles,
 extension: $(STAMP)  ## compile the operators for the CPU; without a compiler, everything runs in PyTorch
 	-$(BIN)/python -m r2m_kernels.build cpu
 
-lint: $(STAMP)  ## ruff: rules and format
+lint: $(STAMP)  ## ruff and clang-format: rules and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
 
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy
@@ -110,9 +111,10 @@ gpu-sanitize:  ## the CUDA kernels on small shapes under compute-sanitizer: memo
 	    $(PYTHON) -m pytest -q tests/kernels -k "any_pool or strides_do_not" --impl extension --device cuda || exit 1; \
 	done
 
-format: $(STAMP)  ## apply ruff's format and safe fixes
+format: $(STAMP)  ## apply ruff's format and safe fixes, and clang-format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $$(find csrc -type f)
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv build dist runs r2m_kernels/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

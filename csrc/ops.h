@@ -67,8 +67,8 @@ void fused_reward_backward(
 // Loss and statistics of every group, [n], and group_weight * d loss / d rewards, [n, K]; float32, winner and loser
 // int64. rewards and pair_scores [n, K] of any strides; pair_scores may be float64. NaN in either makes its group NaN.
 void grebt_loss(
-    const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight,
-    const Tensor& loss, const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner,
-    const Tensor& loser, const Tensor& gradient);
+    const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight, const Tensor& loss,
+    const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner, const Tensor& loser,
+    const Tensor& gradient);
 
 }  // namespace r2m

@@ -58,8 +58,7 @@ struct Pieces {
   std::vector<int64_t> first;  // [B + 1]: the number of a sequence's first piece
 
   Pieces(const Rows& rows, int64_t size) : first(rows.B + 1, 0) {
-    for (int64_t b = 0; b < rows.B; ++b)
-      first[b + 1] = first[b] + std::max<int64_t>(ceil_div(rows.length(b), size), 1);
+    for (int64_t b = 0; b < rows.B; ++b) first[b + 1] = first[b] + std::max<int64_t>(ceil_div(rows.length(b), size), 1);
   }
 
   int64_t count() const { return first.back(); }

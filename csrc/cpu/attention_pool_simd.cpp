@@ -66,7 +66,7 @@ void multiply_tile(
   constexpr int R = Q == 2 ? ROWS_OF_TWO : TILE;
   for (int r = 0; r < TILE; r += R) {
     const bool last = r + R == TILE;
-    multiply<T, Q, R>(rows + r, vectors, D, (float(*)[TILE])(products[0] + r), last ? next : nullptr);
+    multiply<T, Q, R>(rows + r, vectors, D, (float (*)[TILE])(products[0] + r), last ? next : nullptr);
   }
 }
 
@@ -169,13 +169,12 @@ void pool(const Chunk& chunk) {
   float* totals = vectors + H * forms * width;  // [H, kinds, width]
   auto* states = (Softmax*)(totals + H * kinds * width);
   auto* weights = (Weights*)(states + H);
-  auto* products = (float(*)[TILE])(weights + H);  // [H * forms]
+  auto* products = (float (*)[TILE])(weights + H);  // [H * forms]
   for (int64_t h = 0; h < H; ++h) states[h] = {};
   for (int64_t h = 0; h < H; ++h) {
     arrange_vector<T>(chunk.query + h * D, 1, D, vectors + h * forms * width);
     if (direction)
-      arrange_vector<T>(
-          chunk.direction + h * chunk.stride_gh, chunk.stride_gd, D, vectors + (h * forms + 1) * width);
+      arrange_vector<T>(chunk.direction + h * chunk.stride_gh, chunk.stride_gd, D, vectors + (h * forms + 1) * width);
   }
   for (int64_t i = 0; sums && i < H * kinds * width; ++i) totals[i] = 0;
 
@@ -205,10 +204,8 @@ void pool(const Chunk& chunk) {
     }
     for (int64_t h = 0; sums && h < H; ++h) {
       float* x = totals + h * kinds * width;
-      if (both)
-        accumulate<T, 2>(rows, weights[h], D, x, x + width, h == 0 ? next : nullptr);
-      else
-        accumulate<T, 1>(rows, weights[h], D, x, nullptr, h == 0 ? next : nullptr);
+      if (both) accumulate<T, 2>(rows, weights[h], D, x, x + width, h == 0 ? next : nullptr);
+      else accumulate<T, 1>(rows, weights[h], D, x, nullptr, h == 0 ? next : nullptr);
     }
   }
 

@@ -99,9 +99,9 @@ Spread group_reward_entropy(std::vector<double>& r, double eps, std::vector<doub
 }  // namespace
 
 void grebt_loss(
-    const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight,
-    const Tensor& loss, const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner,
-    const Tensor& loser, const Tensor& gradient) {
+    const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight, const Tensor& loss,
+    const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner, const Tensor& loser,
+    const Tensor& gradient) {
   const int64_t K = rewards.size(1);
   const auto read_rewards = reader("rewards", rewards), read_scores = reader("pair_scores", pair_scores);
   const int64_t grain = std::max<int64_t>(REWARDS_OF_A_THREAD / K, 1);

@@ -217,7 +217,7 @@ inline Vector exp(Vector x) {
   Vector shifted = bounded * 1.44269504f + 12582912.f;
   Vector n = shifted - 12582912.f;
   Vector r = bounded - n * 0.693145752f;  // the upper bits of ln 2, so that the product is exact
-  r = r - n * 1.42860682e-6f;             // and the rest
+  r = r - n * 1.42860682e-6f;  // and the rest
   Vector y = all(1.f / 5040);
   y = y * r + 1.f / 720;
   y = y * r + 1.f / 120;

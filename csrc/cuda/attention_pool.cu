@@ -52,8 +52,8 @@ void launch_rows(const PoolArguments& arguments, const Device& device) {
   using Tile = RowsTile<T, form, kQueries, kElements>;
   using Softmax = typename Tile::Softmax;
   const int threads = ceil_div(ceil_div(arguments.width, kElements), kWarp) * kWarp;
-  RowsShared shared{Tile::kRows * threads * Tile::kVectors * kVectorBytes, 1, threads / kWarp, Softmax::kValues,
-                    Softmax::kShared};
+  RowsShared shared{
+      Tile::kRows * threads * Tile::kVectors * kVectorBytes, 1, threads / kWarp, Softmax::kValues, Softmax::kShared};
   const size_t stage_bytes = shared.tile_bytes + sizeof(Barrier);
   const size_t other_bytes = shared.bytes(arguments.sequences) - stage_bytes;
   // As many blocks on a multiprocessor as registers allow, if that leaves each of them three stages: one that is read,
@@ -143,9 +143,9 @@ bool in_vectors(const PoolArguments& arguments, const Tensor& hidden) {
   for (int dim = 0; dim < hidden.dim() - 1; ++dim) {
     if (hidden.size(dim) > 1 && hidden.stride(dim) * element % kVectorBytes != 0) return false;
   }
-  for (const void* place : {arguments.hidden, static_cast<const void*>(arguments.results.pooled),
-                            static_cast<const void*>(arguments.results.gradient),
-                            static_cast<const void*>(arguments.parts.max_sum)}) {
+  for (const void* place :
+       {arguments.hidden, static_cast<const void*>(arguments.results.pooled),
+        static_cast<const void*>(arguments.results.gradient), static_cast<const void*>(arguments.parts.max_sum)}) {
     if (!aligned(place, kVectorBytes)) return false;
   }
   return arguments.width * element % kVectorBytes == 0;
@@ -232,8 +232,8 @@ void attention_pool_grad_hidden(
       aligned(arguments.query, kVectorBytes) && aligned(arguments.direction, kVectorBytes) &&
       aligned(arguments.grad_hidden, kGradColumns * grad_hidden.element_size());
   const int64_t blocks = chunks_of(arguments.sequences) + (cu_seqlens ? 2 : 0);  // before and behind all sequences
-  const int64_t threads = std::min<int64_t>(
-      kGradThreads, ceil_div(ceil_div(arguments.width, kGradColumns), kWarp) * kWarp);
+  const int64_t threads =
+      std::min<int64_t>(kGradThreads, ceil_div(ceil_div(arguments.width, kGradColumns), kWarp) * kWarp);
   const dim3 grid = grid_of(blocks, ceil_div(arguments.width, threads * kGradColumns));
   constexpr size_t kShared = kGradHeads * kGradRows * sizeof(float2);
   with_dtype<__nv_bfloat16, __half>(dtype_of("grad_hidden", grad_hidden), [&](auto element) {

@@ -13,8 +13,8 @@ namespace r2m {
 
 constexpr int kClusterThreads = 256, kClusterWarps = kClusterThreads / kWarp;
 constexpr int kClusterRows = 16;  // of a tile
-constexpr int kMostCluster = 8;   // blocks that every device can have in a cluster
-constexpr int kSide = 8;          // products, and queries of sums, that are taken together
+constexpr int kMostCluster = 8;  // blocks that every device can have in a cluster
+constexpr int kSide = 8;  // products, and queries of sums, that are taken together
 
 template <typename T, Form form, int kQueries>
 struct ClusterTile {
@@ -50,7 +50,7 @@ class ClusterSums : public ClusterTile<T, form, kQueries> {
 
  public:
   static constexpr int kUnit = Tile::kPerVector;  // slices are multiples of it
-  static constexpr int kRowPadding = 0;           // bytes
+  static constexpr int kRowPadding = 0;  // bytes
   // Of a pair of columns: all products' numbers side by side, and as many more as keep lanes' pairs in different banks.
   static constexpr int kPairPitch = Tile::kProducts + 2;
   // Where there are fewer squares than warps, so many warps share the columns of one.
@@ -123,8 +123,7 @@ class ClusterSums : public ClusterTile<T, form, kQueries> {
   }
 
   // The results of `queries` queries in `columns` columns, from number `at` on. shares: 1 / l and e / l.
-  __device__ void store(
-      const Pools& pools, int64_t at, int queries, int64_t width, int columns, const float2* shares) {
+  __device__ void store(const Pools& pools, int64_t at, int queries, int64_t width, int columns, const float2* shares) {
 #pragma unroll
     for (int q = 0; q < kSide; ++q) {
       if (query() + q >= queries) break;
@@ -256,8 +255,7 @@ class ClusterSums<__nv_bfloat16, form, kQueries> : public ClusterTile<__nv_bfloa
     }
   }
 
-  __device__ void store(
-      const Pools& pools, int64_t at, int queries, int64_t width, int columns, const float2* shares) {
+  __device__ void store(const Pools& pools, int64_t at, int queries, int64_t width, int columns, const float2* shares) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
     for (int side = 0; side < kSides; ++side) {
@@ -300,14 +298,15 @@ struct ClusterShared {
 template <typename T, Form form, int kQueries>
 __host__ __device__ ClusterShared cluster_shared(int slice, int stages) {
   using Sums = ClusterSums<T, form, kQueries>;
-  return {slice * int(sizeof(T)) + Sums::kRowPadding, stages, slice / 2 * Sums::kPairPitch,
-          Sums::kSplits * Sums::kProducts * kClusterRows, kQueries * Sums::Softmax::kShared};
+  return {
+      slice * int(sizeof(T)) + Sums::kRowPadding, stages, slice / 2 * Sums::kPairPitch,
+      Sums::kSplits * Sums::kProducts * kClusterRows, kQueries * Sums::Softmax::kShared};
 }
 
 // Blocks have `slice` columns each, the last one those that are left.
 template <typename T, Form form, int kQueries>
 __global__ void __launch_bounds__(kClusterThreads, 1)
-cluster_kernel(const __grid_constant__ PoolArguments arguments, int cluster, int slice, int stages) {
+    cluster_kernel(const __grid_constant__ PoolArguments arguments, int cluster, int slice, int stages) {
 #if __CUDA_ARCH__ >= 900
   using Sums = ClusterSums<T, form, kQueries>;
   using Softmax = typename Sums::Softmax;

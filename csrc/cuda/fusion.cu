@@ -146,8 +146,8 @@ struct RewardBackward {
 
 // A tile of rows and columns a block: their gradients, and their share in the head's.
 template <int kColumns>
-__global__ void __launch_bounds__(kSumThreads) reward_backward_kernel(
-    const __grid_constant__ RewardBackward arguments) {
+__global__ void __launch_bounds__(kSumThreads)
+    reward_backward_kernel(const __grid_constant__ RewardBackward arguments) {
   constexpr int kTileColumns = kWarp * kColumns;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t D = arguments.rte.D, start = int64_t(blockIdx.y) * kTileColumns, d = start + lane * kColumns;

@@ -21,7 +21,7 @@ constexpr int kGradHeads = 16;  // whose factors are in shared memory together: 
 // kGradRows rows of the gradient of hidden. kVectors: all addresses of four columns are aligned to a vector of four.
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(kGradThreads)
-grad_hidden_kernel(const __grid_constant__ GradHiddenArguments arguments) {
+    grad_hidden_kernel(const __grid_constant__ GradHiddenArguments arguments) {
   const Sequences& sequences = arguments.sequences;
   const int64_t heads = arguments.heads, width = arguments.width;
   const bool packed = sequences.cu_seqlens != nullptr;

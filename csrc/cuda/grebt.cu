@@ -149,9 +149,9 @@ Groups groups_of(const char* name, const Tensor& tensor) {
 }  // namespace
 
 void grebt_loss(
-    const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight,
-    const Tensor& loss, const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner,
-    const Tensor& loser, const Tensor& gradient) {
+    const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight, const Tensor& loss,
+    const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner, const Tensor& loser,
+    const Tensor& gradient) {
   const Device device(rewards);
   Arguments arguments{};
   arguments.rewards = groups_of("rewards", rewards);

@@ -49,7 +49,7 @@ struct RowsShared {
 
 template <typename T, Form form, int kQueries, int kElements>
 __global__ void __launch_bounds__(kRowsThreads, (RowsTile<T, form, kQueries, kElements>::kBlocks))
-rows_kernel(const __grid_constant__ PoolArguments arguments, int stages) {
+    rows_kernel(const __grid_constant__ PoolArguments arguments, int stages) {
   using Tile = RowsTile<T, form, kQueries, kElements>;
   using Softmax = typename Tile::Softmax;
   constexpr int kRows = Tile::kRows, kPerVector = Tile::kPerVector;
@@ -124,8 +124,8 @@ rows_kernel(const __grid_constant__ PoolArguments arguments, int stages) {
   for (int q = 0; q < kQueries; ++q) {
     if (head + q >= heads) break;
     const float* query = arguments.query + (int64_t(chunk.sequence) * heads + head + q) * width;
-    const float* direction = arguments.direction + chunk.sequence * arguments.direction_stride_b +
-        (head + q) * arguments.direction_stride_h;
+    const float* direction =
+        arguments.direction + chunk.sequence * arguments.direction_stride_b + (head + q) * arguments.direction_stride_h;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       const int column = (threadIdx.x + i / kPerVector * threads) * kPerVector + i % kPerVector;

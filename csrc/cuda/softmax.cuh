@@ -17,11 +17,17 @@ __device__ inline float to_float(__half x) { return __half2float(x); }
 template <typename T>
 __device__ T from_float(float x);
 template <>
-__device__ inline float from_float(float x) { return x; }
+__device__ inline float from_float(float x) {
+  return x;
+}
 template <>
-__device__ inline __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
+__device__ inline __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ inline __half from_float(float x) { return __float2half_rn(x); }
+__device__ inline __half from_float(float x) {
+  return __float2half_rn(x);
+}
 
 // The values of a 32-bit word, an instruction each.
 template <typename T>

@@ -11,7 +11,7 @@ namespace r2m {
 constexpr int kUnalignedThreads = 256;
 constexpr int kUnalignedRows = kUnalignedThreads / kWarp;  // a warp forms the products of a row
 constexpr int kUnalignedElements = 8;  // of the slice, in a thread
-constexpr int kUnalignedBlocks = 2;    // on a multiprocessor: 128 registers a thread
+constexpr int kUnalignedBlocks = 2;  // on a multiprocessor: 128 registers a thread
 constexpr int kUnalignedSlice = kUnalignedThreads * kUnalignedElements;
 
 template <Form form>
@@ -19,13 +19,12 @@ using UnalignedSoftmax = Softmaxes<1, kUnalignedRows, form != Form::kMean>;
 
 // Shared memory: two buffers of a tile's products, what softmaxes share, and from here on the rows of a mask.
 template <Form form>
-constexpr size_t kUnalignedRowsOffset =
-    2 * UnalignedSoftmax<form>::kValues * sizeof(float) +
+constexpr size_t kUnalignedRowsOffset = 2 * UnalignedSoftmax<form>::kValues * sizeof(float) +
     kUnalignedRows * UnalignedSoftmax<form>::kShared * sizeof(float2);
 
 template <typename T, Form form>
 __global__ void __launch_bounds__(kUnalignedThreads, kUnalignedBlocks)
-unaligned_kernel(const __grid_constant__ PoolArguments arguments) {
+    unaligned_kernel(const __grid_constant__ PoolArguments arguments) {
   using Softmax = UnalignedSoftmax<form>;
   constexpr bool kDirection = form != Form::kMean, kSums = form != Form::kValue;
   const int heads = arguments.heads, width = arguments.width;
@@ -38,8 +37,7 @@ unaligned_kernel(const __grid_constant__ PoolArguments arguments) {
   auto* memory = shared_memory<unsigned char>();
   auto* products = reinterpret_cast<float*>(memory);
   Softmax softmax(reinterpret_cast<float2*>(products + 2 * Softmax::kValues) + warp * Softmax::kShared);
-  const Rows rows(
-      arguments.sequences, chunk, reinterpret_cast<int32_t*>(memory + kUnalignedRowsOffset<form>));
+  const Rows rows(arguments.sequences, chunk, reinterpret_cast<int32_t*>(memory + kUnalignedRowsOffset<form>));
   const T* hidden = static_cast<const T*>(arguments.hidden) + offset_of(arguments, chunk);
   const float* query = arguments.query + (int64_t(chunk.sequence) * heads + head) * width;
   const float* direction =
