@@ -27,7 +27,7 @@ help:  ## list the targets
 demo: $(STAMP) extension  ## train a 135M-parameter model on movie reviews (12 minutes on two slow CPU cores)
 	$(BIN)/r2m demo
 
-test: lint types unit interpret-some  ## the short check (six minutes on two CPU cores); needs no GPU
+test: lint types unit interpret-some  ## the short check: style, types, tests that take seconds; needs no GPU
 
 gates: slow trl cpu sanitize emulate interpret gate nvcc-gate  ## what compiles, emulates, sanitizes, or takes minutes; needs no GPU
 
