@@ -121,14 +121,14 @@ def test_what_is_past_the_end_changes_nothing(batch, ratio_of):
 
 
 def test_a_clipped_sequence_has_no_gradient_and_is_counted(batch):
-    log_probs = (batch["old_log_probs"] + torch.tensor([[1.0], [0.0], [0.0]])).requires_grad_()
+    log_probs = (batch["old_log_probs"] + torch.tensor([[1.0], [-1.0], [0.0]])).requires_grad_()
     loss, stats = policy_loss(
         **(batch | {"log_probs": log_probs}), ratio_of="sequence", clip_range=0.2, beta=0.0, estimator="k3"
     )
     loss.sum().backward()
-    assert log_probs.grad[0].abs().sum() == 0
-    assert log_probs.grad[1].abs().sum() > 0
-    assert stats["clip_share"].tolist() == [1.0, 0.0, 0.0]
+    assert log_probs.grad[:2].abs().sum() == 0  # above, where the advantage is positive, and below, where it is not
+    assert log_probs.grad[2].abs().sum() > 0
+    assert stats["clip_share"].tolist() == [1.0, 1.0, 0.0]
 
 
 def test_sequence_kl_sums_the_valid_tokens():
