@@ -236,8 +236,8 @@ class R2MConfig:
         for name in ("rounds", "prompts_per_round", "num_generations", "epochs", "minibatches", "micro_batch_size"):
             _at_least(name, getattr(self, name), 1)
         check_columns("columns", self.columns)
-        known = list(map(repr, ALGORITHMS))
         if self.algorithm not in ALGORITHMS:
+            known = list(map(repr, ALGORITHMS))
             raise ValueError(f"algorithm: expected {', '.join(known[:-1])} or {known[-1]}; given {self.algorithm!r}")
         algorithm = ALGORITHMS[self.algorithm]
         comparing = [self.algorithm] * (algorithm.compares == "group") + ["GREBT"] * self.r2m.trains

@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 
 from r2m.cli import app
 from r2m.config import load_config
-from r2m.runs.checkpoint import MAY_CHANGE, checkpoints, read_metrics
+from r2m.runs.checkpoint import MAY_CHANGE
+from r2m.runs.folder import checkpoints, read_metrics
 from r2m.runs.judge import load_judge
 
 pytestmark = pytest.mark.slow

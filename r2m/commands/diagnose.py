@@ -35,7 +35,8 @@ from r2m.fitting.pairs import embed_pairs, feedback_batches, take_statistics, to
 from r2m.fitting.recipe import HIDDEN_BUDGET, warm_start
 from r2m.plots import plot_alignment, plot_depths, plot_run, plot_similarity
 from r2m.progress import phase, waiting
-from r2m.runs.checkpoint import METRICS, made, read_metrics
+from r2m.runs.checkpoint import made
+from r2m.runs.folder import METRICS, read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from r2m.config import R2MConfig
 from r2m.devices import native_bfloat16, policy_device
 from r2m.progress import waiting
 from r2m_kernels import __version__, build, dispatch
+from r2m_kernels.bench import measure
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft")
 _OPTIONAL = ("flash_attn", "bitsandbytes", "datasets", "tensorboard", "wandb", "trackio")
@@ -69,10 +70,8 @@ def _device(name: str) -> str:
 def free_memory(device: torch.device | str) -> float:
     """Bytes; inf where the device is not of this machine."""
     device = torch.device(device)
-    if device.type == "cpu":
-        return build._available_memory() * _GIB
     here = torch.cuda.is_available() and device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
-    return torch.cuda.mem_get_info(device)[0] if here else float("inf")
+    return measure.free_memory(device) if here or device.type == "cpu" else float("inf")
 
 
 def _implementations(device: str) -> list[str]:

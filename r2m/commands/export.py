@@ -22,7 +22,8 @@ from r2m.method.reward_model import R2MRewardModel, saved_config
 from r2m.models import is_local
 from r2m.policy.load import load_policy, load_tokenizer
 from r2m.progress import waiting
-from r2m.runs.checkpoint import find_checkpoint, new_folder, read_metrics
+from r2m.runs.checkpoint import new_folder
+from r2m.runs.folder import find_checkpoint, read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -38,14 +38,7 @@ from r2m.data.sources import Prompt
 from r2m.devices import resolve_precision
 from r2m.method.reward_model import WEIGHTS_FILE
 from r2m.progress import waiting
-from r2m.runs.folder import MANIFEST as MANIFEST
-from r2m.runs.folder import METRICS as METRICS
-from r2m.runs.folder import best_round as best_round
-from r2m.runs.folder import check_unused as check_unused
-from r2m.runs.folder import checkpoints as checkpoints
-from r2m.runs.folder import find_checkpoint as find_checkpoint
-from r2m.runs.folder import read_manifest
-from r2m.runs.folder import read_metrics as read_metrics
+from r2m.runs.folder import MANIFEST, METRICS, best_round, checkpoints, read_manifest, read_metrics
 from r2m.scoring import Scorer
 
 logger = logging.getLogger(__name__)

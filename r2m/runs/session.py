@@ -20,16 +20,14 @@ from r2m.policy.self_check import check_policy
 from r2m.runs.checkpoint import (
     RunState,
     append_metrics,
-    best_round,
-    check_unused,
     checkpoint_to_resume,
-    checkpoints,
     claim,
     cut_back,
     load_checkpoint,
     save_checkpoint,
 )
 from r2m.runs.evaluator import Evaluator
+from r2m.runs.folder import best_round, check_unused, checkpoints
 from r2m.runs.monitor import (
     report_start,
     sample_table,

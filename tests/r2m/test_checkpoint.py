@@ -22,16 +22,8 @@ from r2m import R2MTrainer, load_config
 from r2m.commands.build import build_trainer
 from r2m.config import Lora, config_from_dict
 from r2m.policy.load import add_adapter
-from r2m.runs.checkpoint import (
-    MAY_CHANGE,
-    checkpoints,
-    claim,
-    cut_back,
-    find_checkpoint,
-    load_checkpoint,
-    read_metrics,
-    save_checkpoint,
-)
+from r2m.runs.checkpoint import MAY_CHANGE, claim, cut_back, load_checkpoint, save_checkpoint
+from r2m.runs.folder import checkpoints, find_checkpoint, read_metrics
 
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz", [{"role": "user", "content": "hi"}]]
 K = 4

@@ -22,8 +22,8 @@ from r2m.commands.evaluate import evaluate_run
 from r2m.commands.train import dry_run, run
 from r2m.data.sources import Preference
 from r2m.fitting import pairs as fitting
-from r2m.runs.checkpoint import best_round, checkpoints, load_checkpoint, read_metrics
-from r2m.runs.folder import run_to_evaluate
+from r2m.runs.checkpoint import load_checkpoint
+from r2m.runs.folder import best_round, checkpoints, read_metrics, run_to_evaluate
 
 PROMPTS = ["hello ", "what is it? ", "a b", [{"role": "user", "content": "hi"}]]
 HELD_OUT = ["who ", "why? ", "x"]

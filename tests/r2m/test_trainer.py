@@ -18,7 +18,7 @@ from r2m.fitting.bradley_terry import pair_accuracy
 from r2m.fitting.pairs import embed_pairs, score_rollout, tokenize_pairs
 from r2m.policy.load import add_adapter
 from r2m.policy.loss import sequence_kl
-from r2m.runs.checkpoint import checkpoints
+from r2m.runs.folder import checkpoints
 from r2m.runs.monitor import sample_table, warn_about_drift
 
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz", [{"role": "user", "content": "hi"}]]
