@@ -31,7 +31,7 @@ def run(name, *options):
 
 
 # movie_reviews.py takes data from the net: tests/test_training_guide.py gives it others. own_loop.py takes a config:
-# tests/r2m/test_run.py. trl_rloo.py needs TRL: tests/integrations.
+# tests/r2m/runs/test_run.py. trl_rloo.py needs TRL: tests/integrations.
 ELSEWHERE = {"movie_reviews.py", "own_loop.py", "trl_rloo.py"}
 
 

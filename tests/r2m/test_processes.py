@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_run import write_config
+from small_run import write_config
 from train_in_processes import train
 from transformers import AutoModelForCausalLM
 

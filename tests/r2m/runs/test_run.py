@@ -1,6 +1,5 @@
 """What the command line does with a config or with the folder of a run."""
 
-import json
 import logging
 import runpy
 import shutil
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import accelerate.tracking
 import pytest
-import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_run import HELD_OUT, PAIRS, PROMPTS, K, judge, write_config, write_jsonl
 
 from r2m import R2MRewardModel, load_config
 from r2m.commands import evaluate as run_module
@@ -25,50 +24,9 @@ from r2m.fitting import pairs as fitting
 from r2m.runs.checkpoint import load_checkpoint
 from r2m.runs.folder import best_round, checkpoints, read_metrics, run_to_evaluate
 
-PROMPTS = ["hello ", "what is it? ", "a b", [{"role": "user", "content": "hi"}]]
-HELD_OUT = ["who ", "why? ", "x"]
-PAIRS = [("hello ", "there", "no"), ("a", "bc", "yes, why?"), ("q ", "x", "y"), ("z ", "long " * 500, "y")]
-K = 3
-
-
-def judge(prompts, responses):
-    return [sum(response.encode()) % 97 for response in responses]
-
 
 def other_judge(prompts, responses):
     return [42.0] * len(responses)
-
-
-def write_jsonl(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
-def write_config(folder, reward_checkpoint):
-    """A run of 3 rounds with held-out prompts, pairs and a judge; all checkpoints are kept."""
-    tiny.policy(num_hidden_layers=1).save_pretrained(folder / "policy")
-    tiny.tokenizer().save_pretrained(folder / "policy")
-    pairs = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in PAIRS]
-    values = {
-        "policy": str(folder / "policy"),
-        "reward_model": str(reward_checkpoint),
-        "prompts": write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS]),
-        "output_dir": str(folder / "out"),
-        "rounds": 3, "prompts_per_round": 2, "num_generations": K, "micro_batch_size": K, "precision": "float32",
-        "learning_rate": 1e-2,
-        "generation": {"max_new_tokens": 5, "eos_token_ids": list(range(1, 50))},
-        "r2m": {"learning_rate": 1e-3, "inner_width": 16},
-        "evaluation": {
-            "every": 1,
-            "prompts": write_jsonl(folder / "held-out.jsonl", [{"prompt": prompt} for prompt in HELD_OUT]),
-            "pairs": write_jsonl(folder / "pairs.jsonl", pairs),
-            "judge": f"{__file__}:judge",
-        },
-        "checkpoints": {"every": 1, "keep": 9},
-        "placement": {"device": "cpu"},
-    }  # fmt: skip
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    return folder / "run.yaml"
 
 
 @pytest.fixture
@@ -385,7 +343,7 @@ def test_measuring_leaves_a_run_as_it_was(finished):
 def test_a_loop_of_ones_own_around_the_trainers_round_trains_as_the_trainer_does(
     finished, run_file, tmp_path, monkeypatch, capsys
 ):
-    script = Path(__file__).parents[2] / "examples" / "own_loop.py"
+    script = Path(__file__).parents[3] / "examples" / "own_loop.py"
     monkeypatch.setattr(sys, "argv", [str(script), str(run_file), "--nats", "1e9"])
     runpy.run_path(str(script), run_name="__main__")
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["round 1", "round 2", "round 3"]

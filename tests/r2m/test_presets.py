@@ -117,7 +117,7 @@ def test_the_package_has_the_files():
 
 
 def test_a_build_of_the_package_has_the_files(tmp_path):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [
         sys.executable,
         "setup.py",
