@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, told apart with any colour vision, less its yellow, which is too light for a line. Markers
-# differ too, for prints in grey.
+# differ too, for prints in grey. r2m_kernels.bench.plots has the same: taken from there, it would bring torch along.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
