@@ -274,8 +274,11 @@ class R2MConfig:
 
     @property
     def first_epoch(self) -> int:
-        """0: a pass of its own scores, without gradient. 1: the first epoch does, where it runs on the weights that
-        sampled, one optimizer step an epoch, and each of its micro-batches knows its advantages."""
+        """0: a pass of its own scores, without gradient. 1: the first epoch scores.
+
+        It can where an epoch has one optimizer step, so that it runs on the weights that sampled, and where each of its
+        micro-batches knows its advantages.
+        """
         compares = ALGORITHMS[self.algorithm].compares
         whole_groups = compares == "group" and self.micro_batch_size % self.num_generations == 0
         return 1 if self.minibatches == 1 and (whole_groups or compares == "none") else 0

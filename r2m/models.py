@@ -101,9 +101,9 @@ def _smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 
 
 def sequence_classifier(config: PretrainedConfig) -> Any:
-    """The class that loads a reward model of this config, with a linear head `score` on the base model's last states:
-    transformers' own; of a causal LM whose family has none, that family's base model with the same head.
+    """The class that loads a reward model of this config, with a linear head `score` on the base model's last states.
 
+    It is transformers' own. For a causal LM whose family has none, it is that family's base model with the same head.
     A checkpoint of the latter is read by this class alone: transformers' AutoModelForSequenceClassification knows no
     class for it. Raises ValueError for a config that is of no causal LM either, or of an encoder-decoder.
     """

@@ -21,8 +21,8 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # end the names of architectu
 def check_name(name: str | Path, expected: str, *, is_hub_id: bool = True) -> None:
     """Raises FileNotFoundError for a name that looks like a path where nothing is.
 
-    It does if a hub id has another form, if the folder is there in which it would lie, or if something of nearly its
-    name lies there. expected: what to say was expected. is_hub_id: whether the hub may have such a name.
+    A name looks like a path if a hub id has another form, if its folder is there, or if that folder has something of
+    nearly its name. expected: what to say was expected. is_hub_id: whether the hub may have such a name.
     """
     path = Path(name)
     if path.exists():

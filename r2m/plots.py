@@ -172,8 +172,9 @@ def plot_calibration(bins: Mapping[str, Sequence[tuple[float, float, int]]], out
 
 
 def plot_depths(depths: Sequence[int], lines: Mapping[str, Sequence[tuple[float, float]]], out_png: str | Path) -> None:
-    """Draw mean cosines of texts against depth on the left, same-preference and cross-preference ones, and on the right
-    their gap, raw and centred. lines: "same", "cross", "gap", "gap_centred", a (value, standard error) for each depth.
+    """Draw mean cosines of texts against depth: of one and of two preferences (left), their gap, raw and centred (right).
+
+    lines: "same", "cross", "gap", "gap_centred", a (value, standard error) for each depth.
     """
     figure, (left, right) = _grid(2)
     labels = {"same": "same preference", "cross": "cross preference", "gap": "raw", "gap_centred": "mean removed"}

@@ -119,8 +119,11 @@ def _end_with_others(store: distributed_c10d.Store, over: threading.Event) -> No
 
 
 def _leave() -> None:
-    """Ends a process that failed, once the interpreter has reported its error: a process group with work that nobody
-    finishes, as a sharded policy leaves it, is never torn down, and the others would wait with it."""
+    """Ends a process that failed, once the interpreter has reported its error.
+
+    A sharded policy leaves a process group with work that nobody finishes. It is never torn down, and the other
+    processes would wait with this one.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

@@ -5,8 +5,8 @@
     loss = grebt_loss(reward.view(n, K))
 
 `hidden` are the policy's last-layer hidden states, `rte` the reward model's token embeddings. Every function
-documents shapes, dtypes and errors; all run eagerly, under torch.compile(fullgraph=True) and, where a formula has
-a gradient, under autograd, with sums in float32 (float64 for float64 inputs) whatever the autocast state.
+documents shapes, dtypes and errors. All run eagerly, under torch.compile(fullgraph=True) and, where a formula has a
+gradient, under autograd. Sums are in float32 (float64 for float64 inputs) whatever the autocast state.
 
 All can be captured in CUDA graphs. A graph keeps the numbers that it was captured with, `weight` too if it is a float:
 give a 0-dim tensor there, and write every round's weight into it.

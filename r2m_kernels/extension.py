@@ -1,11 +1,11 @@
 """Finds and loads the compiled libraries of csrc. Nothing is compiled here and no process started: build.py does that.
 
 There is one library per device type, because the CUDA one needs symbols that a CPU-only torch lacks. A file is named
-`<device type>-<sources>-<settings>.so`, two hashes. The first is computed from what lies beside this file, so a library
-of other sources is never taken. The second is for build.py alone, which compiles again when the compiler, the GPU
-architectures or the flags are others: looking a library up must not depend on them, for it runs no compiler, there may
-be none any more, and a library of an older one is as good as it was. Of several, the one asked for last is taken.
-The torch version is in neither: the libraries use torch's stable ABI, and the same one serves every torch from 2.11 on.
+`<device type>-<sources>-<settings>.so`, two hashes. The first is computed from what lies beside this file: a library
+of other sources is never taken. The second is for build.py, which compiles again for another compiler, other GPU
+architectures or other flags. The look-up ignores it: no compiler may be there any more, and an older library is as good
+as it was. Of several libraries, the one asked for last is taken. The torch version is in neither hash: the libraries
+use torch's stable ABI, which serves every torch from 2.11 on.
 """
 
 import functools

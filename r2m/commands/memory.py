@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from r2m.config import R2MConfig, require_keys
@@ -129,6 +130,7 @@ def _kept(config: R2MConfig, p: _Numbers) -> int:
         + narrow * 4 * p.queries  # queries; keys and values, repeated for every head; the result
         + row * _length(config)
         + narrow * 2 * p.up  # gate and up as they are, activation and product
+        + 3 * 4 * p.elementary  # of gelu_new: tanh, 1 + tanh and x / 2
     )
 
 
@@ -216,6 +218,7 @@ class _Numbers(NamedTuple):
     queries: int  # of all heads
     keys: int  # of all heads
     up: int  # what the MLP makes of hidden states: gate and up, of all experts that a token goes to
+    elementary: int  # inputs of an activation that is written in elementary operations, which keep theirs
     norms: int  # what norms keep
     readers: int  # trained linear layers that read hidden states
     attention: str  # its implementation
@@ -231,6 +234,7 @@ def _numbers(model: Any, backbone: nn.Module) -> _Numbers:
     table, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
     count = sum(weight.numel() for weight in trained.values())
     up = norms = readers = 0
+    elementary = any(isinstance(module, FastGELUActivation | NewGELUActivation) for module in backbone.modules())
     for name, module in backbone.named_modules():
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, nn.Linear | Conv1D):
@@ -257,6 +261,7 @@ def _numbers(model: Any, backbone: nn.Module) -> _Numbers:
         queries=heads * each,
         keys=(getattr(text, "num_key_value_heads", None) or heads) * each,
         up=up // layers,
+        elementary=up // layers * elementary,
         norms=norms // layers,
         readers=readers // max(1, kept),
         attention=model.config._attn_implementation,

@@ -77,8 +77,10 @@ def load_pairs(
 
 
 def check_list(name: str, value: object, loader: str | None = None) -> None:
-    """Raises TypeError for text or a path where a list is expected, which would be read letter by letter, and for one
-    conversation where a list of prompts is. loader: the function of `r2m` that makes such a list of a file."""
+    """Raises TypeError for text or a path in place of a list, and for one conversation in place of a list of prompts.
+
+    Text would be read letter by letter. loader: the function of `r2m` that makes such a list of a file.
+    """
     if isinstance(value, str | os.PathLike):
         hint = f", such as r2m.{loader}({str(value)[:80]!r})" if loader else ""
         raise TypeError(f"{name} is the {type(value).__name__} {str(value)[:80]!r}; expected a list{hint}")

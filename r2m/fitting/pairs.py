@@ -118,9 +118,11 @@ def feedback_batches(
     hidden_budget: int,
     positions: str,
 ) -> Batches:
-    """The pairs as `Feedback`: one batch, kept, if the hidden states take at most `hidden_budget` bytes, else shuffled
-    minibatches of `batch_size` pairs for which the policy runs again in every epoch. rte [2 N, D_rm], chosen first;
-    micro_batch_size: texts in one forward pass; positions: see `collate`."""
+    """The pairs as `Feedback`: one batch, kept, if the hidden states take at most `hidden_budget` bytes.
+
+    Else shuffled minibatches of `batch_size` pairs, for which the policy runs again in every epoch.
+    rte: [2 N, D_rm], chosen first. micro_batch_size: texts in one forward pass. positions: see `collate`.
+    """
 
     def batch_of(indices: list[int]) -> Feedback:
         rollout = tokenize_pairs(policy, tokenizer, [pairs[i] for i in indices], positions)

@@ -35,11 +35,11 @@ def response_logits(model: nn.Module, rollout: Rollout, rows: slice, consume: Co
 def compact_head_input(policy: PreTrainedModel | PeftModel) -> None:
     """Hand the LM head a contiguous input.
 
-    `logits_to_keep` gives it a slice of positions, and for a slice PyTorch's CPU matmul copies the head's weight once
-    per sequence: 1.8 GB for 32 sequences of a 135M-parameter model, more time than the rest of its forward pass.
+    `logits_to_keep` gives it a slice of positions. For a slice PyTorch's CPU matmul copies the head's weight once per
+    sequence. For 32 sequences of a 135M-parameter model these are 1.8 GB, and more time than the rest of its forward
+    pass.
 
-    A policy may come here twice, when it is loaded and, wherever it is from, when it is trained: what is contiguous
-    is not copied.
+    A policy may come here twice, when it is loaded and when it is trained: what is contiguous is not copied.
     """
     head = policy.get_output_embeddings()
     if head is None:

@@ -1,5 +1,5 @@
-"""Attention pooling with keys = values = hidden states: all sequence-length work of equations 1 to 3 of R2M
-(arXiv 2601.22664), because with one query per sequence the projected K and V never have to exist.
+"""Attention pooling with keys = values = hidden states. It is all sequence-length work of equations 1 to 3 of R2M
+(arXiv 2601.22664): with one query per sequence the projected K and V never have to exist.
 
 Public functions and their checks: a call is checked here, once, before anything is launched. The ops are in ops.py.
 """

@@ -1,9 +1,9 @@
 """Attention pooling in C++ and CUDA C++: what csrc needs, and calls into it. Arguments and results as in torch_impl,
 but not float64, and the last stride of hidden is 1.
 
-A pool is one pass over chunks of rows and one that merges the chunks of a sequence, which is left out where none has
-two: one read of `hidden`, and a workspace of at most 1/16 of its bytes (none for the dot product but scalars). The
-gradient of `hidden` is a pass that only writes it.
+A pool is one pass over chunks of rows, and one that merges the chunks of a sequence. The second is left out where no
+sequence has two. `hidden` is read once; the workspace takes at most 1/16 of its bytes, for the dot product scalars
+alone. The gradient of `hidden` is a pass that only writes it.
 """
 
 from typing import Any

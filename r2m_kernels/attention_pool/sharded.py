@@ -3,10 +3,10 @@
 Every rank pools its shard, the ranks exchange these pools, and every rank merges all of them, in rank order: the same
 bits everywhere. What is sent does not grow with the sequence.
 
-Gradients are those of a loss that every rank computes alike from the whole pool. So a rank has all of d(loss)/d(pool)
-and takes from it the share of its own part, without asking anyone; autograd that also summed what the other ranks'
-copies of the loss say of this part, as torch.distributed.nn's all_gather does, would count the loss once a rank. The
-query is the same everywhere and acts on all shards: its gradient is summed over the ranks.
+Gradients are those of a loss that every rank computes alike from the whole pool. So a rank has all of d(loss)/d(pool),
+and takes from it the share of its own part without an exchange. torch.distributed.nn's all_gather also sums what the
+other ranks' copies of the loss say of this part, and so would count the loss once a rank. The query is the same
+everywhere and acts on all shards: its gradient is summed over the ranks.
 """
 
 from typing import Any

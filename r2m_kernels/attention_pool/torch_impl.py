@@ -1,7 +1,7 @@
 """Attention pooling in PyTorch: tiles of hidden states are read once, used while in cache, and their pools merged.
 
-Every function takes query [B, H, D] in float32 or float64, which is the dtype of all arithmetic and results, with
-the softmax scale in it; hidden [B, S, D] with an optional mask, or [total, D] with cu_seqlens.
+Every function takes query [B, H, D] in float32 or float64, with the softmax scale in it: its dtype is that of all
+arithmetic and results. hidden is [B, S, D] with an optional mask, or [total, D] with cu_seqlens.
 """
 
 from typing import Any

@@ -31,10 +31,10 @@ def run_updates(
 ) -> Iterator[list[Row]]:
     """Measure the update of a round of shape n K S D_p D_rm d, with h resident, then streamed.
 
-    Streamed, one micro-batch of h is there at a time, as the policy's forward pass hands them over; here always the
-    same, and the resident h is made of copies of it, so that both forms have the same result. Plain PyTorch takes both
-    in micro-batches, accumulating gradients: its keys and values of a whole round would not fit. Row.held_bytes are
-    weights and AdamW's state, beside which Row.peak_bytes come and go.
+    Streamed, one micro-batch of h is there at a time, as the policy's forward pass hands them over. Here it is always
+    the same one, and the resident h is made of copies of it: both forms have the same result. Plain PyTorch takes both
+    in micro-batches and accumulates gradients, since its keys and values of a whole round would not fit. Row.held_bytes
+    are weights and AdamW's state; Row.peak_bytes come and go beside them.
     """
     tokens = shape["n"] * shape["K"] * shape["S"]
     at_once = tokens // _micro_batches(shape["n"])

@@ -5,8 +5,8 @@
     trainer.train()
     reward_model.save_pretrained("reward_model")
 
-The trainer runs the policy over prompt + completion itself, so nothing is computed twice: a hook on the policy's
-backbone takes the hidden states of its scoring pass for the rewards, and those of its training passes for the update of
+The trainer runs the policy over prompt + completion itself, and nothing is computed twice. A hook on the policy's
+backbone takes the hidden states of the scoring pass for the rewards. Those of the training passes are for the update of
 the reward model, which follows the last optimizer step of every rollout.
 """
 

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -119,11 +120,12 @@ def test_the_peak_of_every_phase_is_that_of_a_real_run(llama, case):
     assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)
 
 
-# LayerNorm, one product for q, k and v, an MLP without gate; norms of heads; experts.
+# LayerNorm, one product for q, k and v, an MLP without gate; the same, with gelu_new; norms of heads; experts.
 @pytest.mark.parametrize(
     "policy",
     [
         GPTNeoXConfig(vocab_size=WORDS, num_attention_heads=4, **SIZES),
+        GPT2Config(vocab_size=WORDS, n_embd=128, n_inner=384, n_layer=4, n_head=4, n_positions=64),
         Qwen3Config(**SHAPE, **SIZES, head_dim=32),
         MixtralConfig(**SHAPE, **SIZES, num_local_experts=4, num_experts_per_tok=2),
     ],
