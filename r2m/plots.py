@@ -172,9 +172,9 @@ def plot_calibration(bins: Mapping[str, Sequence[tuple[float, float, int]]], out
 
 
 def plot_depths(depths: Sequence[int], lines: Mapping[str, Sequence[tuple[float, float]]], out_png: str | Path) -> None:
-    """Draw mean cosines of texts against depth: of one and of two preferences (left), their gap, raw and centred (right).
+    """Draw mean cosines of texts against depth: of one and of two preferences (left), and their gap (right).
 
-    lines: "same", "cross", "gap", "gap_centred", a (value, standard error) for each depth.
+    lines: "same", "cross", "gap", "gap_centred", a (value, standard error) for each depth. The gap is raw and centred.
     """
     figure, (left, right) = _grid(2)
     labels = {"same": "same preference", "cross": "cross preference", "gap": "raw", "gap_centred": "mean removed"}
