@@ -46,6 +46,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("r2m").setLevel(logging.INFO)  # what it says while it works
+    print("reading the reviews", flush=True)  # loading r2m took seconds already
     with waiting("reading the reviews"):
         dealt = splits()
     write(folder / "pairs.jsonl", map(vars, dealt.pairs))
