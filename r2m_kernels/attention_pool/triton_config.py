@@ -12,10 +12,14 @@ Config = dict[str, Any]
 
 # Of a tile in shared memory. 15 KB on their way saturate an H100's multiprocessor; 3 stages keep 2 tiles on their way.
 TILE_BYTES = 32 * 1024
-# float32 values of a tile in a thread's registers (half of it beside many others), and by number of warps those of
-# queries, directions and sums. Of 255 registers, or 128 where 16 warps share 65536, the rest is for intermediates.
-TILE_REGISTERS = 64
-VECTOR_REGISTERS = {1: 128, 2: 128, 4: 128, 8: 128, 16: 64}
+# float32 values in a thread's registers, by number of warps: queries, directions, sums, and its part of a tile. Of 255
+# registers, or 128 where 16 warps share 65536, the rest is for intermediates.
+VALUES = {1: 200, 2: 200, 4: 200, 8: 200, 16: 80}
+# Columns of a row in a thread: as many as leave room for a tile. What a row costs once a warp, its sums over lanes and
+# its weights, is then spread over the fewest warps.
+COLUMNS = 40
+# Rows of a tile: more bring little once weights cost less than products, and keep fewer programs on a multiprocessor.
+ROWS = 8
 # Wider rows would leave less than one row a tile; more queries than this are cheaper on tensor cores.
 WIDEST_ROW, MAX_QUERIES = 8192, 4
 
@@ -26,8 +30,8 @@ CHUNK = 128
 # query and the direction, 8 D bytes, a small part.
 DOT_CHUNK_BYTES = 256 * 1024
 
-# The merge: a sequence of 1024 rows in one tile, of 32 float32 values a thread.
-MERGE: Config = {"BC": 8, "BD": 512, "num_warps": 4}
+# The merge: a sequence of 4096 rows in one tile, of 32 float32 values a thread.
+MERGE: Config = {"BC": 32, "BD": 128, "num_warps": 4}
 # The gradient of hidden: 32 float32 values a thread.
 OUTER: Config = {"BS": 16, "BD": 256, "num_warps": 4}
 
@@ -37,28 +41,27 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
 
     vectors: sums of rows are kept, not only scalars. direction: products with a direction are formed beside scores.
     """
-    columns = max(64, _power_of_two(width))
-    if heads > MAX_QUERIES or columns > WIDEST_ROW:
+    if heads > MAX_QUERIES or width > WIDEST_ROW:
         return None
     lanes = 64 if arch.startswith("gfx") else 32
-    row_bytes = columns * dtype.itemsize
-    # One 128-bit load a thread covers a row, so that rows are summed inside threads. 8 KB rows take two: 8 warps then
-    # have 255 registers each.
-    warps = min(max(row_bytes // (16 * lanes), 1), 8 if row_bytes <= 8192 else 16)
-    threads = warps * lanes
-    kept = heads * (1 + direction) * (1 + vectors) * columns // threads
-    if kept > VECTOR_REGISTERS[warps] * 32 // lanes:
+    held = heads * (1 + direction) * (1 + vectors)  # queries, directions and sums, for every column
+    for warps, values in VALUES.items():
+        threads = warps * lanes
+        # A 128-bit load of every thread; narrower rows are one piece, of which a warp takes several rows at a time.
+        piece = min(threads * 16 // dtype.itemsize, max(64, _power_of_two(width)))
+        columns = -(-width // piece) * piece // threads or 1
+        rows = values // columns - held
+        if columns <= COLUMNS and rows >= 1:
+            break
+    else:
         return None
-    values = TILE_REGISTERS if kept <= TILE_REGISTERS else TILE_REGISTERS // 2
-    rows = max(1, min(values * threads // columns, TILE_BYTES // row_bytes))
+    row_bytes = width * dtype.itemsize
+    rows = min(_power_of_two(rows + 1) // 2, ROWS, max(1, _power_of_two(TILE_BYTES // row_bytes + 1) // 2))
     chunk = CHUNK * _power_of_two(heads)
     if not vectors:
-        chunk = max(32, min(CHUNK, DOT_CHUNK_BYTES // row_bytes))
-    blackwell = arch in ("sm_100", "sm_120")  # whose assembler needs more registers for the same
-    if blackwell and warps == 16 and kept == VECTOR_REGISTERS[16]:
-        rows = 1
-    config = _config(arch, warps, BS=rows, BD=columns, CHUNK=chunk)
-    if blackwell:  # or it spills a few bytes to fit a second block
+        chunk = max(32, min(CHUNK, _power_of_two(DOT_CHUNK_BYTES // row_bytes + 1) // 2))
+    config = _config(arch, warps, BS=rows, BD=piece, CHUNK=chunk)
+    if arch in ("sm_100", "sm_120"):  # whose assembler else spills a few bytes to fit another block
         config["maxnreg"] = min(65536 // threads, 255)
     return config
 

@@ -46,6 +46,25 @@ def test_a_right_result_is_measured():
     assert found.bandwidth == 1000 / found.median and found.fraction_of_ideal == 1e-3 / found.median
 
 
+def test_a_gpu_waits_before_the_first_event_while_the_host_launches(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = lambda: order.append("event")
+            self.synchronize = lambda: order.append("wait")
+
+        def elapsed_time(self, end):
+            return 250.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    taken, host = core._seconds(lambda: order.append("run"), torch.device("cuda"))
+    assert order == ["wait", "sleep", "event", "run", "event", "wait"]
+    assert taken == 0.25 and 0 < host < 0.25
+
+
 @pytest.mark.parametrize(
     ("result", "status"),
     [
