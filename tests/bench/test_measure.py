@@ -164,9 +164,9 @@ def test_every_series_has_its_runs_and_its_end():
     calls = []
     series = core._take_turns([lambda: calls.append("a"), lambda: calls.append("b")], CPU, 0.0)
     assert calls == ["a", "b"] * 2  # in turn
-    assert [[len(one) for one in two] for two in series] == [[1, 1], [1, 1]]
-    (fast,) = core._take_turns([lambda: None], CPU, 60.0)
-    assert [len(one) for one in fast] == [core._MOST_RUNS] * 2
+    assert [[len(one) for one in two] for two, _ in series] == [[1, 1], [1, 1]]
+    ((fast, host),) = core._take_turns([lambda: None], CPU, 60.0)
+    assert [len(one) for one in fast] == [core._MOST_RUNS] * 2 and host == []
 
 
 def test_bandwidths_are_positive(monkeypatch):
@@ -224,7 +224,7 @@ def test_a_table_shows_a_status_in_the_place_of_numbers(results):
     title, head, ours, theirs = format_table(results.rows).splitlines()
     assert title == "op, forward: tiny, float32, B=2"
     assert head.split()[:3] == ["median", "ms", "p20"]
-    assert ours.split() == ["ours", "2.00", "1.90", "2.10", "10", "%", "-", "-", "0.002", "50", "%"]
+    assert ours.split() == ["ours", "2.00", "1.90", "2.10", "10", "%", "-", "-", "-", "0.002", "50", "%"]
     assert theirs.split(maxsplit=1) == ["theirs", "cannot run: no GPU"]
 
 

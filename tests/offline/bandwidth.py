@@ -124,7 +124,6 @@ def main() -> int:
     if arguments.write:
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in shares.items())
         COMMITTED.write_text(f"{{\n{lines}\n}}\n")
-    committed = json.loads(COMMITTED.read_text())
     rows = [["kernel", *BANDWIDTH, "instructions/KB", "shared B/B", "warps", "registers", "blocks", "KB in flight"]]
     for (name, found), loop in zip(shares.items(), loops, strict=True):
         kilobyte = loop.warps * 1024 / loop.tile
@@ -132,19 +131,23 @@ def main() -> int:
         places = [loop.warps, loop.registers, loop.blocks, round(loop.in_flight / 1024)]
         rows.append([name, *(f"{percent} %" for percent in found.values()), *counted, *map(str, places)])
     print(gate.table(rows))
-    problems = fallen(shares, committed)
+    problems = fallen(shares, committed())
     print(f"\n{len(shares)} rows, {len(problems)} problems", *problems, sep="\n")
     return int(bool(problems))
 
 
-def fallen(shares: dict[str, dict[str, int]], committed: dict[str, dict[str, int]]) -> list[str]:
+def committed() -> dict[str, dict[str, int]]:
+    return json.loads(COMMITTED.read_text())
+
+
+def fallen(shares: dict[str, dict[str, int]], before: dict[str, dict[str, int]]) -> list[str]:
     """What is worse than it was, or compared with nothing."""
-    found = [f"{name}: not in {COMMITTED.name}; run with --write" for name in shares if name not in committed]
-    found += [f"{name}: compiled no more; run with --write" for name in committed if name not in shares]
-    for name in shares.keys() & committed.keys():
+    found = [f"{name}: not in {COMMITTED.name}; run with --write" for name in shares if name not in before]
+    found += [f"{name}: compiled no more; run with --write" for name in before if name not in shares]
+    for name in shares.keys() & before.keys():
         for gpu, percent in shares[name].items():
-            if percent < committed[name][gpu] - TOLERANCE:
-                found.append(f"{name}: {percent} % of the bandwidth of an {gpu}, {committed[name][gpu]} % before")
+            if percent < before[name][gpu] - TOLERANCE:
+                found.append(f"{name}: {percent} % of the bandwidth of an {gpu}, {before[name][gpu]} % before")
     return sorted(found)
 
 
