@@ -10,16 +10,17 @@ import torch
 
 Config = dict[str, Any]
 
-# Of a tile in shared memory. 15 KB on their way saturate an H100's multiprocessor; 3 stages keep 2 tiles on their way.
-TILE_BYTES = 32 * 1024
+# Of a tile in shared memory: 3 stages keep 2 tiles on their way. An H100's multiprocessor needs 20 KB on their way, which
+# small tiles of the few programs that fit beside each other do not reach. Where only scalars are kept, rows are cheap,
+# and a small tile lets more programs fit.
+LEAST_TILE, MOST_TILE, SCALARS_TILE = 4096, 32 * 1024, 8192
 # float32 values in a thread's registers, by number of warps: queries, directions, sums, and its part of a tile. Of 255
 # registers, or 128 where 16 warps share 65536, the rest is for intermediates.
 VALUES = {1: 200, 2: 200, 4: 200, 8: 200, 16: 80}
-# Columns of a row in a thread: as many as leave room for a tile. What a row costs once a warp, its sums over lanes and
-# its weights, is then spread over the fewest warps.
-COLUMNS = 40
-# Rows of a tile: more bring little once weights cost less than products, and keep fewer programs on a multiprocessor.
-ROWS = 8
+# Columns of a row in a thread. What a row costs once a warp, its sums over lanes and its weights, is spread over the
+# fewest warps, but 4 warps take more columns each before 8 leave room for one program alone.
+COLUMNS = {1: 40, 2: 40, 4: 64, 8: 40, 16: 40}
+ROWS = 8  # of a tile; by then the weights of a row cost little beside its products
 # Wider rows would leave less than one row a tile; more queries than this are cheaper on tensor cores.
 WIDEST_ROW, MAX_QUERIES = 8192, 4
 
@@ -45,21 +46,23 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
         return None
     lanes = 64 if arch.startswith("gfx") else 32
     held = heads * (1 + direction) * (1 + vectors)  # queries, directions and sums, for every column
+    row_bytes = width * dtype.itemsize
     for warps, values in VALUES.items():
         threads = warps * lanes
         # A 128-bit load of every thread; narrower rows are one piece, of which a warp takes several rows at a time.
         piece = min(threads * 16 // dtype.itemsize, max(64, _power_of_two(width)))
-        columns = -(-width // piece) * piece // threads or 1
-        rows = values // columns - held
-        if columns <= COLUMNS and rows >= 1:
+        columns = max(1, -(-width // piece) * piece // threads)
+        rows = min(ROWS, _at_most(values // columns - held), _at_most(MOST_TILE // row_bytes))
+        if not vectors:  # after its products no row is needed again
+            rows = 2 if values >= held * columns else 0
+            rows = max(rows, min(ROWS, _at_most(SCALARS_TILE // row_bytes)))
+        if columns <= COLUMNS[warps] and rows >= 1 and (rows == ROWS or rows * row_bytes >= LEAST_TILE):
             break
     else:
         return None
-    row_bytes = width * dtype.itemsize
-    rows = min(_power_of_two(rows + 1) // 2, ROWS, max(1, _power_of_two(TILE_BYTES // row_bytes + 1) // 2))
     chunk = CHUNK * _power_of_two(heads)
     if not vectors:
-        chunk = max(32, min(CHUNK, _power_of_two(DOT_CHUNK_BYTES // row_bytes + 1) // 2))
+        chunk = max(32, min(CHUNK, _at_most(DOT_CHUNK_BYTES // row_bytes)))
     config = _config(arch, warps, BS=rows, BD=piece, CHUNK=chunk)
     if arch in ("sm_100", "sm_120"):  # whose assembler else spills a few bytes to fit another block
         config["maxnreg"] = min(65536 // threads, 255)
@@ -99,4 +102,10 @@ def _config(arch: str, warps: int, **sizes: int) -> Config:
 
 
 def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
     return 1 << (n - 1).bit_length()
+
+
+def _at_most(n: int) -> int:
+    """The greatest power of two that is not above n; 0 below 1."""
+    return 1 << n.bit_length() >> 1 if n > 0 else 0
