@@ -72,6 +72,7 @@ interpret: $(STAMP)  ## the operators' tests on the Triton kernels, in Triton's 
 
 gate: $(STAMP)  ## compile every Triton kernel for every GPU and judge the machine code
 	$(BIN)/python tests/offline/gate.py
+	$(BIN)/python tests/offline/bandwidth.py
 
 nvcc-gate: $(STAMP)  ## the same for the CUDA kernels, where there is nvcc
 	$(BIN)/python tests/offline/nvcc_gate.py

@@ -197,6 +197,7 @@ COLUMNS: dict[str, Callable[[Row, float | None], str]] = {
     "error": lambda row, reference: show(row.error, lambda error: f"{error:.1e}"),
     "memory": lambda row, reference: show(row.peak_bytes, format_bytes),
     "held": lambda row, reference: show(row.held_bytes, format_bytes),
+    "host": lambda row, reference: show(row.host, format_seconds),
     "launches": lambda row, reference: show(row.launches, str),
     "GB/s": lambda row, reference: show(row.bandwidth, lambda bandwidth: format_number(bandwidth / 1e9)),
     "of ideal": lambda row, reference: show(row.fraction_of_ideal, format_percent),

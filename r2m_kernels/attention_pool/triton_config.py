@@ -10,12 +10,17 @@ import torch
 
 Config = dict[str, Any]
 
-# Of a tile in shared memory. 15 KB on their way saturate an H100's multiprocessor; 3 stages keep 2 tiles on their way.
-TILE_BYTES = 32 * 1024
-# float32 values of a tile in a thread's registers (half of it beside many others), and by number of warps those of
-# queries, directions and sums. Of 255 registers, or 128 where 16 warps share 65536, the rest is for intermediates.
-TILE_REGISTERS = 64
-VECTOR_REGISTERS = {1: 128, 2: 128, 4: 128, 8: 128, 16: 64}
+# Of a tile in shared memory: 3 stages keep 2 tiles on their way. An H100's multiprocessor needs 20 KB on their way, which
+# small tiles of the few programs that fit beside each other do not reach. Where only scalars are kept, rows are cheap,
+# and a small tile lets more programs fit.
+LEAST_TILE, MOST_TILE, SCALARS_TILE = 4096, 32 * 1024, 8192
+# float32 values in a thread's registers, by number of warps: queries, directions, sums, and its part of a tile. Of 255
+# registers, or 128 where 16 warps share 65536, the rest is for intermediates.
+VALUES = {1: 200, 2: 200, 4: 200, 8: 200, 16: 80}
+# Columns of a row in a thread. What a row costs once a warp, its sums over lanes and its weights, is spread over the
+# fewest warps, but 4 warps take more columns each before 8 leave room for one program alone.
+COLUMNS = {1: 40, 2: 40, 4: 64, 8: 40, 16: 40}
+ROWS = 8  # of a tile; by then the weights of a row cost little beside its products
 # Wider rows would leave less than one row a tile; more queries than this are cheaper on tensor cores.
 WIDEST_ROW, MAX_QUERIES = 8192, 4
 
@@ -26,8 +31,8 @@ CHUNK = 128
 # query and the direction, 8 D bytes, a small part.
 DOT_CHUNK_BYTES = 256 * 1024
 
-# The merge: a sequence of 1024 rows in one tile, of 32 float32 values a thread.
-MERGE: Config = {"BC": 8, "BD": 512, "num_warps": 4}
+# The merge: a sequence of 4096 rows in one tile, of 32 float32 values a thread.
+MERGE: Config = {"BC": 32, "BD": 128, "num_warps": 4}
 # The gradient of hidden: 32 float32 values a thread.
 OUTER: Config = {"BS": 16, "BD": 256, "num_warps": 4}
 
@@ -37,28 +42,29 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
 
     vectors: sums of rows are kept, not only scalars. direction: products with a direction are formed beside scores.
     """
-    columns = max(64, _power_of_two(width))
-    if heads > MAX_QUERIES or columns > WIDEST_ROW:
+    if heads > MAX_QUERIES or width > WIDEST_ROW:
         return None
     lanes = 64 if arch.startswith("gfx") else 32
-    row_bytes = columns * dtype.itemsize
-    # One 128-bit load a thread covers a row, so that rows are summed inside threads. 8 KB rows take two: 8 warps then
-    # have 255 registers each.
-    warps = min(max(row_bytes // (16 * lanes), 1), 8 if row_bytes <= 8192 else 16)
-    threads = warps * lanes
-    kept = heads * (1 + direction) * (1 + vectors) * columns // threads
-    if kept > VECTOR_REGISTERS[warps] * 32 // lanes:
+    held = heads * (1 + direction) * (1 + vectors)  # queries, directions and sums, for every column
+    row_bytes = width * dtype.itemsize
+    for warps, values in VALUES.items():
+        threads = warps * lanes
+        # A 128-bit load of every thread; narrower rows are one piece, of which a warp takes several rows at a time.
+        piece = min(threads * 16 // dtype.itemsize, max(64, _power_of_two(width)))
+        columns = max(1, -(-width // piece) * piece // threads)
+        rows = min(ROWS, _at_most(values // columns - held), _at_most(MOST_TILE // row_bytes))
+        if not vectors:  # after its products no row is needed again
+            rows = 2 if values >= held * columns else 0
+            rows = max(rows, min(ROWS, _at_most(SCALARS_TILE // row_bytes)))
+        if columns <= COLUMNS[warps] and rows >= 1 and (rows == ROWS or rows * row_bytes >= LEAST_TILE):
+            break
+    else:
         return None
-    values = TILE_REGISTERS if kept <= TILE_REGISTERS else TILE_REGISTERS // 2
-    rows = max(1, min(values * threads // columns, TILE_BYTES // row_bytes))
     chunk = CHUNK * _power_of_two(heads)
     if not vectors:
-        chunk = max(32, min(CHUNK, DOT_CHUNK_BYTES // row_bytes))
-    blackwell = arch in ("sm_100", "sm_120")  # whose assembler needs more registers for the same
-    if blackwell and warps == 16 and kept == VECTOR_REGISTERS[16]:
-        rows = 1
-    config = _config(arch, warps, BS=rows, BD=columns, CHUNK=chunk)
-    if blackwell:  # or it spills a few bytes to fit a second block
+        chunk = max(32, min(CHUNK, _at_most(DOT_CHUNK_BYTES // row_bytes)))
+    config = _config(arch, warps, BS=rows, BD=piece, CHUNK=chunk)
+    if arch in ("sm_100", "sm_120"):  # whose assembler else spills a few bytes to fit another block
         config["maxnreg"] = min(65536 // threads, 255)
     return config
 
@@ -96,4 +102,10 @@ def _config(arch: str, warps: int, **sizes: int) -> Config:
 
 
 def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
     return 1 << (n - 1).bit_length()
+
+
+def _at_most(n: int) -> int:
+    """The greatest power of two that is not above n; 0 below 1."""
+    return 1 << n.bit_length() >> 1 if n > 0 else 0

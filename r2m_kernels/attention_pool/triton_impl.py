@@ -115,26 +115,28 @@ def _launch(
     part_max_sum = query.new_empty(2, partials, H)
     sizes = B, S, total, partials
     strides_g = (0, 0, 0) if direction is None else direction.stride()
-    strides = *_strides_of_hidden(hidden), *_strides(mask)
+    unit, *strides_h = _strides_of_hidden(hidden)
+    strides = *strides_h, *_strides(mask)
+    widths: Config = {"H": H, "D": D, "UNIT": unit}
 
     if rows is not None:
         rows_kernel[(chunks,)](
             query, hidden, direction, cu_seqlens, mask, *results,
             part_pooled, part_gradient, part_value, part_max_sum, scores, *sizes, *strides_g, *strides,
-            H=H, D=D, **rows, **OPTIONS,
+            **widths, **rows, **OPTIONS,
         )  # fmt: skip
     else:
         groups = triton.cdiv(H, by_heads["BH"])
         scores_kernel[_chunks(hidden, cu_seqlens, B, by_heads["BS"]), groups](
             query, hidden, direction, cu_seqlens, mask, value, lse, max_sum,
             part_value, part_max_sum, scores, *sizes, *strides_g, *strides,
-            H=H, D=D, **by_heads, **OPTIONS,
+            **widths, **by_heads, **OPTIONS,
         )  # fmt: skip
         if pooled is not None:
             sums_kernel[chunks, triton.cdiv(D, by_slices["BD"]), groups](
                 scores, hidden, cu_seqlens, mask, *results,
                 part_pooled, part_gradient, part_value, part_max_sum, *sizes, *strides,
-                H=H, D=D, **by_slices, **OPTIONS,
+                **widths, **by_slices, **OPTIONS,
             )  # fmt: skip
     if partials:
         merge_kernel[B * H, 1 if pooled is None else triton.cdiv(D, MERGE["BD"])](
@@ -156,7 +158,12 @@ def _rows(hidden: Tensor) -> tuple[int, int]:
 
 
 def _strides_of_hidden(hidden: Tensor) -> tuple[int, ...]:
-    return hidden.stride() if hidden.ndim == 3 else (0, *hidden.stride())
+    """Numbers of a unit, 16 bytes' or 1; strides of sequences and rows in units, of columns in numbers."""
+    of_sequences, of_rows, of_columns = hidden.stride() if hidden.ndim == 3 else (0, *hidden.stride())
+    unit = 16 // hidden.itemsize
+    if of_sequences % unit or of_rows % unit:
+        unit = 1
+    return unit, of_sequences // unit, of_rows // unit, of_columns
 
 
 def _strides(mask: Tensor | None) -> tuple[int, ...]:

@@ -10,7 +10,9 @@ import triton.language as tl
 
 from r2m_kernels.attention_pool.triton_softmax import (
     LOG2E,
+    add_rows,
     attended,
+    block_of,
     counted,
     locate,
     no_rows,
@@ -19,11 +21,14 @@ from r2m_kernels.attention_pool.triton_softmax import (
     product,
     store_pool,
     store_scalars,
+    sum_both,
     weigh,
 )
 
-# Vary from call to call: for these a kernel is not compiled anew where they happen to be 1 or divisible by 16.
-VARYING = ["B", "S", "total", "partials", "stride_mb"]
+# Vary from call to call: for these a kernel is not compiled anew where they happen to be 1 or divisible by 16. Strides
+# of hidden are in units of UNIT numbers: where these are 16 bytes, the compiler knows that rows can be loaded 128 bits
+# at a time.
+VARYING = ["B", "S", "total", "partials", "stride_mb", "stride_hb", "stride_hs"]
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -33,64 +38,91 @@ def rows_kernel(
     part_pooled, part_gradient, part_value, part_max_sum, scores,
     B, S, total, partials,
     stride_gb, stride_gh, stride_gd, stride_hb, stride_hs, stride_hd, stride_mb, stride_ms,
-    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+    BD: tl.constexpr, BS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program holds H queries and takes whole rows of one chunk, block by block. What is None is not computed."""
+    """A program holds H queries and takes whole rows of one chunk, block by block. What is None is not computed.
+
+    A row is ND pieces of BD columns, so that a width that is no power of two wastes less than one piece.
+    """
+    ND: tl.constexpr = (D + BD - 1) // BD
     chunk = tl.program_id(0)
     b, number, first, length, chunks = locate(chunk, cu_seqlens, B, S, total, CHUNK)
     if number >= chunks or b >= B:
         return
-    o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    queries, sums = (), ()  # of every query: itself and its direction; the state of its softmax, C and V
+    o_b = tl.arange(0, BD)
+    # Of every query: its pieces and its direction's; the state of its softmax; pieces of C and of V.
+    queries, directions, states, pools, gradients = (), (), (), (), ()
     for h in tl.static_range(H):
-        b_u = tl.load(query + (b.to(tl.int64) * H + h) * D + o_d, mask=m_d, other=0.0)  # [BD]
-        b_g = b_u
-        if direction is not None:
-            o_g = b.to(tl.int64) * stride_gb + h * stride_gh + o_d * stride_gd
-            b_g = tl.load(direction + o_g, mask=m_d, other=0.0)  # [BD]
-        queries += ((b_u, b_g),)
-        sums += ((no_rows([]), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)),)
+        states += (no_rows([]),)
+        for d in tl.static_range(ND):
+            o_d = d * BD + o_b
+            b_u = tl.load(query + (b.to(tl.int64) * H + h) * D + o_d, mask=o_d < D, other=0.0)  # [BD]
+            queries += (b_u,)
+            if direction is not None:
+                o_g = b.to(tl.int64) * stride_gb + h * stride_gh + o_d * stride_gd
+                directions += (tl.load(direction + o_g, mask=o_d < D, other=0.0),)  # [BD]
+            pools += (tl.zeros([BD], tl.float32),)
+            gradients += (tl.zeros([BD], tl.float32),)
 
-    hidden += offset_of(cu_seqlens, b, first, stride_hb, stride_hs)
+    hidden += offset_of(cu_seqlens, b, first, stride_hb * UNIT, stride_hs * UNIT)
     if mask is not None:
         mask += b.to(tl.int64) * stride_mb
     start = number * CHUNK
     end = tl.minimum(start + CHUNK, length)
-    low, high = attended(mask, stride_ms, start, end, CHUNK, BS)
+    low, high, words = attended(mask, stride_ms, start, end, CHUNK, BS)
     for i in tl.range(low, high, BS, num_stages=STAGES):
         o_s = i + tl.arange(0, BS)
-        m_s = counted(mask, stride_ms, o_s, high)
-        o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
-        b_h = tl.load(hidden + o_x, mask=m_s[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
-        b_h = b_h.to(tl.float32)  # [BS, BD]
-        updated = ()
+        m_s = block_of(words, i - start, o_s, high, CHUNK, BS)
+        rows = ()
+        for d in tl.static_range(ND):
+            o_d = d * BD + o_b
+            o_x = o_s.to(tl.int64)[:, None] * (stride_hs * UNIT) + o_d.to(tl.int64)[None, :] * stride_hd
+            m_x = m_s[:, None] & (o_d < D)[None, :]
+            b_h = tl.load(hidden + o_x, mask=m_x, other=0.0, eviction_policy="evict_first")
+            rows += (b_h.to(tl.float32),)  # [BS, BD]
+        new_states, new_pools, new_gradients = (), (), ()
         for h in tl.static_range(H):
-            b_u, b_g = queries[h]
-            state, b_c, b_v = sums[h]
-            b_s = tl.sum(b_u[None, :] * b_h, 1)  # [BS]
-            b_t = b_s
+            b_st = queries[h * ND][None, :] * rows[0]  # [BS, BD]
+            for d in tl.static_range(1, ND):
+                b_st += queries[h * ND + d][None, :] * rows[d]
             if direction is not None:
-                b_t = tl.sum(b_g[None, :] * b_h, 1)  # [BS]
+                b_tt = directions[h * ND][None, :] * rows[0]  # [BS, BD]
+                for d in tl.static_range(1, ND):
+                    b_tt += directions[h * ND + d][None, :] * rows[d]
+                b_s, b_t = sum_both(b_st, b_tt)  # [BS]
+            else:
+                b_s = tl.sum(b_st, 1)  # [BS]
+                b_t = b_s
             if scores is not None:
                 tl.store(scores + h * total.to(tl.int64) + first + o_s, b_s, mask=m_s)
                 tl.store(scores + (H + h) * total.to(tl.int64) + first + o_s, b_t, mask=m_s)
             b_s = tl.where(m_s, b_s, float("-inf"))
-            b_p, b_w, b_a, b_d, state = weigh(b_s, b_t, state, direction is not None, 0)
-            if gradient is not None:
-                b_v = (b_v - b_d * b_c) * b_a + tl.sum(b_w[:, None] * b_h, 0)  # [BD]
-            if pooled is not None:
-                b_c = b_c * b_a + tl.sum(b_p[:, None] * b_h, 0)  # [BD]
-            updated += ((state, b_c, b_v),)
-        sums = updated
+            b_p, b_w, b_a, b_d, state = weigh(b_s, b_t, states[h], direction is not None, 0)
+            new_states += (state,)
+            moved = states[h][0] < state[0]
+            for d in tl.static_range(ND):
+                b_c, b_v = pools[h * ND + d], gradients[h * ND + d]
+                if pooled is not None:
+                    if moved:  # a rare block: else a is 1 and d is 0
+                        b_v = (b_v - b_d * b_c) * b_a
+                        b_c = b_c * b_a
+                    b_c = add_rows(b_c, b_p, rows[d], BS)  # [BD]
+                if gradient is not None:
+                    b_v = add_rows(b_v, b_w, rows[d], BS)  # [BD]
+                new_pools += (b_c,)
+                new_gradients += (b_v,)
+        states, pools, gradients = new_states, new_pools, new_gradients
 
     part = part_of(cu_seqlens, b, number, first, chunks, CHUNK)
     for h in tl.static_range(H):
-        state, b_c, b_v = sums[h]
-        store_pool(
-            pooled, gradient, value, lse, max_sum, part_pooled, part_gradient, part_value, part_max_sum,
-            part, b, chunks, B, partials, h, True, o_d, m_d, True, state, b_c, b_v, H, D, 0,
-        )  # fmt: skip
+        for d in tl.static_range(ND):
+            o_d = d * BD + o_b
+            store_pool(
+                pooled, gradient, value, lse, max_sum, part_pooled, part_gradient, part_value, part_max_sum,
+                part, b, chunks, B, partials, h, True, o_d, o_d < D, d == 0,
+                states[h], pools[h * ND + d], gradients[h * ND + d], H, D, 0,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -99,7 +131,8 @@ def scores_kernel(
     value, lse, max_sum, part_value, part_max_sum, scores,
     B, S, total, partials,
     stride_gb, stride_gh, stride_gd, stride_hb, stride_hs, stride_hd, stride_mb, stride_ms,
-    H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+    BH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies BS rows with BH queries and directions: to scores [forms, H, total] or a pool's scalars."""
     chunk = tl.program_id(0)
@@ -112,14 +145,14 @@ def scores_kernel(
     if mask is not None:
         mask += b.to(tl.int64) * stride_mb
     m_s = counted(mask, stride_ms, o_s, length)
-    hidden += offset_of(cu_seqlens, b, first, stride_hb, stride_hs)
+    hidden += offset_of(cu_seqlens, b, first, stride_hb * UNIT, stride_hs * UNIT)
     width = tl.where(tl.max(m_s.to(tl.int32), 0) > 0, D, 0)  # nothing is read where no row counts
     b_s = tl.zeros([BH, BS], tl.float32)
     b_t = tl.zeros([BH, BS], tl.float32)
     for k in tl.range(0, width, BD, num_stages=STAGES):
         o_d = k + tl.arange(0, BD)
         m_d = o_d < D
-        o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
+        o_x = o_s.to(tl.int64)[:, None] * (stride_hs * UNIT) + o_d.to(tl.int64)[None, :] * stride_hd
         b_h = tl.load(hidden + o_x, mask=m_s[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
         m_u = m_h[:, None] & m_d[None, :]
         b_u = tl.load(query + (b.to(tl.int64) * H + o_h)[:, None] * D + o_d[None, :], mask=m_u, other=0.0)  # [BH, BD]
@@ -150,7 +183,7 @@ def sums_kernel(
     part_pooled, part_gradient, part_value, part_max_sum,
     B, S, total, partials,
     stride_hb, stride_hs, stride_hd, stride_mb, stride_ms,
-    H: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
     BH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program sums BD columns of one chunk for BH queries whose scores are known."""
@@ -162,7 +195,7 @@ def sums_kernel(
     m_h = o_h < H
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
-    hidden += offset_of(cu_seqlens, b, first, stride_hb, stride_hs)
+    hidden += offset_of(cu_seqlens, b, first, stride_hb * UNIT, stride_hs * UNIT)
     if mask is not None:
         mask += b.to(tl.int64) * stride_mb
     state = no_rows([BH])
@@ -170,11 +203,11 @@ def sums_kernel(
     b_v = tl.zeros([BH, BD], tl.float32)
     start = number * CHUNK
     end = tl.minimum(start + CHUNK, length)
-    low, high = attended(mask, stride_ms, start, end, CHUNK, BS)
+    low, high, words = attended(mask, stride_ms, start, end, CHUNK, BS)
     for i in tl.range(low, high, BS, num_stages=STAGES):
         o_s = i + tl.arange(0, BS)
-        m_s = counted(mask, stride_ms, o_s, high)
-        o_x = o_s.to(tl.int64)[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
+        m_s = block_of(words, i - start, o_s, high, CHUNK, BS)
+        o_x = o_s.to(tl.int64)[:, None] * (stride_hs * UNIT) + o_d.to(tl.int64)[None, :] * stride_hd
         b_h = tl.load(hidden + o_x, mask=m_s[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
         o_x = o_h.to(tl.int64)[:, None] * total + first + o_s[None, :]
         m_x = m_h[:, None] & m_s[None, :]

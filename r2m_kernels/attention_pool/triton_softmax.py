@@ -73,14 +73,67 @@ def counted(mask, stride_ms, o_s, end):
 
 @triton.jit
 def attended(mask, stride_ms, start, end, CHUNK: tl.constexpr, BS: tl.constexpr):
-    """The rows from start to end that a mask leaves at both ends; the first is that of a block."""
+    """Of the rows from start to end: where a mask leaves the first, rounded down to a block, and the last; a bit a row.
+
+    The mask is read here, once a chunk: a load for every block would be waited for.
+    """
     if mask is None:
-        return start, end
+        return start, end, ()
     else:
-        o_s = start + tl.arange(0, CHUNK)
-        m_s = counted(mask, stride_ms, o_s, end)  # [CHUNK]
-        low = tl.min(tl.where(m_s, o_s, end), 0)
-        return start + (low - start) // BS * BS, tl.max(tl.where(m_s, o_s + 1, start), 0)
+        WORD: tl.constexpr = min(CHUNK, 64)
+        low, high = end, start
+        words = ()
+        for k in tl.static_range(CHUNK // WORD):
+            o_w = tl.arange(0, WORD)
+            o_s = start + k * WORD + o_w
+            m_s = counted(mask, stride_ms, o_s, end)  # [WORD]
+            low = tl.minimum(low, tl.min(tl.where(m_s, o_s, end), 0))
+            high = tl.maximum(high, tl.max(tl.where(m_s, o_s + 1, start), 0))
+            words += (tl.sum(m_s.to(tl.int64) << o_w.to(tl.int64), 0),)
+        return start + (low - start) // BS * BS, high, words
+
+
+@triton.jit
+def block_of(words, offset, o_s, high, CHUNK: tl.constexpr, BS: tl.constexpr):
+    """Which of the rows o_s, a block that begins `offset` rows into its chunk, count."""
+    if len(words) == 0:
+        return o_s < high
+    else:
+        WORD: tl.constexpr = min(CHUNK, 64)
+        word = words[0]
+        for k in tl.static_range(1, CHUNK // WORD):
+            word = tl.where(offset >= k * WORD, words[k], word)
+        bits = (word >> (offset % WORD).to(tl.int64)).to(tl.int32)
+        return ((bits >> tl.arange(0, BS)) & 1) != 0
+
+
+@triton.jit
+def _add_both(b_x, b_y, b_v, b_w):
+    return b_x + b_v, b_y + b_w
+
+
+@triton.jit
+def sum_both(b_x, b_y):
+    """The sums of two [BS, BD] over columns, with one exchange among warps in place of two."""
+    if INTERPRETED:  # it would take such a reduction number by number
+        return tl.sum(b_x, 1), tl.sum(b_y, 1)
+    else:
+        return tl.reduce((b_x, b_y), 1, _add_both)
+
+
+@triton.jit
+def add_rows(b_x, b_w, b_h, BS: tl.constexpr):
+    """b_x [BD] plus the sum of w h over rows: one after another, so that each is one instruction."""
+    if BS == 1:
+        return b_x + tl.sum(b_w[:, None] * b_h, 0)
+    elif BS == 2:
+        b_0, b_1 = tl.split(tl.trans(b_h))  # [BD]
+        b_w0, b_w1 = tl.split(b_w)
+        return (b_x + b_w0 * b_0) + b_w1 * b_1
+    else:
+        b_h0, b_h1 = tl.split(tl.permute(tl.reshape(b_h, [2, BS // 2, b_h.shape[1]]), 1, 2, 0))
+        b_w0, b_w1 = tl.split(tl.trans(tl.reshape(b_w, [2, BS // 2])))
+        return add_rows(add_rows(b_x, b_w0, b_h0, BS // 2), b_w1, b_h1, BS // 2)
 
 
 @triton.jit
@@ -104,10 +157,12 @@ def weigh(b_s, b_t, state, DIRECTION: tl.constexpr, AXIS: tl.constexpr):
     """A block of rows in the online softmax: scores s (-inf: no such row) and, with DIRECTION, t = direction . hidden.
 
     state: m, the largest score; l = sum p with p = exp(s - m); the mean of t under p, as a centre r and what it lacks,
-    e = sum p (t - r). Returns the block's p, w = p (t - r) with the r that is the mean with the block, the factor a
-    that brings earlier sums to the new m, by how much r moved as d, and the state. So with C = sum p hidden before the
-    block, V = (V - d C) a + sum w hidden is sum p (t - r) hidden again: centred at every step, or what all rows have in
-    common would cancel digits. A row that outweighs all others is exactly the mean.
+    e = sum p (t - r). Returns the block's p, w = p (t - r), the factor a that brings earlier sums to the new m, by how
+    much r moved as d, and the state. So with C = sum p hidden before the block, V = (V - d C) a + sum w hidden is
+    sum p (t - r) hidden again.
+
+    r is the mean up to the last block with a new largest score, that block included; in other blocks a is 1 and d is 0.
+    Centred so, what all rows have in common cancels no digits, and a row that outweighs all others is the mean.
     """
     b_m, b_l, b_r, b_e = state
     b_top = tl.max(b_s, AXIS)
@@ -120,10 +175,9 @@ def weigh(b_s, b_t, state, DIRECTION: tl.constexpr, AXIS: tl.constexpr):
     b_sum = b_l + tl.sum(b_p, AXIS)
     if DIRECTION:
         b_near = tl.max(tl.where(b_s == along(b_top, AXIS), b_t, float("-inf")), AXIS)
-        b_near = tl.where(b_top > b_m, b_near, b_r)
         b_e *= b_a
         b_total = b_e + b_l * (b_r - b_near) + tl.sum(b_p * (b_t - along(b_near, AXIS)), AXIS)
-        b_mean = b_near + b_total / tl.where(b_sum == 0, 1.0, b_sum)
+        b_mean = tl.where(b_top > b_m, b_near + b_total / tl.where(b_sum == 0, 1.0, b_sum), b_r)
         b_w = b_p * (b_t - along(b_mean, AXIS))
         b_d = tl.where(b_l == 0, 0.0, b_mean - b_r)
         b_e += tl.sum(b_w, AXIS) - b_d * b_l

@@ -36,13 +36,17 @@ TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}
 _COLD_BYTES = 256 * 2**20
 _MOST_RUNS = 25  # a series, of something fast; enough for quantiles
 
+# A GPU waits this long before the first event, 1 ms at 2 GHz: a call takes the host less, so that its kernels are in the
+# queue when the time begins. Without it a time would be the host's where that is the slower of the two.
+_WAIT_CYCLES = 2_000_000
+
 
 def bandwidth(device: torch.device) -> dict[str, float]:
     """Bytes per second of a large read (PyTorch's sum of integers) and of a large copy, each the best of 15."""
     x = torch.ones(_COLD_BYTES // 4, dtype=torch.int64, device=device)  # 512 MB
     y = torch.empty_like(x)
-    read = min(_seconds(lambda: x.sum(), device) for _ in range(15))
-    copy = min(_seconds(lambda: y.copy_(x), device) for _ in range(15))
+    read = min(_seconds(lambda: x.sum(), device)[0] for _ in range(15))
+    copy = min(_seconds(lambda: y.copy_(x), device)[0] for _ in range(15))
     return {"read": x.nbytes / read, "copy": 2 * x.nbytes / copy}
 
 
@@ -67,8 +71,9 @@ def measure(
             row.status, row.error = check(run, exact, tolerance)
         if row.status == "ok":
             able.append((row, run))
-    for (row, run), series in zip(able, _take_turns([run for _, run in able], device, seconds), strict=True):
+    for (row, run), (series, host) in zip(able, _take_turns([run for _, run in able], device, seconds), strict=True):
         summarize(row, *series)
+        row.host = statistics.median(host) if host else None
         row.peak_bytes, row.launches = _memory_and_launches(run, device)
         if row.ideal_bytes is not None:
             row.ideal = row.ideal_bytes / best_bandwidth
@@ -161,17 +166,23 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _take_turns(runs: Sequence[Run], device: torch.device, seconds: float) -> list[list[list[float]]]:
-    """Two series of times of every function, one after another and in turn, so that all meet the same machine."""
+def _take_turns(
+    runs: Sequence[Run], device: torch.device, seconds: float
+) -> list[tuple[list[list[float]], list[float]]]:
+    """Two series of times of every function, one after another and in turn, so that all meet the same machine; and, on
+    a GPU, the host's times."""
     cold = _cold(device)
     times: list[list[list[float]]] = [[[], []] for _ in runs]
+    hosts: list[list[float]] = [[] for _ in runs]
     for series in range(2):
         waiting = list(range(len(runs)))
         while waiting:
             for i in waiting:
-                times[i][series].append(_seconds(runs[i], device, cold))
+                taken, host = _seconds(runs[i], device, cold)
+                times[i][series].append(taken)
+                hosts[i] += [] if host is None else [host]
             waiting = [i for i in waiting if sum(times[i][series]) < seconds / 2 and len(times[i][series]) < _MOST_RUNS]
-    return times
+    return list(zip(times, hosts, strict=True))
 
 
 @cache
@@ -179,23 +190,26 @@ def _cold(device: torch.device) -> Tensor:
     return torch.ones(_COLD_BYTES // 8, dtype=torch.int64, device=device)
 
 
-def _seconds(run: Run, device: torch.device, cold: Tensor | None = None) -> float:
-    """Of one run, after reading `cold`; on a GPU between two events, the host running ahead during that read."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
+def _seconds(run: Run, device: torch.device, cold: Tensor | None = None) -> tuple[float, float | None]:
+    """Of one run, after reading `cold`. On a GPU between two events, and until the host has launched everything."""
+    if device.type != "cuda":
         if cold is not None:
             cold.sum()
-        start.record()
+        begin = time.perf_counter()
         run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return time.perf_counter() - begin, None
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
     if cold is not None:
         cold.sum()
+    torch.cuda._sleep(_WAIT_CYCLES)
+    start.record()
     begin = time.perf_counter()
     run()
-    return time.perf_counter() - begin
+    host = time.perf_counter() - begin
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3, host
 
 
 def _memory_and_launches(run: Run, device: torch.device) -> tuple[int, int | None]:

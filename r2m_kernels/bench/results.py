@@ -43,6 +43,7 @@ class Row:
     p80: float | None = None
     runs: int = 0
     noise: float | None = None  # how far apart the medians of two series of runs were: |a - b| / their mean; see spread
+    host: float | None = None  # on a GPU: until the host has launched everything, median; `median` has no part of it
     peak_bytes: int | None = None  # the most memory beyond the inputs, results included
     held_bytes: int | None = None  # what lies there between the calls beside hidden: weights and optimizer state
     launches: int | None = None  # kernels, on a GPU
@@ -176,7 +177,7 @@ def _driver(device: torch.device) -> str | None:
 
 def format_table(rows: Sequence[Row]) -> str:
     """Plain text for a terminal: a paragraph for every op, mode and case, a line a provider."""
-    head = ["", "median ms", "p20", "p80", "spread", "MB", "launches", "GB/s", "of ideal"]
+    head = ["", "median ms", "p20", "p80", "spread", "host ms", "MB", "launches", "GB/s", "of ideal"]
     width = max(len(row.provider) for row in rows)
     paragraphs: dict[str, list[str]] = {}
     for row in rows:
@@ -189,6 +190,7 @@ def format_table(rows: Sequence[Row]) -> str:
             row.provider,
             *(format_number(None if x is None else 1e3 * x) for x in (row.median, row.p20, row.p80)),
             format_percent(row.spread),
+            format_number(None if row.host is None else 1e3 * row.host),
             format_number(None if row.peak_bytes is None else row.peak_bytes / 1e6),
             "-" if row.launches is None else str(row.launches),
             format_number(None if row.bandwidth is None else row.bandwidth / 1e9),

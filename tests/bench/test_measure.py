@@ -46,6 +46,25 @@ def test_a_right_result_is_measured():
     assert found.bandwidth == 1000 / found.median and found.fraction_of_ideal == 1e-3 / found.median
 
 
+def test_a_gpu_waits_before_the_first_event_while_the_host_launches(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = lambda: order.append("event")
+            self.synchronize = lambda: order.append("wait")
+
+        def elapsed_time(self, end):
+            return 250.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    taken, host = core._seconds(lambda: order.append("run"), torch.device("cuda"))
+    assert order == ["wait", "sleep", "event", "run", "event", "wait"]
+    assert taken == 0.25 and 0 < host < 0.25
+
+
 @pytest.mark.parametrize(
     ("result", "status"),
     [
@@ -145,9 +164,9 @@ def test_every_series_has_its_runs_and_its_end():
     calls = []
     series = core._take_turns([lambda: calls.append("a"), lambda: calls.append("b")], CPU, 0.0)
     assert calls == ["a", "b"] * 2  # in turn
-    assert [[len(one) for one in two] for two in series] == [[1, 1], [1, 1]]
-    (fast,) = core._take_turns([lambda: None], CPU, 60.0)
-    assert [len(one) for one in fast] == [core._MOST_RUNS] * 2
+    assert [[len(one) for one in two] for two, _ in series] == [[1, 1], [1, 1]]
+    ((fast, host),) = core._take_turns([lambda: None], CPU, 60.0)
+    assert [len(one) for one in fast] == [core._MOST_RUNS] * 2 and host == []
 
 
 def test_bandwidths_are_positive(monkeypatch):
@@ -205,7 +224,7 @@ def test_a_table_shows_a_status_in_the_place_of_numbers(results):
     title, head, ours, theirs = format_table(results.rows).splitlines()
     assert title == "op, forward: tiny, float32, B=2"
     assert head.split()[:3] == ["median", "ms", "p20"]
-    assert ours.split() == ["ours", "2.00", "1.90", "2.10", "10", "%", "-", "-", "0.002", "50", "%"]
+    assert ours.split() == ["ours", "2.00", "1.90", "2.10", "10", "%", "-", "-", "-", "0.002", "50", "%"]
     assert theirs.split(maxsplit=1) == ["theirs", "cannot run: no GPU"]
 
 
