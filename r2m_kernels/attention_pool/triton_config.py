@@ -44,6 +44,9 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
     """
     if heads > MAX_QUERIES or width > WIDEST_ROW:
         return None
+    chunk = CHUNK * _power_of_two(heads)
+    if arch == "interpreter":  # takes time by operations: large tiles, and two pieces, which show how they join
+        return _config(arch, 1, BS=2 * ROWS, BD=max(64, _power_of_two(width) // 2), CHUNK=chunk)
     lanes = 64 if arch.startswith("gfx") else 32
     held = heads * (1 + direction) * (1 + vectors)  # queries, directions and sums, for every column
     row_bytes = width * dtype.itemsize
@@ -54,13 +57,11 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
         columns = max(1, -(-width // piece) * piece // threads)
         rows = min(ROWS, _at_most(values // columns - held), _at_most(MOST_TILE // row_bytes))
         if not vectors:  # after its products no row is needed again
-            rows = 2 if values >= held * columns else 0
-            rows = max(rows, min(ROWS, _at_most(SCALARS_TILE // row_bytes)))
+            rows = min(ROWS, max(2, _at_most(SCALARS_TILE // row_bytes))) if values >= held * columns else 0
         if columns <= COLUMNS[warps] and rows >= 1 and (rows == ROWS or rows * row_bytes >= LEAST_TILE):
             break
     else:
         return None
-    chunk = CHUNK * _power_of_two(heads)
     if not vectors:
         chunk = max(32, min(CHUNK, _at_most(DOT_CHUNK_BYTES // row_bytes)))
     config = _config(arch, warps, BS=rows, BD=piece, CHUNK=chunk)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from r2m_kernels.attention_pool.triton_softmax import (
     LOG2E,
-    add_rows,
+    add_block,
     attended,
     block_of,
     counted,
@@ -100,19 +100,16 @@ def rows_kernel(
             b_s = tl.where(m_s, b_s, float("-inf"))
             b_p, b_w, b_a, b_d, state = weigh(b_s, b_t, states[h], direction is not None, 0)
             new_states += (state,)
-            moved = states[h][0] < state[0]
-            for d in tl.static_range(ND):
-                b_c, b_v = pools[h * ND + d], gradients[h * ND + d]
-                if pooled is not None:
-                    if moved:  # a rare block: else a is 1 and d is 0
-                        b_v = (b_v - b_d * b_c) * b_a
-                        b_c = b_c * b_a
-                    b_c = add_rows(b_c, b_p, rows[d], BS)  # [BD]
-                if gradient is not None:
-                    b_v = add_rows(b_v, b_w, rows[d], BS)  # [BD]
-                new_pools += (b_c,)
-                new_gradients += (b_v,)
-        states, pools, gradients = new_states, new_pools, new_gradients
+            if pooled is not None:
+                moved = states[h][0] < state[0]
+                for d in tl.static_range(ND):
+                    b_c, b_v = pools[h * ND + d], gradients[h * ND + d]
+                    b_c, b_v = add_block(b_c, b_v, b_p, b_w, b_a, b_d, moved, rows[d], gradient is not None, BS)
+                    new_pools += (b_c,)
+                    new_gradients += (b_v,)
+        states = new_states
+        if pooled is not None:
+            pools, gradients = new_pools, new_gradients
 
     part = part_of(cu_seqlens, b, number, first, chunks, CHUNK)
     for h in tl.static_range(H):

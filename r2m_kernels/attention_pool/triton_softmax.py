@@ -122,6 +122,23 @@ def sum_both(b_x, b_y):
 
 
 @triton.jit
+def add_block(b_c, b_v, b_p, b_w, b_a, b_d, moved, b_h, GRADIENT: tl.constexpr, BS: tl.constexpr):
+    """C and V [BD] with a block of rows h [BS, BD] more, weighed by `weigh`."""
+    if moved:  # rare: in other blocks a is 1 and d is 0
+        b_v = (b_v - b_d * b_c) * b_a
+        b_c = b_c * b_a
+    if INTERPRETED:  # where rows one after another take ten times as long; tests call add_rows by itself
+        b_c += tl.sum(b_p[:, None] * b_h, 0)
+        if GRADIENT:
+            b_v += tl.sum(b_w[:, None] * b_h, 0)
+    else:
+        b_c = add_rows(b_c, b_p, b_h, BS)
+        if GRADIENT:
+            b_v = add_rows(b_v, b_w, b_h, BS)
+    return b_c, b_v
+
+
+@triton.jit
 def add_rows(b_x, b_w, b_h, BS: tl.constexpr):
     """b_x [BD] plus the sum of w h over rows: one after another, so that each is one instruction."""
     if BS == 1:

@@ -15,6 +15,8 @@ from r2m_kernels import bench as benchmarks
 from r2m_kernels.bench.__main__ import main
 from r2m_kernels.bench.results import Results
 
+pytestmark = pytest.mark.slow  # whole series of times
+
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ["--batch", "4", "--responses", "2", "--seq", "8", "--inner-width", "16", "--seconds", "0", "--device", "cpu"]
 

@@ -13,6 +13,8 @@ from r2m_kernels.bench import ops
 from r2m_kernels.bench.measure import TOLERANCE, measure
 from r2m_kernels.bench.ops import OURS, Case, build, run_cases
 
+pytestmark = pytest.mark.slow  # every provider of every operator
+
 CPU = torch.device("cpu")
 TINY = {"B": 6, "S": 40, "D_p": 64, "D_rm": 48, "d": 32, "heads": 1}
 REWARD, POOL = "policy_feedback_reward", "attention_pool"

@@ -9,6 +9,8 @@ import pytest
 
 from r2m_kernels.bench.results import Results
 
+pytestmark = pytest.mark.slow  # whole series of times
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
 

@@ -127,6 +127,7 @@ def test_twenty_tensor_weights_compile_once():
         assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_twenty_float_weights_compile_once_more_and_never_again():
     """PyTorch takes the first float for a constant and the second one as the sign that it varies."""
     function, inputs = compiled(step), reward_inputs()
@@ -135,6 +136,7 @@ def test_twenty_float_weights_compile_once_more_and_never_again():
         assert graphs() <= 2
 
 
+@pytest.mark.slow
 def test_float_weights_compile_once_where_dynamic():
     function = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     inputs = reward_inputs()
@@ -144,6 +146,7 @@ def test_float_weights_compile_once_where_dynamic():
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.slow
 def test_lengths_and_batch_sizes_compile_once_where_dynamic(packed):
     function = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch, length in ((3, 19), (4, 37), (2, 300), (5, 7)):

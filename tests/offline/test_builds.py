@@ -81,6 +81,7 @@ def _compiler():
 
 
 @pytest.mark.parametrize("count", [8, 9])
+@pytest.mark.slow
 def test_the_sanitizer_stops_at_a_read_behind_the_end(count, tmp_path):
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu" / "probe.cpp").write_text(READS_ONE_TOO_MANY)
@@ -93,6 +94,7 @@ def test_the_sanitizer_stops_at_a_read_behind_the_end(count, tmp_path):
     assert ("heap-buffer-overflow" in ran.stderr) == (count == 9)
 
 
+@pytest.mark.slow
 def test_the_emulator_shows_what_does_not_wait(tmp_path):
     source = tmp_path / "probe.cu"
     source.write_text(WAITS_OR_NOT)
@@ -114,6 +116,7 @@ def test_the_emulator_shows_what_does_not_wait(tmp_path):
 
 
 @pytest.mark.parametrize("compiler", ["g++-11", "clang++-14"])
+@pytest.mark.slow
 def test_older_compilers_make_the_same_operators(compiler, tmp_path, monkeypatch):
     """The oldest that docs/kernels.md names; bfloat16 takes what they lack or name differently."""
     if shutil.which(compiler) is None:

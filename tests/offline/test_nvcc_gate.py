@@ -6,6 +6,8 @@ from nvcc_gate import Kernel
 
 from r2m_kernels import build
 
+pytestmark = pytest.mark.slow  # nvcc compiles
+
 PTXAS = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN3r2m36_GLOBAL__N__4eebcfba_8_a_cu_6a3ab3b35rowsIfLb1EEEvPf' for 'sm_80'

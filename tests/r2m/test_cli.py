@@ -121,6 +121,7 @@ def rounds_in(folder):
 
 
 @pytest.mark.parametrize("how", ["--resume", "--resume-from"])
+@pytest.mark.slow
 def test_an_adapter_run_can_be_resumed(run_file, tmp_path, how):
     settings = ["rounds=2", "lora.rank=2", "checkpoints.every=1"]
     out = tmp_path / "out"

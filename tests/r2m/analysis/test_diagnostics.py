@@ -152,6 +152,7 @@ def test_pairs_of_texts_are_distinct_of_different_preference_pairs_and_at_most_s
     assert text_pairs(100).shape == (2, diagnostics.TEXT_PAIRS)
 
 
+@pytest.mark.slow
 def test_similarity_and_reward_are_correlated_where_states_are_the_reward():
     torch.manual_seed(0)
     angle = torch.rand(80) * 3

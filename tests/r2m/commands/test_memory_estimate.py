@@ -115,6 +115,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_peak_of_every_phase_is_that_of_a_real_run(llama, case):
     config = run_config(llama, **CASES[case])
     assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)
@@ -131,6 +132,7 @@ def test_the_peak_of_every_phase_is_that_of_a_real_run(llama, case):
     ],
     ids=lambda policy: policy.model_type,
 )
+@pytest.mark.slow
 def test_other_layers_keep_what_theirs_keep(save, policy):
     config = run_config(save(policy))
     assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)

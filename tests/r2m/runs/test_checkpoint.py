@@ -198,6 +198,7 @@ def killed_at(step):
     )
 
 
+@pytest.mark.slow
 def test_a_save_killed_at_any_step_leaves_complete_checkpoints_alone(make, tmp_path):
     trainer, other = make(checkpoints={"keep": 1}), make(folder="other")
     trainer.train()
@@ -512,6 +513,7 @@ def hold(folder, connection):
         connection.recv()
 
 
+@pytest.mark.slow
 def test_a_second_run_on_one_folder_is_an_error_until_the_first_is_gone_however_it_went(make, processes):
     trainer = make(rounds=1)
     ours, theirs = processes.Pipe()
