@@ -10,9 +10,9 @@ import torch
 
 Config = dict[str, Any]
 
-# Of a tile in shared memory: 3 stages keep 2 tiles on their way. An H100's multiprocessor needs 20 KB on their way, which
-# small tiles of the few programs that fit beside each other do not reach. Where only scalars are kept, rows are cheap,
-# and a small tile lets more programs fit.
+# Of a tile in shared memory: 3 stages keep 2 tiles on their way. An H100's multiprocessor needs 20 KB on their way,
+# which small tiles of the few programs that fit beside each other do not reach. Where only scalars are kept, rows are
+# cheap, and a small tile lets more programs fit.
 LEAST_TILE, MOST_TILE, SCALARS_TILE = 4096, 32 * 1024, 8192
 # float32 values in a thread's registers, by number of warps: queries, directions, sums, and its part of a tile. Of 255
 # registers, or 128 where 16 warps share 65536, the rest is for intermediates.
@@ -46,7 +46,7 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
         return None
     chunk = CHUNK * _power_of_two(heads)
     if arch == "interpreter":  # takes time by operations: large tiles, and two pieces, which show how they join
-        return _config(arch, 1, BS=2 * ROWS, BD=max(64, _power_of_two(width) // 2), CHUNK=chunk)
+        return _config(arch, 1, BS=4 * ROWS, BD=max(64, _power_of_two(width) // 2), CHUNK=chunk)
     lanes = 64 if arch.startswith("gfx") else 32
     held = heads * (1 + direction) * (1 + vectors)  # queries, directions and sums, for every column
     row_bytes = width * dtype.itemsize

@@ -36,8 +36,8 @@ TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}
 _COLD_BYTES = 256 * 2**20
 _MOST_RUNS = 25  # a series, of something fast; enough for quantiles
 
-# A GPU waits this long before the first event, 1 ms at 2 GHz: a call takes the host less, so that its kernels are in the
-# queue when the time begins. Without it a time would be the host's where that is the slower of the two.
+# A GPU waits this long before the first event, 1 ms at 2 GHz: a call takes the host less, so that its kernels are in
+# the queue when the time begins. Without it a time would be the host's where that is the slower of the two.
 _WAIT_CYCLES = 2_000_000
 
 
