@@ -20,7 +20,8 @@ VALUES = {1: 200, 2: 200, 4: 200, 8: 200, 16: 80}
 # Columns of a row in a thread. What a row costs once a warp, its sums over lanes and its weights, is spread over the
 # fewest warps, but 4 warps take more columns each before 8 leave room for one program alone.
 COLUMNS = {1: 40, 2: 40, 4: 64, 8: 40, 16: 40}
-ROWS = 8  # of a tile; by then the weights of a row cost little beside its products
+# Rows of a tile, all its queries together: by then weights cost little beside products, and more would spill.
+ROWS = 8
 # Wider rows would leave less than one row a tile; more queries than this are cheaper on tensor cores.
 WIDEST_ROW, MAX_QUERIES = 8192, 4
 
@@ -50,15 +51,21 @@ def rows_config(heads: int, width: int, dtype: torch.dtype, vectors: bool, direc
     lanes = 64 if arch.startswith("gfx") else 32
     held = heads * (1 + direction) * (1 + vectors)  # queries, directions and sums, for every column
     row_bytes = width * dtype.itemsize
+    most = min(_at_most(ROWS // heads), _at_most(MOST_TILE // row_bytes))
     for warps, values in VALUES.items():
         threads = warps * lanes
-        # A 128-bit load of every thread; narrower rows are one piece, of which a warp takes several rows at a time.
-        piece = min(threads * 16 // dtype.itemsize, max(64, _power_of_two(width)))
+        # Weights of several queries are intermediates at the same time. AMD's compiler keeps tiles in registers, too.
+        values = (values // heads if lanes == 64 else values) - 16 * (heads - 1)
+        # A 128-bit load of every thread; narrower rows are one piece, of which one warp takes several rows at a time.
+        piece = threads * 16 // dtype.itemsize
+        if warps > 1 and piece >= 2 * width:
+            return None
+        piece = min(piece, max(64, _power_of_two(width)))
         columns = max(1, -(-width // piece) * piece // threads)
-        rows = min(ROWS, _at_most(values // columns - held), _at_most(MOST_TILE // row_bytes))
+        rows = min(most, _at_most(values // columns - held))
         if not vectors:  # after its products no row is needed again
-            rows = min(ROWS, max(2, _at_most(SCALARS_TILE // row_bytes))) if values >= held * columns else 0
-        if columns <= COLUMNS[warps] and rows >= 1 and (rows == ROWS or rows * row_bytes >= LEAST_TILE):
+            rows = min(most, max(2, _at_most(SCALARS_TILE // row_bytes))) if values >= held * columns else 0
+        if columns <= COLUMNS[warps] and rows >= 1 and (rows == most or rows * row_bytes >= LEAST_TILE):
             break
     else:
         return None

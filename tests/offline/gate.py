@@ -123,6 +123,7 @@ CASES = [
 MORE_ON = "sm_90"
 MORE_CASES = [
     *(Case(f, BF16, D) for f, D in product(POOLS, (896, 2560, 3584, 5120))),
+    *(Case(f, BF16, D) for f, D in product(POOLS, (1000, 4104))),  # multiples of 16 bytes, not of 16 numbers
     *(Case(f, BF16, 4096, 32, layout) for f, layout in product(POOLS, ("packed", "masked"))),
     *(Case(f, FP16, D) for f, D in product(POOLS, (1024, 4096, 8192))),
     *(Case(f, BF16, 896, 1, layout) for f, layout in product(POOLS, ("packed", "masked"))),
