@@ -32,8 +32,8 @@ CHUNK = 128
 # query and the direction, 8 D bytes, a small part.
 DOT_CHUNK_BYTES = 256 * 1024
 
-# The merge: a sequence of 4096 rows in one tile, of 32 float32 values a thread.
-MERGE: Config = {"BC": 32, "BD": 128, "num_warps": 4}
+# The merge: a sequence of 4096 rows in one tile, of 16 float32 values a thread.
+MERGE: Config = {"BC": 32, "BD": 128, "num_warps": 8}
 # The gradient of hidden: 32 float32 values a thread.
 OUTER: Config = {"BS": 16, "BD": 256, "num_warps": 4}
 

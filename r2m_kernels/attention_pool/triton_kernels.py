@@ -12,6 +12,7 @@ from r2m_kernels.attention_pool.triton_softmax import (
     LOG2E,
     add_block,
     attended,
+    attended_bits,
     block_of,
     counted,
     locate,
@@ -70,7 +71,7 @@ def rows_kernel(
         mask += b.to(tl.int64) * stride_mb
     start = number * CHUNK
     end = tl.minimum(start + CHUNK, length)
-    low, high, words = attended(mask, stride_ms, start, end, CHUNK, BS)
+    low, high, words = attended_bits(mask, stride_ms, start, end, CHUNK, BS)
     for i in tl.range(low, high, BS, num_stages=STAGES):
         o_s = i + tl.arange(0, BS)
         m_s = block_of(words, i - start, o_s, high, CHUNK, BS)
@@ -200,10 +201,10 @@ def sums_kernel(
     b_v = tl.zeros([BH, BD], tl.float32)
     start = number * CHUNK
     end = tl.minimum(start + CHUNK, length)
-    low, high, words = attended(mask, stride_ms, start, end, CHUNK, BS)
+    low, high = attended(mask, stride_ms, start, end, CHUNK, BS)
     for i in tl.range(low, high, BS, num_stages=STAGES):
         o_s = i + tl.arange(0, BS)
-        m_s = block_of(words, i - start, o_s, high, CHUNK, BS)
+        m_s = counted(mask, stride_ms, o_s, high)
         o_x = o_s.to(tl.int64)[:, None] * (stride_hs * UNIT) + o_d.to(tl.int64)[None, :] * stride_hd
         b_h = tl.load(hidden + o_x, mask=m_s[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
         o_x = o_h.to(tl.int64)[:, None] * total + first + o_s[None, :]

@@ -73,10 +73,19 @@ def counted(mask, stride_ms, o_s, end):
 
 @triton.jit
 def attended(mask, stride_ms, start, end, CHUNK: tl.constexpr, BS: tl.constexpr):
-    """Of the rows from start to end: where a mask leaves the first, rounded down to a block, and the last; a bit a row.
+    """The rows from start to end that a mask leaves at both ends; the first is that of a block."""
+    if mask is None:
+        return start, end
+    else:
+        o_s = start + tl.arange(0, CHUNK)
+        m_s = counted(mask, stride_ms, o_s, end)  # [CHUNK]
+        low = tl.min(tl.where(m_s, o_s, end), 0)
+        return start + (low - start) // BS * BS, tl.max(tl.where(m_s, o_s + 1, start), 0)
 
-    The mask is read here, once a chunk: a load for every block would be waited for.
-    """
+
+@triton.jit
+def attended_bits(mask, stride_ms, start, end, CHUNK: tl.constexpr, BS: tl.constexpr):
+    """As attended, and a bit for each row that counts: no block then waits for its part of the mask."""
     if mask is None:
         return start, end, ()
     else:
