@@ -183,6 +183,7 @@ def test_a_dry_run_prints_the_config_and_leaves_nothing(run_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_measured_and_drawn_anew(run_file, tmp_path):
     assert train(run_file, "rounds=2").exit_code == 0
     out = tmp_path / "out"

@@ -138,6 +138,7 @@ def test_other_layers_keep_what_theirs_keep(save, policy):
     assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)
 
 
+@pytest.mark.slow
 def test_batches_of_generation_bound_the_cache(llama):
     config = run_config(llama)
     whole = estimate_memory(config)

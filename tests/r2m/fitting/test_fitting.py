@@ -186,6 +186,7 @@ def test_a_reward_model_fitted_on_texts_ranks_held_out_texts(reward_checkpoint, 
     assert changed(policy, policy_before) == changed(reward_model.backbone, backbone_before) == set()
 
 
+@pytest.mark.slow
 def test_the_policy_adds_the_warm_start_and_leaves_head_and_statistics_as_they_are(
     reward_checkpoint, policy, tokenizer
 ):

@@ -527,6 +527,7 @@ def test_a_second_run_on_one_folder_is_an_error_until_the_first_is_gone_however_
     assert len(trainer.train()) == 1
 
 
+@pytest.mark.slow
 def test_a_nan_at_round_50_names_the_last_good_checkpoint_from_which_the_run_goes_on(make, monkeypatch):
     trainer = make(rounds=51, prompts_per_round=1, epochs=1, checkpoints={"every": 7, "keep": 1})
     collect = trainer.updater.collect
