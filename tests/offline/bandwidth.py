@@ -17,16 +17,13 @@ import argparse
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import compiling
 import gate
-import triton
 
 MULTIPROCESSORS, GIGAHERTZ, SCHEDULERS, SHARED_BYTES = 132, 1.85, 4, 128
 BANDWIDTH = {"H100": 3000, "H200": 4200}  # bytes a nanosecond
@@ -55,12 +52,8 @@ class Loop(NamedTuple):
 def loop_of(case: gate.Case) -> Loop:
     launch = next(launch for launch in gate.launches("sm_90", case) if launch.name == "rows_kernel")
     compiled = compiling.compile(launch)
-    facts = compiling.inspect(compiled)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    body = streaming_loop(listing)
+    facts = compiling.inspect(compiled, disassemble=False)
+    body = streaming_loop(compiling.disassembled(compiled))
     warps, sizes = launch.options.num_warps, launch.configuration
     tile = sizes["BS"] * case.width * case.dtype.itemsize
     allocated = -(-facts.registers // 8) * 8 * 32 * warps

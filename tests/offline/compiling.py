@@ -162,8 +162,8 @@ def inspect_cuda(compiled: CompiledKernel, disassemble: bool) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        if disassemble:  # -ndf: without an analysis of the data flow
-            loads = _sass_loads(_output(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name))
+    if disassemble:
+        loads = _sass_loads(disassembled(compiled))
     number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     facts = Facts(
         registers=number["REG"],
@@ -178,6 +178,14 @@ def inspect_cuda(compiled: CompiledKernel, disassemble: bool) -> Facts:
     sass, ptx = ({(load.asynchronous, load.bits) for load in listing} for listing in (facts.loads, facts.placed))
     assert sass == ptx, f"{compiled.name}: loads (asynchronous, bits) {sorted(sass)} in SASS, {sorted(ptx)} in PTX"
     return facts
+
+
+def disassembled(compiled: CompiledKernel) -> str:
+    """NVIDIA's machine code as a listing."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        # -ndf: without an analysis of the data flow
+        return _output(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
 
 
 def inspect_amd(compiled: CompiledKernel) -> Facts:
