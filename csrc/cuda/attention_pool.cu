@@ -66,13 +66,14 @@ void launch_rows(const PoolArguments& arguments, const Device& device) {
     const size_t limit = std::min(all / blocks - reserved, block_limit);
     return limit < other_bytes ? 0 : static_cast<int>((limit - other_bytes) / stage_bytes);
   };
-  int blocks = Tile::kBlocks * kRowsThreads / threads;
+  int blocks = Tile::kBlocks * Tile::kThreads / threads;
   while (blocks > 1 && stages_beside(blocks) < kGoodStages) --blocks;
   shared.stages = std::clamp(stages_beside(blocks), 2, kMostStages);
+  const int64_t groups = ceil_div(arguments.heads, kQueries);
   launch(
-      rows_kernel<T, form, kQueries, kElements>,
-      grid_of(chunks_of(arguments.sequences) * ceil_div(arguments.heads, kQueries)), dim3(threads),
-      shared.bytes(arguments.sequences), 1, device.stream(), arguments, shared.stages);
+      device, rows_kernel<T, form, kQueries, kElements>,
+      {grid_of(chunks_of(arguments.sequences) * groups), dim3(threads), shared.bytes(arguments.sequences)}, arguments,
+      shared.stages);
 }
 
 template <typename T, Form form, int kElements>
@@ -88,7 +89,8 @@ void launch_rows(const PoolArguments& arguments, const Device& device) {
 }
 
 // Launches the smallest clusters whose blocks' slices fit into registers and, with two stages, shared memory: the fewer
-// blocks, the less they exchange. False where none do, or where the device or the code for it has no clusters.
+// blocks, the less they exchange. False where none do, where the device has no place for them, or where it or the code
+// for it has no clusters.
 template <typename T, Form form, int kQueries>
 bool launch_cluster(const PoolArguments& arguments, const Device& device) {
   using Sums = ClusterSums<T, form, kQueries>;
@@ -103,9 +105,9 @@ bool launch_cluster(const PoolArguments& arguments, const Device& device) {
     for (int stages = kMostStages; stages >= kLeastStages; --stages) {
       const size_t bytes = cluster_shared<T, form, kQueries>(slice, stages).bytes(arguments.sequences);
       if (bytes > limit) continue;
-      launch(
-          kernel, grid_of(clusters * cluster), dim3(kClusterThreads), bytes, cluster, device.stream(), arguments,
-          cluster, slice, stages);
+      const Shape shape{grid_of(clusters * cluster), dim3(kClusterThreads), bytes, static_cast<unsigned>(cluster)};
+      if (cluster > 1 && !has_place(device, kernel, shape)) return false;
+      launch(device, kernel, shape, arguments, cluster, slice, stages);
       return true;
     }
   }
@@ -132,8 +134,9 @@ void launch_pool(const PoolArguments& arguments, const Device& device, bool vect
   if (vectors && arguments.width <= 32 * kRowsThreads) return launch_rows<T, form, 32>(arguments, device);
   const int64_t slices = form == Form::kValue ? 1 : ceil_div(arguments.width, kUnalignedSlice);
   launch(
-      unaligned_kernel<T, form>, grid_of(chunks_of(arguments.sequences) * arguments.heads * slices),
-      dim3(kUnalignedThreads), kUnalignedRowsOffset<form> + list_bytes(arguments.sequences), 1, device.stream(),
+      device, unaligned_kernel<T, form>,
+      {grid_of(chunks_of(arguments.sequences) * arguments.heads * slices), dim3(kUnalignedThreads),
+       kUnalignedRowsOffset<form> + list_bytes(arguments.sequences)},
       arguments);
 }
 
@@ -202,9 +205,8 @@ void attention_pool(
   });
   if (partials == 0) return;
   const int64_t slices = pooled ? ceil_div(arguments.width, kMergeThreads) : 1;
-  launch(
-      merge_kernel, grid_of(int64_t(query.size(0)) * arguments.heads, slices), dim3(pooled ? kMergeThreads : kWarp), 0,
-      1, device.stream(), arguments);
+  const dim3 grid = grid_of(int64_t(query.size(0)) * arguments.heads, slices);
+  launch(device, merge_kernel, {grid, dim3(pooled ? kMergeThreads : kWarp)}, arguments);
 }
 
 void attention_pool_grad_hidden(
@@ -239,7 +241,7 @@ void attention_pool_grad_hidden(
   with_dtype<__nv_bfloat16, __half>(dtype_of("grad_hidden", grad_hidden), [&](auto element) {
     using T = decltype(element);
     const auto kernel = vectors ? grad_hidden_kernel<T, true> : grad_hidden_kernel<T, false>;
-    launch(kernel, grid, dim3(threads), kShared, 1, device.stream(), arguments);
+    launch(device, kernel, {grid, dim3(threads), kShared}, arguments);
   });
 }
 

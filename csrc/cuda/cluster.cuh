@@ -96,6 +96,7 @@ class ClusterSums : public ClusterTile<T, form, kQueries> {
 #pragma unroll
     for (int q = 0; q < kSide; ++q) {
       const auto [a, d] = Tile::softmax_of(weights, query() + q).change(0);
+      if (a == 1.f && d == 0.f) continue;  // as in most tiles
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         c_[q][i] *= a;
@@ -332,7 +333,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   }
 
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < stages; ++stage) init(&full[stage], 1);
+    for (int stage = 0; stage < stages; ++stage) init(&full[stage], kClusterWarps);
     publish_barriers();
   }
   if (Sums::kRowPadding > 0) {  // zeros behind the columns, which no copy reaches
@@ -348,12 +349,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 
   // Starts to copy a tile to a stage that nobody reads any more.
   const auto load = [&](int tile, int stage) {
-    if (threadIdx.x == 0) {
-      const int first = tile * kClusterRows, count = min(kClusterRows, rows.count() - first);
-      copy_rows(
-          memory + stage * tile_bytes, pitch, hidden, arguments.hidden_stride_s, columns * sizeof(T), rows, first,
-          count, &full[stage]);
-    }
+    const int first = tile * kClusterRows, count = min(kClusterRows, rows.count() - first);
+    copy_rows(
+        memory + stage * tile_bytes, pitch, hidden, arguments.hidden_stride_s, columns * sizeof(T), rows, first, count,
+        &full[stage]);
   };
   for (int tile = 0; tile < min(stages - 1, tiles); ++tile) load(tile, tile);
 

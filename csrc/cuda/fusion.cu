@@ -244,9 +244,8 @@ void time_weighted_fusion(const Tensor& aggregated, const Tensor& rte, const Ten
   const Device device(fused);
   const Matrix a = matrix_of("aggregated", aggregated), h = matrix_of("rte", rte), to = matrix_of("fused", fused);
   with_columns({a, h, to}, [&](auto columns) {
-    launch(
-        fuse_kernel<columns>, grid_of(fused.size(0), ceil_div(to.D, kThreads * columns)), dim3(kThreads), 0, 1,
-        device.stream(), a, h, weight.const_data_ptr<float>(), to);
+    const dim3 grid = grid_of(fused.size(0), ceil_div(to.D, kThreads * columns));
+    launch(device, fuse_kernel<columns>, {grid, dim3(kThreads)}, a, h, weight.const_data_ptr<float>(), to);
   });
 }
 
@@ -257,9 +256,9 @@ void time_weighted_fusion_backward(
   const Matrix from = matrix_of("grad", grad), to_a = matrix_of("grad_aggregated", grad_aggregated);
   const Matrix to_h = matrix_of("grad_rte", grad_rte);
   with_columns({from, to_a, to_h}, [&](auto columns) {
-    launch(
-        fuse_backward_kernel<columns>, grid_of(grad.size(0), ceil_div(from.D, kThreads * columns)), dim3(kThreads), 0,
-        1, device.stream(), from, weight.const_data_ptr<float>(), to_a, to_h);
+    const dim3 grid = grid_of(grad.size(0), ceil_div(from.D, kThreads * columns));
+    const Shape shape{grid, dim3(kThreads)};
+    launch(device, fuse_backward_kernel<columns>, shape, from, weight.const_data_ptr<float>(), to_a, to_h);
   });
 }
 
@@ -272,9 +271,8 @@ void fused_reward(
   const Matrix phi = matrix_of("head_weight", head_weight);
   with_columns({a, h, phi}, [&](auto columns) {
     launch(
-        reward_kernel<columns>, grid_of(rte.size(0)), dim3(kThreads), kThreads / kWarp * sizeof(float2), 1,
-        device.stream(), a, h, weight.const_data_ptr<float>(), phi, matrix_of("head_bias", head_bias),
-        reward.mutable_data_ptr<float>());
+        device, reward_kernel<columns>, {grid_of(rte.size(0)), dim3(kThreads), kThreads / kWarp * sizeof(float2)}, a, h,
+        weight.const_data_ptr<float>(), phi, matrix_of("head_bias", head_bias), reward.mutable_data_ptr<float>());
   });
 }
 
@@ -300,14 +298,14 @@ void fused_reward_backward(
     const auto matrices = {
         arguments.aggregated, arguments.rte, arguments.head_weight, arguments.grad_aggregated, arguments.grad_rte};
     with_columns(matrices, [&](auto columns) {
-      launch(
-          reward_backward_kernel<columns>, grid_of(blocks, ceil_div(D, kWarp * columns)), dim3(kSumThreads),
-          kSumThreads * columns * sizeof(float), 1, device.stream(), arguments);
+      const dim3 grid = grid_of(blocks, ceil_div(D, kWarp * columns));
+      const Shape shape{grid, dim3(kSumThreads), kSumThreads * columns * sizeof(float)};
+      launch(device, reward_backward_kernel<columns>, shape, arguments);
     });
   }
   launch(
-      head_gradient_kernel, grid_of(ceil_div(D + 1, kWarp)), dim3(kSumThreads), kSumThreads * sizeof(float), 1,
-      device.stream(), partial_sums.const_data_ptr<float>(), blocks, matrix_of("grad_head_weight", grad_head_weight),
+      device, head_gradient_kernel, {grid_of(ceil_div(D + 1, kWarp)), dim3(kSumThreads), kSumThreads * sizeof(float)},
+      partial_sums.const_data_ptr<float>(), blocks, matrix_of("grad_head_weight", grad_head_weight),
       matrix_of("grad_head_bias", grad_head_bias));
 }
 

@@ -171,7 +171,7 @@ void grebt_loss(
   arguments.winner = winner.mutable_data_ptr<int64_t>();
   arguments.loser = loser.mutable_data_ptr<int64_t>();
   const int64_t of_a_block = kThreads / arguments.lanes, blocks = ceil_div(arguments.groups, of_a_block);
-  launch(grebt_kernel, grid_of(blocks), dim3(kThreads), 0, 1, device.stream(), arguments);
+  launch(device, grebt_kernel, {grid_of(blocks), dim3(kThreads)}, arguments);
 }
 
 }  // namespace r2m

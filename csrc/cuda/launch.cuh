@@ -72,29 +72,53 @@ inline dim3 grid_of(int64_t x, int64_t y = 1) {
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
 }
 
-// Launches kernel(arguments...) with `shared_bytes` of dynamic shared memory, in clusters of `cluster` blocks along x.
-template <typename... Parameters, typename... Arguments>
-void launch(
-    void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, cudaStream_t stream,
-    Arguments... arguments) {
+// How a kernel is launched: with `shared_bytes` of dynamic shared memory, in clusters of `cluster` blocks along x.
+struct Shape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;
+};
+
+// Calls use(config) with a configuration of CUDA's.
+template <typename... Parameters, typename Use>
+void with_config(const Device& device, void (*kernel)(Parameters...), const Shape& shape, Use use) {
   constexpr size_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking) {
-    const auto bytes = static_cast<int>(shared_bytes);
+  if (shape.shared_bytes > kWithoutAsking) {
+    // All that there is, whatever this launch needs: another thread may be launching the kernel with more.
     R2M_CHECK_CUDA(cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+        device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
   }
-  cudaLaunchAttribute shape{};
-  shape.id = cudaLaunchAttributeClusterDimension;
-  shape.val.clusterDim.x = cluster;
-  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = shape.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &shape;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  R2M_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = device.stream();
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  use(config);
+}
+
+// Launches kernel(arguments...) on the current stream.
+template <typename... Parameters, typename... Arguments>
+void launch(const Device& device, void (*kernel)(Parameters...), const Shape& shape, Arguments... arguments) {
+  with_config(device, kernel, shape, [&](const cudaLaunchConfig_t& config) {
+    R2M_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+  });
+}
+
+// Whether a cluster finds a place: a slice of a GPU may have too few multiprocessors side by side.
+template <typename... Parameters>
+bool has_place(const Device& device, void (*kernel)(Parameters...), const Shape& shape) {
+  int clusters = 0;
+  with_config(device, kernel, shape, [&](const cudaLaunchConfig_t& config) {
+    R2M_CHECK_CUDA(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  });
+  return clusters > 0;
 }
 
 }  // namespace r2m

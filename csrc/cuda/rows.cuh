@@ -23,10 +23,12 @@ struct RowsTile {
   static constexpr int kQueries = kQueries_, kElements = kElements_;
   static constexpr int kPerVector = kVectorBytes / sizeof(T), kVectors = kElements / kPerVector;
   static constexpr bool kDirection = form != Form::kMean, kSums = form != Form::kValue;
-  // Blocks of 256 threads on a multiprocessor: two have 128 registers a thread, of which vectors may take half. float32
-  // needs less arithmetic for its bytes, and one block is enough.
+  // Blocks on a multiprocessor, and threads of each, that registers are shared out for: two of 256 have 128 a thread, of
+  // which vectors may take half; 320 have 200, and are two blocks for rows of 5120 numbers. float32 needs less
+  // arithmetic for its bytes: one block is enough.
   static constexpr int kVectorRegisters = kQueries * kElements * vectors_of(form);
   static constexpr int kBlocks = kVectorRegisters * sizeof(T) <= 128 ? 2 : 1;
+  static constexpr int kThreads = kBlocks == 2 ? kRowsThreads : 320;
   // 128 bytes of a tile in each thread are 32 KB in 256: three such tiles fit into any device's shared memory. A lane
   // holds one product, but where registers are short every other lane.
   static constexpr int kThreadBytes = 128, kProducts = kVectorRegisters == 64 ? kWarp / 2 : kWarp;
@@ -48,7 +50,8 @@ struct RowsShared {
 };
 
 template <typename T, Form form, int kQueries, int kElements>
-__global__ void __launch_bounds__(kRowsThreads, (RowsTile<T, form, kQueries, kElements>::kBlocks))
+__global__ void __launch_bounds__(
+    (RowsTile<T, form, kQueries, kElements>::kThreads), (RowsTile<T, form, kQueries, kElements>::kBlocks))
     rows_kernel(const __grid_constant__ PoolArguments arguments, int stages) {
   using Tile = RowsTile<T, form, kQueries, kElements>;
   using Softmax = typename Tile::Softmax;
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(kRowsThreads, (RowsTile<T, form, kQueries, kEl
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < stages; ++stage) {
 #if __CUDA_ARCH__ >= 900
-      init(&full[stage], 1);
+      init(&full[stage], warps);
 #else
       init(&full[stage], threads);
 #endif
@@ -95,9 +98,7 @@ __global__ void __launch_bounds__(kRowsThreads, (RowsTile<T, form, kQueries, kEl
     const int first = tile * kRows, count = min(kRows, rows.count() - first);
     unsigned char* to = memory + stage * layout.tile_bytes;
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0) {
-      copy_rows(to, pitch, hidden, arguments.hidden_stride_s, vectors * kVectorBytes, rows, first, count, &full[stage]);
-    }
+    copy_rows(to, pitch, hidden, arguments.hidden_stride_s, vectors * kVectorBytes, rows, first, count, &full[stage]);
 #else
     for (int r = 0; r < count; ++r) {
       const T* from = hidden + rows.row(first + r) * arguments.hidden_stride_s;
@@ -164,7 +165,10 @@ __global__ void __launch_bounds__(kRowsThreads, (RowsTile<T, form, kQueries, kEl
     if (tile + stages - 1 < tiles) load(tile + stages - 1, last_stage);
 
     product = 0.f;
-    for (int w = 0; w < warps; ++w) product += shared[w * Softmax::kValues + softmax.number()];
+#pragma unroll
+    for (int w = 0; w < kRowsThreads / kWarp; ++w) {
+      if (w < warps) product += shared[w * Softmax::kValues + softmax.number()];
+    }
     if (arguments.scores != nullptr && warp == 0 && softmax.owns() && softmax.row() < count) {
       const int number = softmax.number() / kRows, form_of = number / kQueries, h = head + number % kQueries;
       const int64_t row = chunk.first + rows.row(first + softmax.row());
@@ -176,6 +180,7 @@ __global__ void __launch_bounds__(kRowsThreads, (RowsTile<T, form, kQueries, kEl
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
         const auto [a, d] = softmax.change(q);
+        if (a == 1.f && d == 0.f) continue;  // as in most tiles
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
           c[q][i] *= a;

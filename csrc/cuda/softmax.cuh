@@ -94,9 +94,10 @@ __device__ __forceinline__ float sum_over_warp(const float (&values)[kValues]) {
 //
 // For every query: m, the largest score; l = sum p with p = exp(s - m); and for t = direction . hidden, a centre near
 // its mean and the remainder e = sum p (t - centre), so that centre + e / l is the mean, exact where one row outweighs
-// all others. With every tile the centre moves to the new mean, by d, and a brings earlier sums to the new m. With
-// w = p (t - the new centre), C = a C + sum p hidden and V = a V - d a C + sum w hidden, V stays sum p (t - centre)
-// hidden: were it not centred at every step, what all rows have in common would cancel digits.
+// all others. In a tile with a new largest score, or in which l passes a power of two, the centre moves to the new mean,
+// by d, and a brings earlier sums to the new m; in the others, most of them, d is 0 and a is 1. With w = p (t - the new
+// centre), C = a C + sum p hidden and V = a V - d a C + sum w hidden, V stays sum p (t - centre) hidden: were it not
+// centred, or at the mean of few rows, what all rows have in common would cancel digits.
 template <int kQueries, int kRows, bool kDirection>
 class Softmaxes {
  public:
@@ -131,12 +132,17 @@ class Softmaxes {
     const float l = l_ * a + sum_over_rows(p);
     float w = 0.f, d = 0.f;
     if (kDirection) {
-      const float moved = e_ * a + sum_over_rows(p * (t - centre_));
-      const float centre = centre_ + moved / (l == 0.f ? 1.f : l);
-      w = p * (t - centre);
-      d = centre - centre_;
-      e_ = (e_ - d * l_) * a + sum_over_rows(w);
-      centre_ = centre;
+      w = p * (t - centre_);
+      float sum = sum_over_rows(w);
+      const bool moves = top > m_ || exponent(l) != exponent(l_ * a);
+      if (__ballot_sync(kAllLanes, moves) != 0) {  // one of the centres in this warp
+        const float centre = moves ? centre_ + (e_ * a + sum) / l : centre_;
+        d = centre - centre_;
+        centre_ = centre;
+        w = p * (t - centre);
+        sum = sum_over_rows(w);
+      }
+      e_ = (e_ - d * l_) * a + sum;
     }
     m_ = m;
     l_ = l;
@@ -176,6 +182,8 @@ class Softmaxes {
   __device__ static float sum_over_rows(float x) {
     return over_rows(x, [](float x, float y) { return x + y; });
   }
+
+  __device__ static uint32_t exponent(float x) { return __float_as_uint(x) >> 23; }
 
   float2* shared_;
   int lane_;

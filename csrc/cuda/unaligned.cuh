@@ -69,10 +69,12 @@ __global__ void __launch_bounds__(kUnalignedThreads, kUnalignedBlocks)
 
     if (kSums) {
       const auto [a, d] = softmax.change(0);
+      if (a != 1.f || d != 0.f) {  // in few tiles
 #pragma unroll
-      for (int i = 0; i < kUnalignedElements; ++i) {
-        c[i] *= a;
-        if (kDirection) v[i] = v[i] * a - d * c[i];
+        for (int i = 0; i < kUnalignedElements; ++i) {
+          c[i] *= a;
+          if (kDirection) v[i] = v[i] * a - d * c[i];
+        }
       }
       for (int r = 0; r < count; ++r) {
         const T* from = hidden + rows.row(first + r) * arguments.hidden_stride_s;

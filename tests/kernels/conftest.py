@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from r2m_kernels import dispatch, extension
+from r2m_kernels.attention_pool import extension_impl
 
 
 def pytest_configure(config):
@@ -24,6 +25,8 @@ def use_library(path):
     loaded = (torch.ops.r2m_kernels_cpu, torch.ops.r2m_kernels_emulated)
     ops = next(ops for ops in loaded if hasattr(ops, "attention_pool"))
     extension.ops, extension.reason = lambda device_type: ops, lambda device_type: None
+    if hasattr(torch.ops.r2m_kernels_emulated, "attention_pool"):
+        extension_impl.CHUNK["cpu"] = extension_impl.CHUNK["cuda"]
 
 
 def mend_interpreter():

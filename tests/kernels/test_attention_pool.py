@@ -80,6 +80,11 @@ def test_many_queries_of_one_sequence(heads, where):
     check_pool(torch.randn(3, heads, 100), hidden, **options)
 
 
+@both_dtypes
+def test_many_queries_of_wide_rows(query_dtype, hidden_dtype):
+    check_pool(torch.randn(1, 33, 1096).to(query_dtype), torch.randn(1, 40, 1096).to(hidden_dtype))
+
+
 def test_more_partial_results_than_are_merged_at_a_time():
     check_pool(torch.randn(2, 2, 32), torch.randn(4000, 32).bfloat16(), cu_seqlens=ragged([3900, 77]))
 

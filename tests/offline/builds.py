@@ -59,7 +59,9 @@ def main(form: str, *arguments: str) -> None:
             library = build(["cpu"], folder=folder, extra_flags=SANITIZE)["cpu"]
             run_pytest(given, NOT_COMPILED, library, **sanitizer_environment())
         elif form == "emulated":
-            run_pytest(given, NOT_COMPILED, build_emulated(900, folder))
+            newer = build_emulated(900, folder)
+            run_pytest(given, NOT_COMPILED, newer)
+            run_pytest([*given, "-k", "many_queries"], VARIES[:1], newer, R2M_EMULATE_SLICE="1")
             run_pytest(given, VARIES, build_emulated(800, folder))
         else:
             raise SystemExit(__doc__)

@@ -23,6 +23,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -53,6 +54,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 inline __half __float2half_rn(float x) { return x; }
 inline __half __ushort_as_half(unsigned short bits) { return __half(bits, __half::from_bits()); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -629,6 +631,14 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   return cudaSuccess;
 }
 
+// With R2M_EMULATE_SLICE=1 the device is a slice of a GPU that has no place for a cluster.
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...), const cudaLaunchConfig_t*) {
+  const char* slice = std::getenv("R2M_EMULATE_SLICE");
+  *clusters = slice != nullptr && slice == std::string("1") ? 0 : 1;
+  return cudaSuccess;
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
@@ -644,6 +654,9 @@ cudaError_t cudaLaunchKernelEx(
     return emulation::refuse("bad grid");
   }
   if (cluster > (R2M_EMULATE < 900 ? 1 : 8) || grid.x % cluster != 0) return emulation::refuse("bad cluster");
+  int clusters = 0;
+  cudaOccupancyMaxActiveClusters(&clusters, kernel, config);
+  if (cluster > 1 && clusters == 0) return emulation::refuse("no place for a cluster");
   emulation::run({grid, block, cluster, config->dynamicSmemBytes, [&] { kernel(arguments...); }});
   return cudaSuccess;
 }
