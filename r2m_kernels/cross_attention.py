@@ -16,6 +16,7 @@ from torch import Tensor
 from r2m_kernels import checks
 from r2m_kernels.attention_pool import choose_implementation
 from r2m_kernels.attention_pool import ops as pool_ops
+from r2m_kernels.products import product
 from r2m_kernels.registration import (
     autocast_off,
     autograd_ready,
@@ -243,7 +244,7 @@ def _into_heads(x: Tensor, a: Tensor, w: Tensor, num_heads: int) -> Tensor:
     """x [B, m], A [m, d], W [d, n] -> c [B, num_heads, n], with gradients that no autocast rounds."""
     if needs_own_backward(x, a, w):
         return _IntoHeads.apply(x, a, w, num_heads)
-    return _split(x @ a, w, num_heads)
+    return _split(product(x, a), w, num_heads)
 
 
 def _out_of_heads(c: Tensor, w: Tensor, a: Tensor, bias: Tensor | None) -> Tensor:
@@ -251,29 +252,29 @@ def _out_of_heads(c: Tensor, w: Tensor, a: Tensor, bias: Tensor | None) -> Tenso
     if needs_own_backward(c, w, a, bias):
         return _OutOfHeads.apply(c, w, a, bias)
     inner = _join(c, w)
-    return (inner if bias is None else inner + bias) @ a.mT
+    return product(inner if bias is None else inner + bias, a.mT)
 
 
 def _split(inner: Tensor, w: Tensor, num_heads: int) -> Tensor:
     """inner [B, d] by head times W [d, n]: [B, num_heads, n]."""
     if num_heads == 1:  # on a CPU, a batch of one bfloat16 matrix can take 30 times as long as the matrix
-        return (inner @ w)[:, None]
+        return product(inner, w)[:, None]
     inner, w = torch.unflatten(inner, 1, (num_heads, -1)), torch.unflatten(w, 0, (num_heads, -1))
-    return (inner.transpose(0, 1) @ w).transpose(0, 1)
+    return product(inner.transpose(0, 1), w).transpose(0, 1)
 
 
 def _join(c: Tensor, w: Tensor) -> Tensor:
     """c [B, num_heads, n] times W^T [n, d] by head: [B, d]."""
     if c.shape[1] == 1:
-        return c[:, 0] @ w.mT
-    return (c.transpose(0, 1) @ torch.unflatten(w, 0, (c.shape[1], -1)).mT).transpose(0, 1).flatten(1)
+        return product(c[:, 0], w.mT)
+    return product(c.transpose(0, 1), torch.unflatten(w, 0, (c.shape[1], -1)).mT).transpose(0, 1).flatten(1)
 
 
 class _IntoHeads(torch.autograd.Function):
     # Neither class has setup_context, with which every call would take 40 us more.
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, w: Tensor, num_heads: int) -> Tensor:
-        inner = x @ a
+        inner = product(x, a)
         ctx.save_for_backward(x, a, w, inner)
         ctx.transposed = a.mT.is_contiguous() and not a.is_contiguous()  # torch.compile cannot ask this in a backward
         return _split(inner, w, num_heads)
@@ -283,9 +284,9 @@ class _IntoHeads(torch.autograd.Function):
         (grad,), (x, a, w, inner), (needs_x, *needs, _) = grads, ctx.saved_tensors, ctx.needs_input_grad
         with autocast_off(grad.device.type):
             if torch.is_grad_enabled():  # for a second derivative, `inner` needs its history
-                inner = x @ a
+                inner = product(x, a)
             grad_inner = _join(grad, w)
-            grad_x = grad_inner @ a.mT if needs_x else None
+            grad_x = product(grad_inner, a.mT) if needs_x else None
             grad_a, grad_w = _weight_gradients(x, inner, grad_inner, grad, *needs, transposed=ctx.transposed)
         return grad_x, grad_a, grad_w, None
 
@@ -295,7 +296,7 @@ class _OutOfHeads(torch.autograd.Function):
     def forward(ctx: Any, c: Tensor, w: Tensor, a: Tensor, bias: Tensor | None) -> Tensor:
         inner = _join(c, w) if bias is None else _join(c, w) + bias
         ctx.save_for_backward(c, w, a, bias, inner)
-        return inner @ a.mT
+        return product(inner, a.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -303,7 +304,7 @@ class _OutOfHeads(torch.autograd.Function):
         with autocast_off(grad.device.type):
             if torch.is_grad_enabled():
                 inner = _join(c, w) if bias is None else _join(c, w) + bias
-            grad_inner = grad @ a
+            grad_inner = product(grad, a)
             grad_c = _split(grad_inner, w, c.shape[1]) if needs_c else None
             grad_a, grad_w = _weight_gradients(grad, grad_inner, inner, c, *reversed(needs), transposed=False)
         return grad_c, grad_w, grad_a, grad_inner if needs_bias else None
@@ -318,10 +319,12 @@ def _weight_gradients(
     """
     grad_a = grad_w = None
     if needs_a:
-        grad_a = (from_c.mT @ x).mT if transposed else x.mT @ from_c
-    if needs_w:
+        grad_a = product(from_c.mT, x).mT if transposed else product(x.mT, from_c)
+    if needs_w and c.shape[1] == 1:
+        grad_w = product(from_x.mT, c[:, 0])
+    elif needs_w:
         heads = torch.unflatten(from_x, 1, (c.shape[1], -1))
-        grad_w = from_x.mT @ c[:, 0] if c.shape[1] == 1 else (heads.permute(1, 2, 0) @ c.transpose(0, 1)).flatten(0, 1)
+        grad_w = product(heads.permute(1, 2, 0), c.transpose(0, 1)).flatten(0, 1)
     return grad_a, grad_w
 
 
