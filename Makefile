@@ -67,8 +67,9 @@ sanitize: $(STAMP)  ## the same under AddressSanitizer and UndefinedBehaviorSani
 emulate: $(STAMP)  ## the operators' tests on the CUDA kernels, emulated on the CPU
 	$(BIN)/python tests/offline/builds.py emulated $(PROCESSES)
 
+# Without what torch.compile sees: the operators around the kernels, which `make unit` compiles.
 interpret: $(STAMP)  ## the operators' tests on the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels --impl triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels --impl triton --ignore tests/kernels/test_compile.py
 
 gate: $(STAMP)  ## compile every Triton kernel for every GPU and judge the machine code
 	$(BIN)/python tests/offline/gate.py
@@ -98,6 +99,7 @@ gpu:  ## tests, then all benchmarks, in at most nine minutes; results under OUT
 	timeout $$left $(PYTHON) benchmarks/run.py --device $(DEVICE) $(QUICK) $(addprefix --output ,$(OUT)) \
 	  --minutes $$((left / 60 - 3)); benchmarks=$$?; \
 	test $$benchmarks -eq 0 || echo "benchmarks ended with $$benchmarks (124: cut short; what was measured is saved)"; \
+	$(PYTHON) benchmarks/predicted.py $(or $(OUT),benchmarks/results/*)/pools.json $(addprefix | tee ,$(addsuffix /predicted.md,$(OUT))); \
 	exit $$((tests + benchmarks))
 
 gpu-test:  ## the operators' tests on a GPU, and those that only a GPU can run

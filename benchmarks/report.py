@@ -1,4 +1,5 @@
-"""Tables and plots of the committed benchmark results, into README.md, docs/benchmarks.md and docs/benchmarks/.
+"""Tables and plots of the committed benchmark results, into README.md, docs/benchmarks.md, docs/kernels.md and
+docs/benchmarks/.
 
 python benchmarks/report.py            # after a run of benchmarks/run.py
 python benchmarks/report.py --check    # writes nothing; names what does not show what the results say
@@ -17,6 +18,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import predicted
 from PIL import Image
 
 from r2m.plots import PHASES
@@ -81,7 +83,9 @@ def texts(root: Path) -> dict[Path, str]:
     devices = load(root)
     readme = "\n\n".join([README_LEGEND, *(readme_section(name, device) for name, device in devices.items())])
     full = "\n\n".join(full_section(name, device) for name, device in devices.items())
-    bodies = {root / "README.md": readme, root / "docs" / "benchmarks.md": full}
+    shares = predicted.tables(device["pools"] for device in devices.values() if "pools" in device)
+    docs = root / "docs"
+    bodies = {root / "README.md": readme, docs / "benchmarks.md": full, docs / "kernels.md": shares}
     return {path: between_markers(path, {(BEGIN, END): body}) for path, body in bodies.items()}
 
 

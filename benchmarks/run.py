@@ -4,8 +4,8 @@
     python benchmarks/run.py --suite update --device cuda
     python benchmarks/run.py --quick --json /tmp/results.json
 
-Suites: ops, every operator beside plain PyTorch; update, one update of the reward model's small part; round, a whole
-training round. `python benchmarks/report.py` makes the tables and plots of what was committed.
+Suites: pools, the pool of one query at the shapes of predicted.json; update, one update of the reward model's small
+part; ops, every operator beside plain PyTorch; round, a whole training round. `python benchmarks/report.py` makes the tables and plots of what was committed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import predicted
 import torch
 
 from r2m_kernels.bench import record, slug, start
@@ -24,7 +25,7 @@ from r2m_kernels.bench.ops import MODES, Case, run_cases
 from r2m_kernels.bench.results import Results, Row
 from r2m_kernels.bench.update import run_updates
 
-SUITES = ("update", "ops", "round")  # in this order
+SUITES = ("pools", "update", "ops", "round")  # in this order
 
 # D_p and D_rm of the paper's setups; d is 2048 in all of them.
 PAPER = {"llama-3-8b": (4096, 4096), "qwen2.5-3b": (2048, 4096), "pythia-2.8b": (2560, 2560)}
@@ -66,7 +67,11 @@ def measure_suite(
     suite: str, device: torch.device, quick: bool, best_bandwidth: float, deadline: float
 ) -> Iterator[list[Row]]:
     on_gpu = device.type == "cuda"
-    if suite == "ops":
+    if suite == "pools":
+        seconds = 0.005 if quick else 0.2 if on_gpu else 1.0
+        cases = pool_cases(quick, on_gpu)
+        yield from run_cases(cases, device, best_bandwidth=best_bandwidth, seconds=seconds, deadline=deadline)
+    elif suite == "ops":
         cases = quick_cases() if quick else gpu_cases() if on_gpu else cpu_cases()
         seconds = 0.005 if quick else 0.25 if on_gpu else 1.0
         yield from run_cases(cases, device, best_bandwidth=best_bandwidth, seconds=seconds, deadline=deadline)
@@ -132,6 +137,17 @@ def small_ops(batches: list[int], groups: list[int], sizes: list[int]) -> list[C
 def shared_prefix(n: int, width: int, name: str) -> Case:
     shape = {"n": n, "K": 8, "S_prompt": 512, "S_response": 512, "D_p": width}
     return Case("shared_prefix", name, shape, modes=("forward+backward",))
+
+
+def pool_cases(quick: bool, on_gpu: bool) -> list[Case]:
+    """The shapes of the predictions, wherever they can be compared with them; else the first ones, at B=16."""
+    predictions = predicted.load()
+    shapes = predictions["shapes"] if on_gpu else [[16, 1024]]
+    widths = list(dict.fromkeys(row["D_p"] for row in predictions["rows"]))
+    if quick:
+        shapes, widths = [[2, 40]], [64]
+    sizes = [{"B": batch, "S": length, "D_p": width} for batch, length in shapes for width in widths]
+    return [Case("attention_pool", "predicted", size) for size in sizes]
 
 
 def gpu_cases() -> list[Case]:

@@ -370,7 +370,7 @@ def _check_cross_attention(
         checks.shape("w_v", w_v, ((d, width), "[d, D_p] like w_k"))
     if w_o.shape != (rte.shape[1], d):
         checks.shape("w_o", w_o, ((rte.shape[1], d), "[D_rm, d]"))
-    return choose_implementation(impl, hidden), checked
+    return choose_implementation(impl, hidden, num_heads), checked
 
 
 class _RewardFromPools(torch.autograd.Function):

@@ -14,7 +14,14 @@ from r2m_kernels import extension
 IMPLEMENTATIONS = ("extension", "torch", "triton")
 
 # What "auto" tries, fastest first. Triton's interpreter, which runs kernels on CPU tensors, is for checking them.
-FASTEST_FIRST = {"cuda": ("triton", "extension", "torch"), "cpu": ("extension", "torch")}
+FASTEST_FIRST = {
+    "cuda": ("triton", "extension", "torch"),
+    # From sm_90 on the extension, where it is built, reads hidden once for many queries, Triton twice; and in wide rows
+    # it is predicted to reach up to 8 points more of the bandwidth, in narrow ones up to 6 less (docs/kernels.md).
+    "cuda, large pool": ("extension", "triton", "torch"),
+    "cpu": ("extension", "torch"),
+}
+MANY_QUERIES, WIDE_ROWS = 5, 3584  # where pools are large
 
 
 def available_implementations() -> dict[str, str | None]:
@@ -26,16 +33,17 @@ def available_implementations() -> dict[str, str | None]:
     return {name: _reason(name, device) for name in IMPLEMENTATIONS}
 
 
-def choose(impl: str, *tensors: Tensor, op: str | None = None, **limits: str | None) -> str:
+def choose(impl: str, *tensors: Tensor, op: str | None = None, queries: int = 1, **limits: str | None) -> str:
     """The implementation to run on these tensors: the fastest that can for "auto", else the one named or an error.
 
     `op` is the operator's folder, whose implementations these are; without it, the question is what the machine can.
-    `limits` gives for an implementation the reason why it cannot take these shapes, or None.
+    `queries` is how many a pool has of a sequence. `limits` gives for an implementation the reason why it cannot take
+    these shapes, or None.
     """
     if impl == "torch":
         return impl
     if impl == "auto":
-        for name in FASTEST_FIRST.get(tensors[0].device.type, ()):
+        for name in FASTEST_FIRST.get(_kind(tensors[0], op, queries), ()):
             if _why_not(name, tensors, op, limits) is None:
                 return name
         return "torch"
@@ -45,6 +53,14 @@ def choose(impl: str, *tensors: Tensor, op: str | None = None, **limits: str | N
     if why_not is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {why_not}")
     return impl
+
+
+def _kind(tensor: Tensor, op: str | None, queries: int) -> str:
+    """The key of FASTEST_FIRST for an operator whose rows are the tensor's."""
+    kind = tensor.device.type
+    if kind != "cuda" or op != "attention_pool" or (queries < MANY_QUERIES and tensor.shape[-1] < WIDE_ROWS):
+        return kind
+    return "cuda, large pool" if _has_clusters(str(tensor.device)) else kind
 
 
 def _why_not(name: str, tensors: tuple[Tensor, ...], op: str | None, limits: dict[str, str | None]) -> str | None:
@@ -102,6 +118,12 @@ def _too_old(device: str) -> str | None:
     return f"needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} is older"
 
 
+@functools.cache
+def _has_clusters(device: str) -> bool:
+    """Whether it is an NVIDIA GPU of sm_90 or newer."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _lacks(op: str, name: str) -> str | None:
     """Why an operator cannot run an implementation that this machine can, or None."""
     return None if _has(op, name) else f"r2m_kernels/{op} has no {name}_impl.py"
@@ -113,7 +135,7 @@ def _has(op: str, name: str) -> bool:
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler: torch.compile runs them as they are.
-for _function in (_reason, _lacks):
+for _function in (_reason, _lacks, _has_clusters):
     _function.__dict__["_dynamo_marked_constant"] = True
 
 

@@ -168,14 +168,15 @@ def _check(
     checks.number("scale", scale)
     if group is not None:
         sharded.check(group)
-    return choose_implementation(impl, hidden), scale, checked
+    queries = query.shape[1] if query.ndim == 3 else 1
+    return choose_implementation(impl, hidden, queries), scale, checked
 
 
-def choose_implementation(impl: str, hidden: Tensor) -> str:
-    """The implementation that pools `hidden`, or an error, as dispatch.choose."""
+def choose_implementation(impl: str, hidden: Tensor, queries: int) -> str:
+    """The implementation that pools `hidden` for so many queries of a sequence, or an error, as dispatch.choose."""
     apart = hidden.stride(-1) if hidden.shape[-1] > 1 else 1
     why_not = None if apart == 1 else f"hidden: expected a stride of 1 in the last dimension, got {apart}"
-    return dispatch.choose(impl, hidden, op=ops.OP, extension=why_not)
+    return dispatch.choose(impl, hidden, op=ops.OP, queries=queries, extension=why_not)
 
 
 def _by_head(query: Tensor, scale: float) -> Tensor:

@@ -81,7 +81,7 @@ def save(root, folder, name, suites, **extra):
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("repository")
     (root / "docs").mkdir()
-    for path in ("README.md", "docs/benchmarks.md"):
+    for path in ("README.md", "docs/benchmarks.md", "docs/kernels.md"):
         (root / path).write_text(f"above\n\n{report.BEGIN}\nstale words\n{report.END}\n\nbelow\n")
     save(root, "a-cpu", "A CPU", {"ops": ops_rows(), "update": update_rows(), "round": round_rows()})
     save(root, "b-gpu", "B GPU", {"round": round_rows()}, cuda="12.8", triton="3.6.0")
@@ -228,7 +228,7 @@ def test_check_names_what_other_results_would_change(root):
     results = Results.load(path)
     results.rows[-1].median = 0.26
     results.save(path)
-    names = ["README.md", "docs/benchmarks.md", "docs/benchmarks/a-cpu-update.png"]
+    names = ["README.md", "docs/benchmarks.md", "docs/benchmarks/a-cpu-update.png"]  # and no prediction
     assert [str(name) for name in report.check(root)] == names
     report.write(root)
     assert report.check(root) == []

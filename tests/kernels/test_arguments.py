@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from r2m_kernels import checks, dispatch, extension
 
 B, S, D, D_RM, D_IN, K = 3, 7, 8, 12, 6, 4
 META = torch.device("meta")
+FASTEST_FIRST = dict(dispatch.FASTEST_FIRST)  # as it is before fixtures name one implementation
 
 
 @pytest.fixture(autouse=True)
@@ -180,6 +182,30 @@ def test_the_extension_takes_rows_of_adjacent_elements_only(monkeypatch):
     with pytest.raises(RuntimeError, match=r"hidden: expected a stride of 1 in the last dimension, got 2"):
         rk.attention_pool(**inputs, impl="extension")
     assert torch.equal(rk.attention_pool(**inputs), rk.attention_pool(**inputs, impl="torch"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "queries", "width", "first"),
+    [
+        ((9, 0), 1, 2048, "triton"),
+        ((9, 0), 1, 4096, "extension"),
+        ((9, 0), 8, 896, "extension"),
+        ((10, 0), 4, 8192, "extension"),
+        ((8, 0), 8, 8192, "triton"),
+    ],
+)
+def test_the_fastest_on_a_gpu_goes_by_queries_and_width(monkeypatch, capability, queries, width, first):
+    monkeypatch.setattr(dispatch, "FASTEST_FIRST", FASTEST_FIRST)
+    monkeypatch.setattr(dispatch, "_reason", lambda name, device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    dispatch._has_clusters.cache_clear()
+    hidden = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=torch.Size([2, 3, width]))
+    assert dispatch.choose("auto", hidden, op="attention_pool", queries=queries) == first
+    assert dispatch.choose("auto", hidden, op="fusion") == "triton"
+    monkeypatch.setattr(dispatch, "_reason", lambda name, device: None if name != "extension" else "not built")
+    assert dispatch.choose("auto", hidden, op="attention_pool", queries=queries) == "triton"
+    dispatch._has_clusters.cache_clear()
 
 
 def test_the_extension_says_what_it_cannot_run_on(monkeypatch):

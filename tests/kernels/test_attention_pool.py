@@ -52,7 +52,7 @@ def check_pool(query, hidden, scale=None, extreme=False, **where):
 
 
 @both_dtypes
-@pytest.mark.parametrize(("length", "width"), [(1, 96), (37, 576), (130, 1000), (1023, 96), (40, 4096)])
+@pytest.mark.parametrize(("length", "width"), [(1, 96), (37, 576), (130, 1000), (40, 4096)])
 def test_dense_pool_matches_the_equation(query_dtype, hidden_dtype, length, width):
     check_pool(torch.randn(3, width).to(query_dtype), torch.randn(3, length, width).to(hidden_dtype))
 
