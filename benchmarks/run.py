@@ -5,7 +5,8 @@
     python benchmarks/run.py --quick --json /tmp/results.json
 
 Suites: pools, the pool of one query at the shapes of predicted.json; update, one update of the reward model's small
-part; ops, every operator beside plain PyTorch; round, a whole training round. `python benchmarks/report.py` makes the tables and plots of what was committed.
+part; ops, every operator beside plain PyTorch; round, a whole training round. `python benchmarks/report.py` makes the
+tables and plots of what was committed.
 """
 
 from __future__ import annotations

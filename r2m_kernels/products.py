@@ -1,5 +1,8 @@
 """Products with weights, which no CPU without bfloat16 instructions has to emulate."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,7 @@ COLUMNS = 256
 def cpu_multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16. What PyTorch does without them is slower than float32,
     and with a matrix that is not transposed 30 times as slow."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases of torch
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases of torch
     return any(known.get(name, False) for name in CPU_BFLOAT16)
 
 
