@@ -16,7 +16,7 @@ from torch import Tensor
 from r2m_kernels import checks
 from r2m_kernels.attention_pool import choose_implementation
 from r2m_kernels.attention_pool import ops as pool_ops
-from r2m_kernels.products import product
+from r2m_kernels.products import outer_product, product
 from r2m_kernels.registration import (
     autocast_off,
     autograd_ready,
@@ -319,12 +319,12 @@ def _weight_gradients(
     """
     grad_a = grad_w = None
     if needs_a:
-        grad_a = product(from_c.mT, x).mT if transposed else product(x.mT, from_c)
+        grad_a = outer_product(from_c, x).mT if transposed else outer_product(x, from_c)
     if needs_w and c.shape[1] == 1:
-        grad_w = product(from_x.mT, c[:, 0])
+        grad_w = outer_product(from_x, c[:, 0])
     elif needs_w:
         heads = torch.unflatten(from_x, 1, (c.shape[1], -1))
-        grad_w = product(heads.permute(1, 2, 0), c.transpose(0, 1)).flatten(0, 1)
+        grad_w = outer_product(heads.transpose(0, 1), c.transpose(0, 1)).flatten(0, 1)
     return grad_a, grad_w
 
 
