@@ -26,12 +26,15 @@ void arrange_vector(const float* vector, int64_t stride, int64_t D, float* arran
 }
 
 // Of the next tile, one half is fetched during the products of this one and the other during its sums, so that memory is
-// never idle. This fetches one step of half of its rows.
+// never idle. This fetches FETCHED elements of `count` of its rows, a cache line at least.
 template <class T>
-inline void fetch(const T* const* half, int64_t i) {
-  for (int r = 0; r < TILE / 2; ++r)
-    for (int64_t line = 0; line < int64_t(STEP * sizeof(T)); line += CACHE_LINE)
-      __builtin_prefetch((const char*)(half[r] + i) + line, 0, INTO_L2);
+constexpr int64_t FETCHED = STEP * sizeof(T) < CACHE_LINE ? CACHE_LINE / sizeof(T) : STEP;
+
+template <class T>
+inline void fetch(const T* const* rows, int count, int64_t i) {
+  for (int r = 0; r < count; ++r)
+    for (int64_t line = 0; line < int64_t(FETCHED<T> * sizeof(T)); line += CACHE_LINE)
+      __builtin_prefetch((const char*)(rows[r] + i) + line, 0, INTO_L2);
 }
 
 // products[q][r] = vectors[q] . rows[r]. `next`: rows to be fetched meanwhile, or null.
@@ -50,11 +53,13 @@ void multiply(
       }
     }
   };
+  auto whole = [](const T* from) { return load(from); };
   int64_t i = 0;
-  for (; i + STEP <= D; i += STEP) {
-    if (next) fetch(next, i);
-    step(i, [](const T* from) { return load(from); });
+  for (; i + FETCHED<T> <= D; i += FETCHED<T>) {
+    if (next) fetch(next, R / 2, i);
+    for (int64_t j = i; j < i + FETCHED<T>; j += STEP) step(j, whole);
   }
+  for (; i + STEP <= D; i += STEP) step(i, whole);
   if (i < D) step(i, [&](const T* from) { return load(from, D - i); });
   for (int q = 0; q < Q; ++q)
     for (int r = 0; r < R; ++r) products[q][r] = sum(sums[q][r]);
@@ -65,8 +70,7 @@ void multiply_tile(
     const T* const* rows, const float* const* vectors, int64_t D, float (*products)[TILE], const T* const* next) {
   constexpr int R = Q == 2 ? ROWS_OF_TWO : TILE;
   for (int r = 0; r < TILE; r += R) {
-    const bool last = r + R == TILE;
-    multiply<T, Q, R>(rows + r, vectors, D, (float (*)[TILE])(products[0] + r), last ? next : nullptr);
+    multiply<T, Q, R>(rows + r, vectors, D, (float (*)[TILE])(products[0] + r), next ? next + r / 2 : nullptr);
   }
 }
 
@@ -77,36 +81,50 @@ struct Weights {
   float decay, shift;
 };
 
+// Steps of sums over rows that are taken together, so that a weight is read once for all of them.
+template <class T>
+constexpr int STEPS = FETCHED<T> / STEP;
+
 // Sums over rows, x alone (Q = 1) or both. `next` as above.
 template <class T, int Q>
 void accumulate(const T* const* rows, const Weights& weights, int64_t D, float* x, float* y, const T* const* next) {
-  auto step = [&](int64_t i, auto load_row) __attribute__((always_inline)) {
-    Pair sum_x = load(x + i), sum_y{};
-    if (Q == 2) {
-      sum_y = load(y + i);
-      sum_y.a = (sum_y.a - weights.shift * sum_x.a) * weights.decay;
-      sum_y.b = (sum_y.b - weights.shift * sum_x.b) * weights.decay;
-    }
-    sum_x.a *= weights.decay;
-    sum_x.b *= weights.decay;
-    for (int r = 0; r < TILE; ++r) {
-      Pair row = load_row(rows[r] + i);
-      sum_x.a += weights.x[r] * row.a;
-      sum_x.b += weights.x[r] * row.b;
+  auto steps = [&]<int N>(int64_t i, auto load_row) __attribute__((always_inline)) {
+    Pair sum_x[N], sum_y[N];
+    for (int k = 0; k < N; ++k) {
+      sum_x[k] = load(x + i + k * STEP);
       if (Q == 2) {
-        sum_y.a += weights.y[r] * row.a;
-        sum_y.b += weights.y[r] * row.b;
+        sum_y[k] = load(y + i + k * STEP);
+        sum_y[k].a = (sum_y[k].a - weights.shift * sum_x[k].a) * weights.decay;
+        sum_y[k].b = (sum_y[k].b - weights.shift * sum_x[k].b) * weights.decay;
+      }
+      sum_x[k].a *= weights.decay;
+      sum_x[k].b *= weights.decay;
+    }
+    for (int r = 0; r < TILE; ++r) {
+      const Vector weight_x = all(weights.x[r]), weight_y = all(weights.y[r]);
+      for (int k = 0; k < N; ++k) {
+        Pair row = load_row(rows[r] + i + k * STEP);
+        sum_x[k].a += weight_x * row.a;
+        sum_x[k].b += weight_x * row.b;
+        if (Q == 2) {
+          sum_y[k].a += weight_y * row.a;
+          sum_y[k].b += weight_y * row.b;
+        }
       }
     }
-    store(x + i, sum_x);
-    if (Q == 2) store(y + i, sum_y);
+    for (int k = 0; k < N; ++k) {
+      store(x + i + k * STEP, sum_x[k]);
+      if (Q == 2) store(y + i + k * STEP, sum_y[k]);
+    }
   };
+  auto whole = [](const T* from) { return load(from); };
   int64_t i = 0;
-  for (; i + STEP <= D; i += STEP) {
-    if (next) fetch(next, i);
-    step(i, [](const T* from) { return load(from); });
+  for (; i + FETCHED<T> <= D; i += FETCHED<T>) {
+    if (next) fetch(next, TILE / 2, i);
+    steps.template operator()<STEPS<T>>(i, whole);
   }
-  if (i < D) step(i, [&](const T* from) { return load(from, D - i); });
+  for (; i + STEP <= D; i += STEP) steps.template operator()<1>(i, whole);
+  if (i < D) steps.template operator()<1>(i, [&](const T* from) { return load(from, D - i); });
 }
 
 void exp_of_tile(const float* from, float* to) {
