@@ -172,6 +172,12 @@ def accumulate_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
+def accumulated(tensor: Tensor) -> Tensor:
+    """The tensor in that dtype. Where it has it, `to` would take longer than this."""
+    dtype = accumulate_dtype(tensor)
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def fusion_weight(weight: Any, like: Tensor) -> Tensor:
     """The fusion weight w as a 0-dim tensor beside `like`: a tensor in every op, or each round would recompile."""
     dtype = accumulate_dtype(like)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from r2m_kernels.checks import PLAIN
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 _LIBRARY = torch.library.Library("r2m_kernels", "FRAGMENT")
+_kernels: dict[str, Callable[..., Any]] = {}  # by the names of their ops
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -23,6 +26,7 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     whose wrappers in Python take three times as long as all of this.
     """
     name = schema[: schema.index("(")]
+    _kernels[name] = kernel
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"r2m_kernels::{name}", fake, lib=_LIBRARY)
@@ -30,18 +34,24 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def differentiate(op: Any, function: type[torch.autograd.Function]) -> None:
-    """Gives an op its derivative: that of `function`, whose forward calls the op within below_autograd()."""
+    """Gives an op its derivative: that of `function`, whose forward calls the op by below_autograd(op, ...)."""
 
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args)
-        with below_autograd():
-            return op(*args)
+        return below_autograd(op, *args)
 
     _LIBRARY.impl(op._schema.name.split("::")[1], run, "Autograd")
 
 
-below_autograd = torch._C._AutoDispatchBelowAutograd
+def below_autograd(op: Any, *args: Any) -> Any:
+    """op(*args) without its derivative. Of plain tensors that its kernel computes: a second way through PyTorch's
+    dispatcher takes as long as the arithmetic of GREBT."""
+    tracing = torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()
+    if not tracing and all(type(t) in PLAIN and not t.is_meta for t in args if isinstance(t, Tensor)):
+        return _kernels[op._schema.name.split("::")[1]](*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -131,8 +141,7 @@ def forbid_second_derivative(backward_op: Any, name: str) -> None:
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            with below_autograd():
-                return backward_op(*args)
+            return below_autograd(backward_op, *args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> None:

@@ -88,7 +88,8 @@ def attention_pool(
     pooled, lse = ops.attention_pool(by_head, hidden, cu_seqlens, mask, name, checked)
     if group is not None:
         pooled, lse = sharded.merge(pooled, lse, group)
-    pooled, lse = pooled.view(query.shape).to(query.dtype), lse.view(query.shape[:-1])
+    pooled, lse = _as_query(pooled, query), _as_query(lse, query)
+    pooled = pooled if pooled.dtype is query.dtype else pooled.to(query.dtype)
     return (pooled, lse) if return_lse else pooled
 
 
@@ -115,7 +116,8 @@ def attention_pool_dot(
     )
     if group is not None:
         value, lse = sharded.merge(value[..., None], lse, group)
-    return value.view(query.shape[:-1]), lse.view(query.shape[:-1])
+        value = value.squeeze(-1)
+    return _as_query(value, query), _as_query(lse, query)
 
 
 def attention_pool_with_gradient(
@@ -149,7 +151,7 @@ def attention_pool_with_gradient(
     if group is not None:
         pooled, gradient, lse = sharded.merge_with_gradient(pooled, gradient, lse, directions, group)
     gradient = _scaled(gradient, scale)
-    return pooled.view(query.shape), gradient.view(query.shape), lse.view(query.shape[:-1])
+    return _as_query(pooled, query), _as_query(gradient, query), _as_query(lse, query)
 
 
 def _check(
@@ -161,6 +163,8 @@ def _check(
         checks.dimensions("query", query, "[B, D]", "[B, H, D]")
     checked = checks.sequences(query.shape[0], "query", query.shape[-1], hidden, cu_seqlens, mask)
     for name, tensor in direction.items():
+        if tensor.ndim == 1 and tensor.shape[0] == query.shape[-1]:
+            continue
         shapes = [((query.shape[-1],), "[D]"), (tuple(query.shape[1:]), "[H, D]"), (tuple(query.shape), "like query")]
         checks.shape(name, tensor, *(shapes if query.ndim == 3 else shapes[::2]))
     if scale is None:
@@ -181,8 +185,13 @@ def choose_implementation(impl: str, hidden: Tensor, queries: int) -> str:
 
 def _by_head(query: Tensor, scale: float) -> Tensor:
     """query as [B, H, D] in the arithmetic dtype, scaled."""
-    query = _scaled(query.to(checks.accumulate_dtype(query)), scale)
-    return query if query.ndim == 3 else query[:, None]
+    query = _scaled(checks.accumulated(query), scale)
+    return query if query.ndim == 3 else query.unsqueeze(1)
+
+
+def _as_query(result: Tensor, query: Tensor) -> Tensor:
+    """A result by head, [B, H] or [B, H, D], as the query is."""
+    return result if query.ndim == 3 else result.squeeze(1)
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
@@ -192,5 +201,8 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
 
 def _directions(direction: Tensor, query: Tensor) -> Tensor:
     """direction as a constant [B, H, D] (one that is shared stays shared: strides of 0) in the arithmetic dtype."""
-    direction = direction.detach().to(checks.accumulate_dtype(direction)).expand(query.shape)
-    return direction if query.ndim == 3 else direction[:, None]
+    direction = checks.accumulated(direction.detach())
+    if query.ndim == 2 and direction.ndim == 2:
+        return direction.unsqueeze(1)
+    by_head = query.shape if query.ndim == 3 else (query.shape[0], 1, query.shape[1])
+    return direction.expand(*by_head)  # faster than of a shape

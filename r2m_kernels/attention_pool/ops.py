@@ -123,8 +123,7 @@ class _AttentionPool(torch.autograd.Function):
         impl: str,
         checked: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        with below_autograd():
-            pooled, lse = attention_pool(query, hidden, cu_seqlens, mask, impl, checked)
+        pooled, lse = below_autograd(attention_pool, query, hidden, cu_seqlens, mask, impl, checked)
         ctx.impl = impl
         save(ctx, query, cu_seqlens, mask, pooled, lse, uncopied=hidden)
         return pooled, lse

@@ -93,8 +93,7 @@ fused_reward_backward = define(
 class _Fusion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, aggregated: Tensor, rte: Tensor, weight: Tensor, impl: str) -> Tensor:
-        with below_autograd():
-            fused = time_weighted_fusion(aggregated, rte, weight, impl)
+        fused = below_autograd(time_weighted_fusion, aggregated, rte, weight, impl)
         ctx.dtypes, ctx.impl = (aggregated.dtype, rte.dtype), impl
         save(ctx, weight)
         return fused
@@ -112,8 +111,7 @@ class _FusedReward(torch.autograd.Function):
     def forward(
         ctx: Any, aggregated: Tensor, rte: Tensor, weight: Tensor, phi: Tensor, bias: Tensor | None, impl: str
     ) -> Tensor:
-        with below_autograd():
-            reward = fused_reward(aggregated, rte, weight, phi, bias, impl)
+        reward = below_autograd(fused_reward, aggregated, rte, weight, phi, bias, impl)
         ctx.impl = impl
         save(ctx, aggregated, rte, weight, phi, bias)
         return reward

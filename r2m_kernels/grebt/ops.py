@@ -54,8 +54,7 @@ grebt_loss_backward = define(
 class _GrebtLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rewards: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        with below_autograd():
-            loss, *statistics, gradient = grebt_loss(rewards, *arguments)
+        loss, *statistics, gradient = below_autograd(grebt_loss, rewards, *arguments)
         ctx.mark_non_differentiable(*statistics, gradient)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
         save(ctx, gradient, rewards)
