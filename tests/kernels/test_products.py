@@ -71,3 +71,14 @@ def test_other_dtypes_are_multiplied_as_they_are(native):
     for dtype in (torch.float32, torch.float64):
         a, b = torch.randn(3, 40, dtype=dtype), torch.randn(40, 600, dtype=dtype)
         assert torch.equal(products.product(a, b), a @ b)
+
+
+def test_compiled_as_eager(native):
+    rte, hidden = torch.randn(3, 24).to(BF16), torch.randn(3, 10, 40).to(BF16)
+    weights = [torch.randn(shape).to(BF16).requires_grad_() for shape in ((32, 24), (32, 40), (32, 40), (24, 32))]
+    compiled = torch.compile(sequence_to_token_attention, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (sequence_to_token_attention, compiled):
+        result = function(rte, hidden, *weights, num_heads=2, impl="torch")
+        results.append([result, *torch.autograd.grad(result.float().square().sum(), weights)])
+    torch.testing.assert_close(*results)
