@@ -62,7 +62,7 @@ void run(const Tensor& from, const Tensor& to, int64_t number) {
   const auto kernel = number == 0 ? reverse<true> : number == 1 ? reverse<false> : number == 2 ? copy<true>
       : number == 3 ? copy<false> : meet;
   const unsigned threads = number / 2 == 1 ? from.numel() / 4 : from.numel();
-  launch(kernel, dim3(1), dim3(threads), from.numel() * sizeof(float) + sizeof(Barrier), 1, device.stream(),
+  launch(device, kernel, {dim3(1), dim3(threads), from.numel() * sizeof(float) + sizeof(Barrier)},
          from.const_data_ptr<float>(), to.mutable_data_ptr<float>());
 }
 }  // namespace r2m
