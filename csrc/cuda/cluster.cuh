@@ -96,7 +96,6 @@ class ClusterSums : public ClusterTile<T, form, kQueries> {
 #pragma unroll
     for (int q = 0; q < kSide; ++q) {
       const auto [a, d] = Tile::softmax_of(weights, query() + q).change(0);
-      if (a == 1.f && d == 0.f) continue;  // as in most tiles
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         c_[q][i] *= a;
@@ -352,7 +351,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     const int first = tile * kClusterRows, count = min(kClusterRows, rows.count() - first);
     copy_rows(
         memory + stage * tile_bytes, pitch, hidden, arguments.hidden_stride_s, columns * sizeof(T), rows, first, count,
-        &full[stage]);
+        kClusterWarps, &full[stage]);
   };
   for (int tile = 0; tile < min(stages - 1, tiles); ++tile) load(tile, tile);
 

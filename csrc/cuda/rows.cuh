@@ -12,6 +12,13 @@ namespace r2m {
 constexpr int kRowsThreads = 256;    // at most
 constexpr int kMostRegisters = 128;  // of a thread, for vectors: the most that leave enough for everything else
 
+// Where the assembler gets along with fewer registers; that of sm_120 spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kSharesOut = false;
+#else
+constexpr bool kSharesOut = true;
+#endif
+
 constexpr int smaller(int x, int y) { return x < y ? x : y; }
 
 // float32 vectors that a query needs: itself, its direction, and the sums.
@@ -24,11 +31,11 @@ struct RowsTile {
   static constexpr int kPerVector = kVectorBytes / sizeof(T), kVectors = kElements / kPerVector;
   static constexpr bool kDirection = form != Form::kMean, kSums = form != Form::kValue;
   // Blocks on a multiprocessor, and threads of each, that registers are shared out for: two of 256 have 128 a thread, of
-  // which vectors may take half; 320 have 200, and are two blocks for rows of 5120 numbers. float32 needs less
-  // arithmetic for its bytes: one block is enough.
+  // which vectors may take half. float32 needs less arithmetic for its bytes: one block is enough.
   static constexpr int kVectorRegisters = kQueries * kElements * vectors_of(form);
   static constexpr int kBlocks = kVectorRegisters * sizeof(T) <= 128 ? 2 : 1;
-  static constexpr int kThreads = kBlocks == 2 ? kRowsThreads : 320;
+  // One query and wide rows on sm_90: 320 threads of 200 registers are two blocks for rows of 5120 numbers.
+  static constexpr int kThreads = kSharesOut && kBlocks == 1 && kElements == 32 ? 320 : kRowsThreads;
   // 128 bytes of a tile in each thread are 32 KB in 256: three such tiles fit into any device's shared memory. A lane
   // holds one product, but where registers are short every other lane.
   static constexpr int kThreadBytes = 128, kProducts = kVectorRegisters == 64 ? kWarp / 2 : kWarp;
@@ -98,7 +105,8 @@ __global__ void __launch_bounds__(
     const int first = tile * kRows, count = min(kRows, rows.count() - first);
     unsigned char* to = memory + stage * layout.tile_bytes;
 #if __CUDA_ARCH__ >= 900
-    copy_rows(to, pitch, hidden, arguments.hidden_stride_s, vectors * kVectorBytes, rows, first, count, &full[stage]);
+    copy_rows(
+        to, pitch, hidden, arguments.hidden_stride_s, vectors * kVectorBytes, rows, first, count, warps, &full[stage]);
 #else
     for (int r = 0; r < count; ++r) {
       const T* from = hidden + rows.row(first + r) * arguments.hidden_stride_s;

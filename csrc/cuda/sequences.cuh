@@ -136,13 +136,13 @@ class Rows {
 
 #if __CUDA_ARCH__ >= 900
 // Starts to copy `bytes` of each of `count` rows, from number `first` on, to places `pitch` bytes apart. All threads of
-// the block come here, and its warps take turns: were one thread to start all copies, the others would wait for it. The
+// the block come here, and its `warps` take turns: were one thread to start all copies, the others would wait for it. The
 // barrier expects an arrival of every warp.
 template <typename T>
 __device__ __forceinline__ void copy_rows(
     unsigned char* to, int pitch, const T* hidden, int64_t stride, int bytes, const Rows& rows, int first, int count,
-    Barrier* barrier) {
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    int warps, Barrier* barrier) {
+  const int warp = threadIdx.x / kWarp;
   if (threadIdx.x % kWarp != 0) return;
   int announced = 0;
   for (int r = warp; r < count; r += warps) announced += bytes;
