@@ -102,9 +102,7 @@ def rows_kernel(
             b_p, b_w, b_a, b_d, state = weigh(b_s, b_t, states[h], direction is not None, 0)
             new_states += (state,)
             if pooled is not None:
-                moved = b_a != 1.0
-                if direction is not None:
-                    moved |= b_d != 0.0
+                moved = states[h][0] < state[0]
                 for d in tl.static_range(ND):
                     b_c, b_v = pools[h * ND + d], gradients[h * ND + d]
                     b_c, b_v = add_block(b_c, b_v, b_p, b_w, b_a, b_d, moved, rows[d], gradient is not None, BS)

@@ -187,9 +187,8 @@ def weigh(b_s, b_t, state, DIRECTION: tl.constexpr, AXIS: tl.constexpr):
     much r moved as d, and the state. So with C = sum p hidden before the block, V = (V - d C) a + sum w hidden is
     sum p (t - r) hidden again.
 
-    r is the mean up to the last block with a new largest score or in which l passed a power of two, that block
-    included; in the others, most of them, a is 1 and d is 0. Centred so, what all rows have in common cancels no
-    digits, and a row that outweighs all others is the mean.
+    r is the mean up to the last block with a new largest score, that block included; in other blocks a is 1 and d is 0.
+    Centred so, what all rows have in common cancels no digits, and a row that outweighs all others is the mean.
     """
     b_m, b_l, b_r, b_e = state
     b_top = tl.max(b_s, AXIS)
@@ -204,18 +203,12 @@ def weigh(b_s, b_t, state, DIRECTION: tl.constexpr, AXIS: tl.constexpr):
         b_near = tl.max(tl.where(b_s == along(b_top, AXIS), b_t, float("-inf")), AXIS)
         b_e *= b_a
         b_total = b_e + b_l * (b_r - b_near) + tl.sum(b_p * (b_t - along(b_near, AXIS)), AXIS)
-        b_moves = (b_top > b_m) | (exponent(b_sum) != exponent(b_l))
-        b_mean = tl.where(b_moves, b_near + b_total / tl.where(b_sum == 0, 1.0, b_sum), b_r)
+        b_mean = tl.where(b_top > b_m, b_near + b_total / tl.where(b_sum == 0, 1.0, b_sum), b_r)
         b_w = b_p * (b_t - along(b_mean, AXIS))
         b_d = tl.where(b_l == 0, 0.0, b_mean - b_r)
         b_e += tl.sum(b_w, AXIS) - b_d * b_l
         b_r = b_mean
     return b_p, b_w, b_a, b_d, (b_new, b_sum, b_r, b_e)
-
-
-@triton.jit
-def exponent(b_x):
-    return b_x.to(tl.int32, bitcast=True) >> 23
 
 
 @triton.jit
