@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ("extension", "torch", "triton")
 FASTEST_FIRST = {
     "cuda": ("triton", "extension", "torch"),
     # From sm_90 on the extension, where it is built, reads hidden once for many queries, Triton twice; and in wide rows
-    # it is predicted to reach up to 8 points more of the bandwidth, in narrow ones up to 6 less (docs/kernels.md).
+    # it is predicted to reach up to 8 points more of the bandwidth, in narrow ones up to 10 less (docs/kernels.md).
     "cuda, large pool": ("extension", "triton", "torch"),
     "cpu": ("extension", "torch"),
 }
