@@ -34,7 +34,7 @@ struct RowsTile {
   // which vectors may take half. float32 needs less arithmetic for its bytes: one block is enough.
   static constexpr int kVectorRegisters = kQueries * kElements * vectors_of(form);
   static constexpr int kBlocks = kVectorRegisters * sizeof(T) <= 128 ? 2 : 1;
-  // One query and wide rows on sm_90: 320 threads of 200 registers are two blocks for rows of 5120 numbers.
+  // Wide rows up to sm_90: 320 threads of 200 registers are two blocks for rows of 5120 numbers.
   static constexpr int kThreads = kSharesOut && kBlocks == 1 && kElements == 32 ? 320 : kRowsThreads;
   // 128 bytes of a tile in each thread are 32 KB in 256: three such tiles fit into any device's shared memory. A lane
   // holds one product, but where registers are short every other lane.
