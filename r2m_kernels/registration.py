@@ -16,42 +16,59 @@ R = TypeVar("R")
 
 
 _LIBRARY = torch.library.Library("r2m_kernels", "FRAGMENT")
-_kernels: dict[str, Callable[..., Any]] = {}  # by the names of their ops
+_derivatives: dict[str, type[torch.autograd.Function]] = {}  # by the names of their ops
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers torch.ops.r2m_kernels.<name>, which `kernel` computes on every device, and returns it.
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers torch.ops.r2m_kernels.<name>, which `kernel` computes on every device; returns the function to call.
 
     `fake` makes results of the same shapes, strides and dtypes from tensors without data. Not torch.library.custom_op,
     whose wrappers in Python take three times as long as all of this.
     """
     name = schema[: schema.index("(")]
-    _kernels[name] = kernel
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"r2m_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.r2m_kernels, name).default
+    op = getattr(torch.ops.r2m_kernels, name).default
+
+    def call(*args: Any) -> Any:
+        # The registered op is for compilers and modes. Of plain tensors this is what it would do: the way through
+        # PyTorch's dispatcher and back into Python takes longer than the arithmetic of GREBT.
+        if torch.compiler.is_compiling() or not _plain(args):
+            return op(*args)
+        function = _derivatives.get(name)
+        if function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args)
+        return kernel(*args)
+
+    return call
 
 
-def differentiate(op: Any, function: type[torch.autograd.Function]) -> None:
-    """Gives an op its derivative: that of `function`, whose forward calls the op by below_autograd(op, ...)."""
+def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Gives an op its derivative: that of `function`, whose forward calls the op."""
+    op = getattr(torch.ops.r2m_kernels, name).default
 
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args)
-        return below_autograd(op, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
-    _LIBRARY.impl(op._schema.name.split("::")[1], run, "Autograd")
+    _derivatives[name] = function
+    _LIBRARY.impl(name, run, "Autograd")
 
 
-def below_autograd(op: Any, *args: Any) -> Any:
-    """op(*args) without its derivative. Of plain tensors that its kernel computes: a second way through PyTorch's
-    dispatcher takes as long as the arithmetic of GREBT."""
-    tracing = torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()
-    if not tracing and all(type(t) in PLAIN and not t.is_meta for t in args if isinstance(t, Tensor)):
-        return _kernels[op._schema.name.split("::")[1]](*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether PyTorch's dispatcher would hand the arguments on as they are."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    for t in args:
+        if type(t) in PLAIN:
+            if t.is_meta or t.is_neg():
+                return False
+        elif isinstance(t, Tensor):
+            return False
+    return True
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -135,19 +152,19 @@ def autograd_ready(tensor: Tensor) -> Tensor:
     return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
 
 
-def forbid_second_derivative(backward_op: Any, name: str) -> None:
-    """Makes it an error to differentiate the op that computes a gradient."""
+def forbid_second_derivative(backward_op: Callable[..., Any], name: str) -> None:
+    """Makes it an error to differentiate <name>_backward, which computes the gradient of <name>."""
 
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            return below_autograd(backward_op, *args)
+            return backward_op(*args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> None:
             raise no_second_derivative(name)
 
-    differentiate(backward_op, Gradient)
+    differentiate(f"{name}_backward", Gradient)
 
 
 def no_second_derivative(name: str) -> RuntimeError:

@@ -82,13 +82,12 @@ def attention_pool(
     """
     name, scale, checked = _check(query, hidden, cu_seqlens, mask, scale, impl, group)
     forbid_transforms("attention_pool", query, hidden)
-    by_head = _by_head(query, scale)
+    scaled = _scaled(checks.accumulated(query), scale)
     if group is not None:
-        by_head = sharded.with_summed_gradient(by_head, group)
-    pooled, lse = ops.attention_pool(by_head, hidden, cu_seqlens, mask, name, checked)
+        scaled = sharded.with_summed_gradient(scaled, group)
+    pooled, lse = ops.attention_pool(scaled, hidden, cu_seqlens, mask, name, checked)
     if group is not None:
         pooled, lse = sharded.merge(pooled, lse, group)
-    pooled, lse = _as_query(pooled, query), _as_query(lse, query)
     pooled = pooled if pooled.dtype is query.dtype else pooled.to(query.dtype)
     return (pooled, lse) if return_lse else pooled
 
@@ -110,14 +109,12 @@ def attention_pool_dot(
     the results carry no gradient. With a group the ranks exchange 2 B H numbers each.
     """
     name, scale, checked = _check(query, hidden, cu_seqlens, mask, scale, impl, group, direction=direction)
-    directions = _directions(direction, query)
-    value, lse = ops.attention_pool_dot(
-        _by_head(query.detach(), scale), hidden.detach(), directions, cu_seqlens, mask, name, checked
-    )
+    scaled, directions = _scaled(checks.accumulated(_constant(query)), scale), _directions(direction, query)
+    value, lse = ops.attention_pool_dot(scaled, _constant(hidden), directions, cu_seqlens, mask, name, checked)
     if group is not None:
         value, lse = sharded.merge(value[..., None], lse, group)
         value = value.squeeze(-1)
-    return _as_query(value, query), _as_query(lse, query)
+    return value, lse
 
 
 def attention_pool_with_gradient(
@@ -144,14 +141,13 @@ def attention_pool_with_gradient(
         for argument, tensor in (("query", query), ("hidden", hidden)):
             if tensor.requires_grad:
                 raise ValueError(f"{argument}: expected a tensor that requires no grad (detach it), got one that does")
-    directions = _directions(direction, query)
+    scaled, directions = _scaled(checks.accumulated(query), scale), _directions(direction, query)
     pooled, gradient, lse = ops.attention_pool_with_gradient(
-        _by_head(query, scale), hidden, directions, cu_seqlens, mask, name, checked
+        scaled, hidden, directions, cu_seqlens, mask, name, checked
     )
     if group is not None:
         pooled, gradient, lse = sharded.merge_with_gradient(pooled, gradient, lse, directions, group)
-    gradient = _scaled(gradient, scale)
-    return _as_query(pooled, query), _as_query(gradient, query), _as_query(lse, query)
+    return pooled, _scaled(gradient, scale), lse
 
 
 def _check(
@@ -183,26 +179,15 @@ def choose_implementation(impl: str, hidden: Tensor, queries: int) -> str:
     return dispatch.choose(impl, hidden, op=ops.OP, queries=queries, extension=why_not)
 
 
-def _by_head(query: Tensor, scale: float) -> Tensor:
-    """query as [B, H, D] in the arithmetic dtype, scaled."""
-    query = _scaled(checks.accumulated(query), scale)
-    return query if query.ndim == 3 else query.unsqueeze(1)
-
-
-def _as_query(result: Tensor, query: Tensor) -> Tensor:
-    """A result by head, [B, H] or [B, H, D], as the query is."""
-    return result if query.ndim == 3 else result.squeeze(1)
-
-
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
     """tensor * scale. A symbolic scale is compared with nothing: torch.export would keep the answer as a condition."""
     return tensor if isinstance(scale, (int, float)) and scale == 1 else tensor * scale
 
 
+def _constant(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def _directions(direction: Tensor, query: Tensor) -> Tensor:
-    """direction as a constant [B, H, D] (one that is shared stays shared: strides of 0) in the arithmetic dtype."""
-    direction = checks.accumulated(direction.detach())
-    if query.ndim == 2 and direction.ndim == 2:
-        return direction.unsqueeze(1)
-    by_head = query.shape if query.ndim == 3 else (query.shape[0], 1, query.shape[1])
-    return direction.expand(*by_head)  # faster than of a shape
+    """direction as a constant in the shape of query (what is shared stays shared: strides of 0), arithmetic dtype."""
+    return checks.accumulated(_constant(direction)).expand(*query.shape)  # faster than of a shape

@@ -1,8 +1,8 @@
 """The registered ops of attention pooling, for arguments that were checked: schemas, fakes, derivatives.
 
-query and direction are [B, H, D] in the arithmetic dtype, softmax scale included, which is the dtype of all results but
-the gradient of hidden; the rest as in the public functions. `checked` says that cu_seqlens was checked, too: under
-torch.compile it has no values before an op runs.
+query and direction are both [B, D] or both [B, H, D], and so are results; in the arithmetic dtype, softmax scale
+included, which is the dtype of all results but the gradient of hidden; the rest as in the public functions. `checked`
+says that cu_seqlens was checked, too: under torch.compile it has no values before an op runs.
 """
 
 from typing import Any
@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import checks, dispatch
-from r2m_kernels.registration import below_autograd, define, differentiate, forbid_second_derivative, save, saved
+from r2m_kernels.registration import define, differentiate, forbid_second_derivative, save, saved
 
 OP = "attention_pool"
+
+
+def _by_head(tensor: Tensor) -> Tensor:
+    """[B, D] as [B, 1, D]. In here it costs a view, outside of the ops a node of the autograd graph, too."""
+    return tensor if tensor.ndim == 3 else tensor.unsqueeze(1)
+
+
+def _like(query: Tensor, *by_head: Tensor) -> tuple[Tensor, ...]:
+    """Results by head, [B, H] or [B, H, D], as the query is."""
+    return by_head if query.ndim == 3 else tuple([result.squeeze(1) for result in by_head])
 
 
 def _rows(cu_seqlens: Tensor | None, hidden: Tensor, checked: bool) -> Tensor | None:
@@ -25,10 +35,10 @@ def _rows(cu_seqlens: Tensor | None, hidden: Tensor, checked: bool) -> Tensor | 
 
 def _pool(
     query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str, checked: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     rows = _rows(cu_seqlens, hidden, checked)
-    pooled, _, _, lse, _ = dispatch.implementation(OP, impl).pool(query, hidden, None, rows, mask)
-    return pooled, lse
+    pooled, _, _, lse, _ = dispatch.implementation(OP, impl).pool(_by_head(query), hidden, None, rows, mask)
+    return _like(query, pooled, lse)
 
 
 def _pool_dot(
@@ -39,11 +49,11 @@ def _pool_dot(
     mask: Tensor | None,
     impl: str,
     checked: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     rows = _rows(cu_seqlens, hidden, checked)
     pool = dispatch.implementation(OP, impl).pool
-    _, _, value, lse, _ = pool(query, hidden, direction, rows, mask, vectors=False)
-    return value, lse
+    _, _, value, lse, _ = pool(_by_head(query), hidden, _by_head(direction), rows, mask, vectors=False)
+    return _like(query, value, lse)
 
 
 def _pool_with_gradient(
@@ -54,10 +64,11 @@ def _pool_with_gradient(
     mask: Tensor | None,
     impl: str,
     checked: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     rows = _rows(cu_seqlens, hidden, checked)
-    pooled, gradient, _, lse, _ = dispatch.implementation(OP, impl).pool(query, hidden, direction, rows, mask)
-    return pooled, gradient, lse
+    pool = dispatch.implementation(OP, impl).pool
+    pooled, gradient, _, lse, _ = pool(_by_head(query), hidden, _by_head(direction), rows, mask)
+    return _like(query, pooled, gradient, lse)
 
 
 def _pool_backward(
@@ -68,22 +79,27 @@ def _pool_backward(
     pooled: Tensor,
     lse: Tensor,
     grad_pooled: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     needs_hidden: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of query and, if it is needed (else empty), of hidden.
+    """Gradients of query and, if it is needed (else empty), of hidden. grad_lse None: the loss does not depend on lse.
 
     With p the softmax and ds_j = p_j (dc . hidden_j - dc . c): dquery = sum_j ds_j hidden_j + dlse c, whose first term
     is the pool's gradient in the direction dc, and dhidden_j = (ds_j + p_j dlse) query + p_j dc.
     """
     implementation, rows = dispatch.implementation(OP, impl), _rows(cu_seqlens, hidden, checked=True)
-    _, gradient, _, _, kept = implementation.pool(query, hidden, grad_pooled, rows, mask, keep=needs_hidden)
-    grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)  # nothing flows into an empty pool, whatever comes from above
-    grad_query = torch.addcmul(gradient, grad_lse[..., None], pooled)
+    by_head, direction = _by_head(query), _by_head(grad_pooled)
+    _, gradient, _, _, kept = implementation.pool(by_head, hidden, direction, rows, mask, keep=needs_hidden)
+    (grad_query,) = _like(query, gradient)
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)  # nothing flows into an empty pool
+        grad_query = torch.addcmul(grad_query, grad_lse[..., None], pooled)
     if not needs_hidden:
         return grad_query, hidden.new_empty(0)
-    return grad_query, implementation.grad_hidden(query, hidden, grad_pooled, rows, mask, grad_lse, kept)
+    grad_lse = lse.new_zeros(lse.shape) if grad_lse is None else grad_lse
+    grad_lse = grad_lse.reshape(by_head.shape[:2])
+    return grad_query, implementation.grad_hidden(by_head, hidden, direction, rows, mask, grad_lse, kept)
 
 
 attention_pool = define(
@@ -106,7 +122,7 @@ attention_pool_with_gradient = define(
 )
 attention_pool_backward = define(
     "attention_pool_backward(Tensor query, Tensor hidden, Tensor? cu_seqlens, Tensor? mask, Tensor pooled, Tensor lse,"
-    " Tensor grad_pooled, Tensor grad_lse, bool needs_hidden, str impl) -> (Tensor, Tensor)",
+    " Tensor grad_pooled, Tensor? grad_lse, bool needs_hidden, str impl) -> (Tensor, Tensor)",
     _pool_backward,
     lambda query, hidden, *rest: (query.new_empty(query.shape), hidden.new_empty(hidden.shape if rest[6] else 0)),
 )
@@ -123,20 +139,23 @@ class _AttentionPool(torch.autograd.Function):
         impl: str,
         checked: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        pooled, lse = below_autograd(attention_pool, query, hidden, cu_seqlens, mask, impl, checked)
+        pooled, lse = attention_pool(query, hidden, cu_seqlens, mask, impl, checked)
         ctx.impl = impl
+        ctx.set_materialize_grads(False)
         save(ctx, query, cu_seqlens, mask, pooled, lse, uncopied=hidden)
         return pooled, lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         query, cu_seqlens, mask, pooled, lse, hidden = saved(ctx)
         needs_hidden = ctx.needs_input_grad[1]
+        grad_pooled, grad_lse = grads
+        grad_pooled = torch.zeros_like(pooled) if grad_pooled is None else grad_pooled
         grad_query, grad_hidden = attention_pool_backward(
-            query, hidden, cu_seqlens, mask, pooled, lse, *grads, needs_hidden, ctx.impl
+            query, hidden, cu_seqlens, mask, pooled, lse, grad_pooled, grad_lse, needs_hidden, ctx.impl
         )
         return grad_query, grad_hidden if needs_hidden else None, None, None, None, None
 
 
-differentiate(attention_pool, _AttentionPool)
+differentiate("attention_pool", _AttentionPool)
 forbid_second_derivative(attention_pool_backward, "attention_pool")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import dispatch
-from r2m_kernels.registration import below_autograd, define, differentiate, forbid_second_derivative, save, saved
+from r2m_kernels.registration import define, differentiate, forbid_second_derivative, save, saved
 
 OP = "fusion"
 
@@ -93,7 +93,7 @@ fused_reward_backward = define(
 class _Fusion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, aggregated: Tensor, rte: Tensor, weight: Tensor, impl: str) -> Tensor:
-        fused = below_autograd(time_weighted_fusion, aggregated, rte, weight, impl)
+        fused = time_weighted_fusion(aggregated, rte, weight, impl)
         ctx.dtypes, ctx.impl = (aggregated.dtype, rte.dtype), impl
         save(ctx, weight)
         return fused
@@ -111,7 +111,7 @@ class _FusedReward(torch.autograd.Function):
     def forward(
         ctx: Any, aggregated: Tensor, rte: Tensor, weight: Tensor, phi: Tensor, bias: Tensor | None, impl: str
     ) -> Tensor:
-        reward = below_autograd(fused_reward, aggregated, rte, weight, phi, bias, impl)
+        reward = fused_reward(aggregated, rte, weight, phi, bias, impl)
         ctx.impl = impl
         save(ctx, aggregated, rte, weight, phi, bias)
         return reward
@@ -125,7 +125,7 @@ class _FusedReward(torch.autograd.Function):
         return of_a, of_h, None, *of_head, None
 
 
-differentiate(time_weighted_fusion, _Fusion)
-differentiate(fused_reward, _FusedReward)
+differentiate("time_weighted_fusion", _Fusion)
+differentiate("fused_reward", _FusedReward)
 forbid_second_derivative(time_weighted_fusion_backward, "time_weighted_fusion")
 forbid_second_derivative(fused_reward_backward, "fused_reward")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import checks, dispatch
-from r2m_kernels.registration import below_autograd, define, differentiate, forbid_second_derivative, save, saved
+from r2m_kernels.registration import define, differentiate, forbid_second_derivative, save, saved
 
 OP = "grebt"
 
@@ -54,7 +54,7 @@ grebt_loss_backward = define(
 class _GrebtLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rewards: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        loss, *statistics, gradient = below_autograd(grebt_loss, rewards, *arguments)
+        loss, *statistics, gradient = grebt_loss(rewards, *arguments)
         ctx.mark_non_differentiable(*statistics, gradient)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
         save(ctx, gradient, rewards)
@@ -66,5 +66,5 @@ class _GrebtLoss(torch.autograd.Function):
         return grad_rewards, None, None, None, None, None
 
 
-differentiate(grebt_loss, _GrebtLoss)
+differentiate("grebt_loss", _GrebtLoss)
 forbid_second_derivative(grebt_loss_backward, "grebt_loss")
