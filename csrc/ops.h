@@ -14,7 +14,8 @@ namespace r2m {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// B sequences of S rows of D, or packed ones (`total` rows), and H queries for each.
+// B sequences of S rows of D, or packed ones (`total` rows), and H queries for each; of one query, H may be left out of
+// all shapes that follow.
 //   query       float32 [B, H, D], contiguous, with the softmax scale in it
 //   hidden      float32, bfloat16 or float16 [B, S, D], or [total, D] with cu_seqlens; the last stride is 1
 //   direction   float32 [B, H, D] of any strides (0 where it is shared)
@@ -64,11 +65,11 @@ void fused_reward_backward(
     const OptionalTensor& grad_aggregated, const OptionalTensor& grad_rte, const Tensor& grad_head_weight,
     const OptionalTensor& grad_head_bias, const Tensor& partial_sums, int64_t block);
 
-// Loss and statistics of every group, [n], and group_weight * d loss / d rewards, [n, K]; float32, winner and loser
-// int64. rewards and pair_scores [n, K] of any strides; pair_scores may be float64. NaN in either makes its group NaN.
+// Of every group: loss [n], times group_weight; statistics [3, n], which are BT, the entropy and std; pair [2, n], int64,
+// the indices of winner and loser; gradient [n, K] of loss. rewards and pair_scores are [n, K] of any strides;
+// pair_scores may be float64. NaN in either makes its group NaN.
 void grebt_loss(
     const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight, const Tensor& loss,
-    const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner, const Tensor& loser,
-    const Tensor& gradient);
+    const Tensor& statistics, const Tensor& pair, const Tensor& gradient);
 
 }  // namespace r2m

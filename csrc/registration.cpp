@@ -24,8 +24,7 @@ STABLE_TORCH_LIBRARY(R2M_NAMESPACE, library) {
       " Tensor(e!) partial_sums, int block) -> ()");
   library.def(
       "grebt_loss(Tensor rewards, Tensor pair_scores, float alpha, float eps, float group_weight, Tensor(a!) loss,"
-      " Tensor(b!) bt, Tensor(c!) entropy, Tensor(d!) std, Tensor(e!) winner, Tensor(f!) loser,"
-      " Tensor(g!) gradient) -> ()");
+      " Tensor(b!) statistics, Tensor(c!) pair, Tensor(d!) gradient) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(R2M_NAMESPACE, R2M_DEVICE, library) {

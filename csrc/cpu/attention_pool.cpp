@@ -2,6 +2,7 @@
 // lengths alone and are merged in order, so neither threads nor neighbours change a bit.
 #include "attention_pool.h"
 
+#include "queries.h"
 #include "tensors.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -85,7 +86,8 @@ void attention_pool(
     const OptionalTensor& mask, const OptionalTensor& pooled, const OptionalTensor& gradient,
     const OptionalTensor& value, const Tensor& lse, const Tensor& max_sum, const OptionalTensor& scores,
     const Tensor& workspace, int64_t chunk, int64_t partials) {
-  const int64_t B = query.size(0), H = query.size(1), D = query.size(2);
+  const Queries queries(query), directions(direction ? *direction : query);
+  const int64_t B = queries.B, H = queries.H, D = queries.D;
   const Rows rows(hidden, cu_seqlens, mask, B);
   const Pieces chunks(rows, chunk);
   const Dtype dtype = dtype_of("hidden", hidden);
@@ -123,9 +125,9 @@ void attention_pool(
       task.H = H;
       task.D = D;
       task.query = data(query) + result * D;
-      task.direction = direction ? data(*direction) + b * direction->stride(0) : nullptr;
-      task.stride_gh = direction ? direction->stride(1) : 0;
-      task.stride_gd = direction ? direction->stride(2) : 0;
+      task.direction = direction ? data(*direction) + b * directions.stride_b : nullptr;
+      task.stride_gh = directions.stride_h;
+      task.stride_gd = directions.stride_d;
       task.rows = attended.data();
       task.positions = positions.data();
       task.count = count;
@@ -172,7 +174,8 @@ void attention_pool(
 void attention_pool_grad_hidden(
     const Tensor& query, const Tensor& direction, const Tensor& scores, const Tensor& max_sum, const Tensor& value,
     const Tensor& grad_lse, const OptionalTensor& cu_seqlens, const OptionalTensor& mask, const Tensor& grad_hidden) {
-  const int64_t B = query.size(0), H = query.size(1), D = query.size(2);
+  const Queries queries(query), directions(direction);
+  const int64_t B = queries.B, H = queries.H, D = queries.D;
   const Rows rows(grad_hidden, cu_seqlens, mask, B);
   constexpr int64_t PIECE = 256;  // rows: a sequence's vectors are arranged anew for each, little beside so many
   const Pieces pieces(rows, PIECE);
@@ -188,8 +191,8 @@ void attention_pool_grad_hidden(
       for (int64_t h = 0; h < H; ++h) {
         float* arranged = vectors.get() + 2 * h * width;
         kernels().arrange[dtype](data(query) + (b * H + h) * D, 1, D, arranged);
-        const float* g = data(direction) + b * direction.stride(0) + h * direction.stride(1);
-        kernels().arrange[dtype](g, direction.stride(2), D, arranged + width);
+        const float* g = data(direction) + b * directions.stride_b + h * directions.stride_h;
+        kernels().arrange[dtype](g, directions.stride_d, D, arranged + width);
       }
       for (int64_t s = start; s < std::min(start + PIECE, rows.length(b)); ++s) {
         char* row = grad + (rows.first(b) + s) * bytes;

@@ -100,34 +100,34 @@ Spread group_reward_entropy(std::vector<double>& r, double eps, std::vector<doub
 
 void grebt_loss(
     const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight, const Tensor& loss,
-    const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner, const Tensor& loser,
-    const Tensor& gradient) {
-  const int64_t K = rewards.size(1);
+    const Tensor& statistics, const Tensor& pair, const Tensor& gradient) {
+  const int64_t N = rewards.size(0), K = rewards.size(1);
   const auto read_rewards = reader("rewards", rewards), read_scores = reader("pair_scores", pair_scores);
   const int64_t grain = std::max<int64_t>(REWARDS_OF_A_THREAD / K, 1);
-  torch::stable::parallel_for(0, rewards.size(0), grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> scores(K), r(K), below(K), p(K);
     for (int64_t n = begin; n < end; ++n) {
       read_scores(pair_scores, n, scores);
       read_rewards(rewards, n, r);
-      const Pair pair(scores);
+      const Pair chosen(scores);
       // Scores with NaN have no order; the winner's is NaN then, and so are the margin and all that follows.
-      const double margin = std::isnan(scores[pair.winner]) ? scores[pair.winner] : r[pair.winner] - r[pair.loser];
+      const double highest = scores[chosen.winner], lowest = scores[chosen.loser];
+      const double margin = std::isnan(highest) ? highest : r[chosen.winner] - r[chosen.loser];
       const Preference preference = bradley_terry(margin);
       // A group whose pair is tied in scores and rewards prefers nothing: of the subgradients there, 0 is the smallest.
-      const bool tied = margin == 0 && scores[pair.winner] == scores[pair.loser];
+      const bool tied = margin == 0 && highest == lowest;
       const double pull = tied ? 0 : (1 - alpha) * preference.sigmoid;
       const Spread spread = group_reward_entropy(r, eps, below, p);  // r: its gradient
 
-      data(loss)[n] = (1 - alpha) * preference.bt + alpha * spread.entropy;
-      data(bt)[n] = preference.bt;
-      data(entropy)[n] = spread.entropy;
-      data(std)[n] = spread.std;
-      data<int64_t>(winner)[n] = pair.winner;
-      data<int64_t>(loser)[n] = pair.loser;
+      data(loss)[n] = group_weight * ((1 - alpha) * preference.bt + alpha * spread.entropy);
+      data(statistics)[n] = preference.bt;
+      data(statistics)[N + n] = spread.entropy;
+      data(statistics)[2 * N + n] = spread.std;
+      data<int64_t>(pair)[n] = chosen.winner;
+      data<int64_t>(pair)[N + n] = chosen.loser;
       float* row = data(gradient) + n * K;
       for (int64_t k = 0; k < K; ++k) {
-        const int sign = (k == pair.loser) - (k == pair.winner);
+        const int sign = (k == chosen.loser) - (k == chosen.winner);
         row[k] = group_weight * (alpha * r[k] + pull * sign);
       }
     }

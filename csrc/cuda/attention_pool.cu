@@ -4,6 +4,7 @@
 #include "cluster.cuh"
 #include "grad_hidden.cuh"
 #include "merge.cuh"
+#include "queries.h"
 #include "rows.cuh"
 #include "unaligned.cuh"
 
@@ -163,25 +164,27 @@ void attention_pool(
     const Tensor& workspace, int64_t chunk, int64_t partials) {
   if (query.numel() == 0) return;
   const Device device(query);
+  const Queries queries(query);
   PoolArguments arguments{};
   arguments.query = query.const_data_ptr<float>();
   arguments.hidden = hidden.const_data_ptr();
   arguments.scores = pointer<float>(scores);
   arguments.lse = lse.mutable_data_ptr<float>();
-  arguments.sequences = sequences_of(hidden, cu_seqlens, mask, query.size(0), chunk);
-  arguments.heads = query.size(1);
-  arguments.width = query.size(2);
+  arguments.sequences = sequences_of(hidden, cu_seqlens, mask, queries.B, chunk);
+  arguments.heads = queries.H;
+  arguments.width = queries.D;
   if (direction) {
     arguments.direction = direction->const_data_ptr<float>();
-    arguments.direction_stride_b = direction->stride(0);
-    arguments.direction_stride_h = direction->stride(1);
-    arguments.direction_stride_d = direction->stride(2);
+    const Queries directions(*direction);
+    arguments.direction_stride_b = directions.stride_b;
+    arguments.direction_stride_h = directions.stride_h;
+    arguments.direction_stride_d = directions.stride_d;
   }
   arguments.hidden_stride_b = cu_seqlens ? 0 : hidden.stride(0);
   arguments.hidden_stride_s = hidden.stride(hidden.dim() - 2);
   arguments.results = {
       pointer<float>(pooled), pointer<float>(gradient), max_sum.mutable_data_ptr<float>(), pointer<float>(value),
-      query.size(0)};
+      queries.B};
   float* part = workspace.mutable_data_ptr<float>();
   const int64_t vector = partials * arguments.heads * arguments.width;
   arguments.parts.pooled = part;
@@ -205,7 +208,7 @@ void attention_pool(
   });
   if (partials == 0) return;
   const int64_t slices = pooled ? ceil_div(arguments.width, kMergeThreads) : 1;
-  const dim3 grid = grid_of(int64_t(query.size(0)) * arguments.heads, slices);
+  const dim3 grid = grid_of(queries.B * arguments.heads, slices);
   launch(device, merge_kernel, {grid, dim3(pooled ? kMergeThreads : kWarp)}, arguments);
 }
 
@@ -214,6 +217,7 @@ void attention_pool_grad_hidden(
     const Tensor& grad_lse, const OptionalTensor& cu_seqlens, const OptionalTensor& mask, const Tensor& grad_hidden) {
   if (grad_hidden.numel() == 0) return;
   const Device device(grad_hidden);
+  const Queries queries(query), directions(direction);
   GradHiddenArguments arguments{};
   arguments.query = query.const_data_ptr<float>();
   arguments.direction = direction.const_data_ptr<float>();
@@ -222,15 +226,15 @@ void attention_pool_grad_hidden(
   arguments.value = value.const_data_ptr<float>();
   arguments.grad_lse = grad_lse.const_data_ptr<float>();
   arguments.grad_hidden = grad_hidden.mutable_data_ptr();
-  arguments.sequences = sequences_of(grad_hidden, cu_seqlens, mask, query.size(0), kGradRows);
-  arguments.direction_stride_b = direction.stride(0);
-  arguments.direction_stride_h = direction.stride(1);
-  arguments.direction_stride_d = direction.stride(2);
-  arguments.heads = query.size(1);
-  arguments.width = query.size(2);
+  arguments.sequences = sequences_of(grad_hidden, cu_seqlens, mask, queries.B, kGradRows);
+  arguments.direction_stride_b = directions.stride_b;
+  arguments.direction_stride_h = directions.stride_h;
+  arguments.direction_stride_d = directions.stride_d;
+  arguments.heads = queries.H;
+  arguments.width = queries.D;
 
-  const bool vectors = arguments.width % kGradColumns == 0 && direction.stride(2) == 1 &&
-      direction.stride(0) % kGradColumns == 0 && direction.stride(1) % kGradColumns == 0 &&
+  const bool vectors = arguments.width % kGradColumns == 0 && directions.stride_d == 1 &&
+      directions.stride_b % kGradColumns == 0 && directions.stride_h % kGradColumns == 0 &&
       aligned(arguments.query, kVectorBytes) && aligned(arguments.direction, kVectorBytes) &&
       aligned(arguments.grad_hidden, kGradColumns * grad_hidden.element_size());
   const int64_t blocks = chunks_of(arguments.sequences) + (cu_seqlens ? 2 : 0);  // before and behind all sequences

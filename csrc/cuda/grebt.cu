@@ -35,8 +35,8 @@ struct Arguments {
   int64_t groups, K;
   int lanes;  // of a group, a power of two
   float alpha, eps, group_weight;
-  float *loss, *bt, *entropy, *std, *gradient;
-  int64_t *winner, *loser;
+  float *loss, *statistics, *gradient;
+  int64_t* pair;
 };
 
 // A member of the pair, sign * score and sign * index: the winner with sign 1 and the loser with -1 are then both the
@@ -131,12 +131,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) grebt_kernel(const __grid_c
     arguments.gradient[n * K + k] = arguments.group_weight * (arguments.alpha * dr + pull * sign);
   }
   if (K > 0 && lane == 0) {
-    arguments.loss[n] = (1.f - arguments.alpha) * bt + arguments.alpha * entropy;
-    arguments.bt[n] = bt;
-    arguments.entropy[n] = entropy;
-    arguments.std[n] = std * (unit < 1.f ? kInSmallUnits : 1.f);
-    arguments.winner[n] = winner;
-    arguments.loser[n] = loser;
+    const int64_t N = arguments.groups;
+    arguments.loss[n] = arguments.group_weight * ((1.f - arguments.alpha) * bt + arguments.alpha * entropy);
+    arguments.statistics[n] = bt;
+    arguments.statistics[N + n] = entropy;
+    arguments.statistics[2 * N + n] = std * (unit < 1.f ? kInSmallUnits : 1.f);
+    arguments.pair[n] = winner;
+    arguments.pair[N + n] = loser;
   }
 }
 
@@ -150,8 +151,7 @@ Groups groups_of(const char* name, const Tensor& tensor) {
 
 void grebt_loss(
     const Tensor& rewards, const Tensor& pair_scores, double alpha, double eps, double group_weight, const Tensor& loss,
-    const Tensor& bt, const Tensor& entropy, const Tensor& std, const Tensor& winner, const Tensor& loser,
-    const Tensor& gradient) {
+    const Tensor& statistics, const Tensor& pair, const Tensor& gradient) {
   const Device device(rewards);
   Arguments arguments{};
   arguments.rewards = groups_of("rewards", rewards);
@@ -164,12 +164,9 @@ void grebt_loss(
   arguments.eps = eps;
   arguments.group_weight = group_weight;
   arguments.loss = loss.mutable_data_ptr<float>();
-  arguments.bt = bt.mutable_data_ptr<float>();
-  arguments.entropy = entropy.mutable_data_ptr<float>();
-  arguments.std = std.mutable_data_ptr<float>();
+  arguments.statistics = statistics.mutable_data_ptr<float>();
   arguments.gradient = gradient.mutable_data_ptr<float>();
-  arguments.winner = winner.mutable_data_ptr<int64_t>();
-  arguments.loser = loser.mutable_data_ptr<int64_t>();
+  arguments.pair = pair.mutable_data_ptr<int64_t>();
   const int64_t of_a_block = kThreads / arguments.lanes, blocks = ceil_div(arguments.groups, of_a_block);
   launch(device, grebt_kernel, {grid_of(blocks), dim3(kThreads)}, arguments);
 }

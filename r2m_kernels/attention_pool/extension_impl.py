@@ -29,12 +29,13 @@ def pool(
     keep: bool = False,
 ) -> tuple[Any, ...]:
     """As torch_impl.pool. Kept are scores, max_sum and value, see csrc/ops.h."""
-    B, H, D = query.shape
+    B, *heads, D = query.shape
+    H = heads[0] if heads else 1
     new = query.new_empty
-    pooled = new(B, H, D) if vectors else None
-    gradient = new(B, H, D) if vectors and direction is not None else None
-    value = new(B, H) if direction is not None else None
-    lse, max_sum = new(B, H), new(2, B, H)
+    pooled = new(B, *heads, D) if vectors else None
+    gradient = new(B, *heads, D) if vectors and direction is not None else None
+    value = new(B, *heads) if direction is not None else None
+    lse, max_sum = new(B, *heads), new(2, B, H)
     total, chunk = hidden.shape[:-1].numel(), CHUNK[hidden.device.type] * max(H, 1)
     scores = new(2, H, total) if keep else None
     if cu_seqlens is None:

@@ -1,6 +1,6 @@
 """The registered ops of attention pooling, for arguments that were checked: schemas, fakes, derivatives.
 
-query and direction are both [B, D] or both [B, H, D], and so are results; in the arithmetic dtype, softmax scale
+query and direction are both [B, D] or both [B, H, D], and so are results, in the arithmetic dtype, softmax scale
 included, which is the dtype of all results but the gradient of hidden; the rest as in the public functions. `checked`
 says that cu_seqlens was checked, too: under torch.compile it has no values before an op runs.
 """
@@ -16,16 +16,6 @@ from r2m_kernels.registration import define, differentiate, forbid_second_deriva
 OP = "attention_pool"
 
 
-def _by_head(tensor: Tensor) -> Tensor:
-    """[B, D] as [B, 1, D]. In here it costs a view, outside of the ops a node of the autograd graph, too."""
-    return tensor if tensor.ndim == 3 else tensor.unsqueeze(1)
-
-
-def _like(query: Tensor, *by_head: Tensor) -> tuple[Tensor, ...]:
-    """Results by head, [B, H] or [B, H, D], as the query is."""
-    return by_head if query.ndim == 3 else tuple([result.squeeze(1) for result in by_head])
-
-
 def _rows(cu_seqlens: Tensor | None, hidden: Tensor, checked: bool) -> Tensor | None:
     """cu_seqlens as kernels read it."""
     if cu_seqlens is None:
@@ -35,10 +25,10 @@ def _rows(cu_seqlens: Tensor | None, hidden: Tensor, checked: bool) -> Tensor | 
 
 def _pool(
     query: Tensor, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, impl: str, checked: bool = False
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     rows = _rows(cu_seqlens, hidden, checked)
-    pooled, _, _, lse, _ = dispatch.implementation(OP, impl).pool(_by_head(query), hidden, None, rows, mask)
-    return _like(query, pooled, lse)
+    pooled, _, _, lse, _ = dispatch.implementation(OP, impl).pool(query, hidden, None, rows, mask)
+    return pooled, lse
 
 
 def _pool_dot(
@@ -49,11 +39,11 @@ def _pool_dot(
     mask: Tensor | None,
     impl: str,
     checked: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     rows = _rows(cu_seqlens, hidden, checked)
     pool = dispatch.implementation(OP, impl).pool
-    _, _, value, lse, _ = pool(_by_head(query), hidden, _by_head(direction), rows, mask, vectors=False)
-    return _like(query, value, lse)
+    _, _, value, lse, _ = pool(query, hidden, direction, rows, mask, vectors=False)
+    return value, lse
 
 
 def _pool_with_gradient(
@@ -64,11 +54,10 @@ def _pool_with_gradient(
     mask: Tensor | None,
     impl: str,
     checked: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = _rows(cu_seqlens, hidden, checked)
-    pool = dispatch.implementation(OP, impl).pool
-    pooled, gradient, _, lse, _ = pool(_by_head(query), hidden, _by_head(direction), rows, mask)
-    return _like(query, pooled, gradient, lse)
+    pooled, gradient, _, lse, _ = dispatch.implementation(OP, impl).pool(query, hidden, direction, rows, mask)
+    return pooled, gradient, lse
 
 
 def _pool_backward(
@@ -89,17 +78,14 @@ def _pool_backward(
     is the pool's gradient in the direction dc, and dhidden_j = (ds_j + p_j dlse) query + p_j dc.
     """
     implementation, rows = dispatch.implementation(OP, impl), _rows(cu_seqlens, hidden, checked=True)
-    by_head, direction = _by_head(query), _by_head(grad_pooled)
-    _, gradient, _, _, kept = implementation.pool(by_head, hidden, direction, rows, mask, keep=needs_hidden)
-    (grad_query,) = _like(query, gradient)
+    _, grad_query, _, _, kept = implementation.pool(query, hidden, grad_pooled, rows, mask, keep=needs_hidden)
     if grad_lse is not None:
         grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)  # nothing flows into an empty pool
         grad_query = torch.addcmul(grad_query, grad_lse[..., None], pooled)
     if not needs_hidden:
         return grad_query, hidden.new_empty(0)
-    grad_lse = lse.new_zeros(lse.shape) if grad_lse is None else grad_lse
-    grad_lse = grad_lse.reshape(by_head.shape[:2])
-    return grad_query, implementation.grad_hidden(by_head, hidden, direction, rows, mask, grad_lse, kept)
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    return grad_query, implementation.grad_hidden(query, hidden, grad_pooled, rows, mask, grad_lse, kept)
 
 
 attention_pool = define(

@@ -1,7 +1,8 @@
 """Attention pooling in PyTorch: tiles of hidden states are read once, used while in cache, and their pools merged.
 
-Every function takes query [B, H, D] in float32 or float64, with the softmax scale in it: its dtype is that of all
-arithmetic and results. hidden is [B, S, D] with an optional mask, or [total, D] with cu_seqlens.
+Every function takes query, and direction in its shape, [B, H, D] or, of one query, [B, D]; results lack H then, too.
+They are float32 or float64, with the softmax scale in query: this is the dtype of all arithmetic and results. hidden is
+[B, S, D] with an optional mask, or [total, D] with cu_seqlens.
 """
 
 from typing import Any
@@ -41,6 +42,10 @@ def pool(
     vectors value is optional. Last, with keep, what grad_hidden needs: here the products of every tile, two scalars a
     row, lse and value.
     """
+    if query.ndim == 2:
+        by_head = None if direction is None else direction[:, None]
+        *alone, kept = pool(query[:, None], hidden, by_head, cu_seqlens, mask, vectors, keep)
+        return *(None if result is None else result.squeeze(1) for result in alone), kept
     products: list[tuple[Tensor, Tensor]] = []
     results: list[tuple[Tensor, ...]] = []
     both = query if direction is None else torch.cat([query, direction], 1)
@@ -91,6 +96,8 @@ def grad_hidden(
 ) -> Tensor:
     """sum over queries of p_j (t_j - value + dlse) query + p_j direction, with t = direction . hidden; contiguous, in
     the shape and dtype of hidden. `kept` is what pool kept for this direction."""
+    if query.ndim == 2:
+        return grad_hidden(query[:, None], hidden, direction[:, None], cu_seqlens, mask, grad_lse[:, None], kept)
     products, lse, value = kept
     lse = lse.masked_fill(lse == -torch.inf, 0)[..., None]
     value, grad_lse = value[..., None], grad_lse[..., None]

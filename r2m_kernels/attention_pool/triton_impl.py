@@ -41,13 +41,14 @@ def pool(
     keep: bool = False,
 ) -> tuple[Any, ...]:
     """As torch_impl.pool. Kept are scores [2, H, rows], max_sum [2, B, H] (m and l, see weigh) and value."""
-    B, H, D = query.shape
+    B, *heads, D = query.shape
+    H = heads[0] if heads else 1
     query = query.contiguous()
     new = query.new_empty
-    pooled = new(B, H, D) if vectors else None
-    gradient = new(B, H, D) if vectors and direction is not None else None
-    value = new(B, H) if direction is not None else None
-    lse, max_sum = new(B, H), new(2, B, H)
+    pooled = new(B, *heads, D) if vectors else None
+    gradient = new(B, *heads, D) if vectors and direction is not None else None
+    value = new(B, *heads) if direction is not None else None
+    lse, max_sum = new(B, *heads), new(2, B, H)
     case = H, D, hidden.dtype, vectors, direction is not None, architecture()
     rows = rows_config(*case)
     with_scores = keep or (vectors and rows is None)
@@ -74,13 +75,14 @@ def grad_hidden(
     """As torch_impl.grad_hidden."""
     scores, max_sum, value = kept
     result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    B, H, D = query.shape
+    B, *heads, D = query.shape
+    H = heads[0] if heads else 1
     if hidden.numel():
         blocks = _chunks(hidden, cu_seqlens, B, OUTER["BS"])
         blocks += 0 if cu_seqlens is None else 2  # rows before the first sequence, and behind the last one
         outer_kernel[blocks, triton.cdiv(D, OUTER["BD"])](
             scores, query.contiguous(), direction, max_sum, value, grad_lse, cu_seqlens, mask, result,
-            B, *_rows(hidden), *direction.stride(), *_strides(mask), H=H, D=D, **OUTER, **OPTIONS,
+            B, *_rows(hidden), *_strides_by_head(direction), *_strides(mask), H=H, D=D, **OUTER, **OPTIONS,
         )  # fmt: skip
     return result
 
@@ -96,7 +98,8 @@ def _launch(
     rows: Config | None,
 ) -> None:
     """Fills pooled, gradient, value, lse, max_sum and scores: with whole rows a program if `rows` says how."""
-    B, H, D = query.shape
+    B, *heads, D = query.shape
+    H = heads[0] if heads else 1
     S, total = _rows(hidden)
     pooled, gradient, value, lse, max_sum = results
     if rows is None:
@@ -114,7 +117,7 @@ def _launch(
     part_value = None if value is None else query.new_empty(partials, H)
     part_max_sum = query.new_empty(2, partials, H)
     sizes = B, S, total, partials
-    strides_g = (0, 0, 0) if direction is None else direction.stride()
+    strides_g = (0, 0, 0) if direction is None else _strides_by_head(direction)
     unit, *strides_h = _strides_of_hidden(hidden)
     strides = *strides_h, *_strides(mask)
     widths: Config = {"H": H, "D": D, "UNIT": unit}
@@ -155,6 +158,12 @@ def _chunks(hidden: Tensor, cu_seqlens: Tensor | None, batch: int, size: int) ->
 def _rows(hidden: Tensor) -> tuple[int, int]:
     """Rows of a dense sequence (0 for packed ones), and of all sequences together."""
     return (hidden.shape[1], hidden.shape[0] * hidden.shape[1]) if hidden.ndim == 3 else (0, hidden.shape[0])
+
+
+def _strides_by_head(vectors: Tensor) -> tuple[int, ...]:
+    """Of [B, H, D], also where it is [B, D]."""
+    of_sequences, *of_heads, of_columns = vectors.stride()
+    return of_sequences, of_heads[0] if of_heads else 0, of_columns
 
 
 def _strides_of_hidden(hidden: Tensor) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The registered ops of GREBT, for arguments that were checked: schemas, fakes, derivatives."""
 
+import functools
 from typing import Any
 
 import torch
@@ -14,22 +15,27 @@ OP = "grebt"
 def _grebt_loss(
     rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, reduction: str, impl: str
 ) -> tuple[Tensor, ...]:
-    """loss, bt, entropy, std, winner, loser, and the gradient of the loss: the forward computes both."""
+    """loss, statistics, pair (see torch_impl), and the gradient of the loss: the forward computes both."""
     groups = dispatch.implementation(OP, impl).grebt_loss
     group_weight = 1 / rewards.shape[0] if reduction == "mean" else 1.0
     loss, *rest = groups(rewards, pair_scores, alpha, eps, group_weight)
-    if reduction != "none":
-        loss = loss.mean() if reduction == "mean" else loss.sum()
-    return loss, *rest
+    return loss if reduction == "none" else loss.sum(), *rest
+
+
+def empty_results(rewards: Tensor) -> tuple[Tensor, ...]:
+    """Room for the loss of every group, statistics, pair and gradient, for kernels that compute in float32."""
+    n, k = rewards.shape
+    new = functools.partial(rewards.new_empty, dtype=torch.float32)
+    return new(n), new(3, n), rewards.new_empty(2, n, dtype=torch.int64), new(n, k)
 
 
 def _fake_grebt_loss(
     rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, reduction: str, impl: str
 ) -> tuple[Tensor, ...]:
-    n, dtype = rewards.shape[0], checks.accumulate_dtype(rewards)
-    loss = rewards.new_empty((n,) if reduction == "none" else (), dtype=dtype)
-    statistics = [rewards.new_empty(n, dtype=kind) for kind in (*[dtype] * 3, *[torch.int64] * 2)]
-    return loss, *statistics, rewards.new_empty(rewards.shape, dtype=dtype)
+    loss, statistics, pair, gradient = empty_results(rewards)
+    loss = loss if reduction == "none" else loss.new_empty(())
+    dtype = checks.accumulate_dtype(rewards)
+    return loss.to(dtype), statistics.to(dtype), pair, gradient.to(dtype)
 
 
 def _grebt_loss_backward(grad: Tensor, gradient: Tensor, rewards: Tensor) -> Tensor:
@@ -40,7 +46,7 @@ def _grebt_loss_backward(grad: Tensor, gradient: Tensor, rewards: Tensor) -> Ten
 
 grebt_loss = define(
     "grebt_loss(Tensor rewards, Tensor pair_scores, float alpha, float eps, str reduction, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _grebt_loss,
     _fake_grebt_loss,
 )
@@ -54,11 +60,11 @@ grebt_loss_backward = define(
 class _GrebtLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rewards: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        loss, *statistics, gradient = grebt_loss(rewards, *arguments)
-        ctx.mark_non_differentiable(*statistics, gradient)
+        loss, statistics, pair, gradient = grebt_loss(rewards, *arguments)
+        ctx.mark_non_differentiable(statistics, pair, gradient)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
         save(ctx, gradient, rewards)
-        return loss, *statistics, gradient
+        return loss, statistics, pair, gradient
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,8 @@ LARGE = {torch.float32: (2.0**60, 2.0**-80), torch.float64: (2.0**480, 2.0**-640
 def grebt_loss(
     rewards: Tensor, pair_scores: Tensor, alpha: float, eps: float, group_weight: float
 ) -> tuple[Tensor, ...]:
-    """loss, bt, entropy, std, winner, loser, each [n], and group_weight d loss / d rewards [n, K], for rewards [n, K].
+    """For rewards [n, K]: loss [n], times group_weight; statistics [3, n] (BT, entropy, std); pair [2, n], the indices
+    of winner and loser; the gradient [n, K] of loss.
 
     dGRE/dz = -p (log p + GRE) =: dz. Through x = r - mean(r), std = sqrt(mean(x^2)) and z = x / (std + eps):
     dGRE/dr = (dz - mean(dz) - (x / std) mean(z dz)) / (std + eps), and 0 where std = 0.
@@ -52,5 +53,6 @@ def grebt_loss(
     position = torch.arange(r.shape[1], device=r.device)
     sign = (position == loser).to(r.dtype) - (position == winner).to(r.dtype)
     gradient = group_weight * (alpha * dr + pull * sign)
-    loss = (1 - alpha) * bt + alpha * entropy
-    return *(t.squeeze(1) for t in (loss, bt, entropy, std / unit, winner, loser)), gradient
+    loss = group_weight * ((1 - alpha) * bt + alpha * entropy)
+    statistics, pair = torch.cat([bt, entropy, std / unit], 1), torch.cat([winner, loser], 1)
+    return loss.squeeze(1), statistics.mT.contiguous(), pair.mT.contiguous(), gradient

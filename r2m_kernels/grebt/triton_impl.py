@@ -1,10 +1,10 @@
 """GREBT and its closed-form gradient in Triton: one kernel, all of a group's work in registers, float32."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from r2m_kernels.grebt.ops import empty_results
 from r2m_kernels.triton_target import OPTIONS, on_device_of_arguments
 
 # Elements of a tile of whole groups: one group of 1024 rewards, the most there may be, or 128 groups of 8.
@@ -38,11 +38,8 @@ def grebt_loss_kernel(
     rewards,
     pair_scores,
     loss,
-    bt,
-    entropy,
-    std,
-    winner,
-    loser,
+    statistics,
+    pair,
     gradient,
     alpha,
     eps,
@@ -119,12 +116,13 @@ def grebt_loss_kernel(
     b_sign = (o_k[None] == b_loser[:, None]).to(tl.float32) - (o_k[None] == b_winner[:, None]).to(tl.float32)
     b_gradient = alpha * b_dr + b_pull[:, None] * b_sign  # [BN, BK]
 
-    tl.store(loss + o_n, (1 - alpha) * b_bt + alpha * b_entropy, mask=m_n)
-    tl.store(bt + o_n, b_bt, mask=m_n)
-    tl.store(entropy + o_n, b_entropy, mask=m_n)
-    tl.store(std + o_n, b_true_std, mask=m_n)
-    tl.store(winner + o_n, b_winner, mask=m_n)
-    tl.store(loser + o_n, b_loser, mask=m_n)
+    n = n.to(tl.int64)
+    tl.store(loss + o_n, group_weight * ((1 - alpha) * b_bt + alpha * b_entropy), mask=m_n)
+    tl.store(statistics + o_n, b_bt, mask=m_n)
+    tl.store(statistics + n + o_n, b_entropy, mask=m_n)
+    tl.store(statistics + 2 * n + o_n, b_true_std, mask=m_n)
+    tl.store(pair + o_n, b_winner, mask=m_n)
+    tl.store(pair + n + o_n, b_loser, mask=m_n)
     tl.store(gradient + o_n[:, None] * K + o_k[None], group_weight * b_gradient, mask=m_nk)
 
 
@@ -134,21 +132,13 @@ def grebt_loss(
 ) -> tuple[Tensor, ...]:
     """As torch_impl.grebt_loss, in one launch. K <= 1024."""
     n, k = rewards.shape
-    loss, bt, entropy, std = (rewards.new_empty(n, dtype=torch.float32) for _ in range(4))
-    winner, loser = (rewards.new_empty(n, dtype=torch.int64) for _ in range(2))
-    gradient = rewards.new_empty(n, k, dtype=torch.float32)
+    results = empty_results(rewards)
     block_k = triton.next_power_of_2(k)
     block_n = TILE // block_k
     grebt_loss_kernel[(triton.cdiv(n, block_n),)](
         rewards,
         pair_scores,
-        loss,
-        bt,
-        entropy,
-        std,
-        winner,
-        loser,
-        gradient,
+        *results,
         alpha,
         eps,
         group_weight,
@@ -161,4 +151,4 @@ def grebt_loss(
         num_warps=WARPS,
         **OPTIONS,
     )
-    return loss, bt, entropy, std, winner, loser, gradient
+    return results
