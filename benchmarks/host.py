@@ -2,14 +2,14 @@
 
     python benchmarks/host.py [--impl extension]
 
-Prints microseconds on one CPU thread, medians of series that take turns, beside two functions of PyTorch. On a GPU, a
-call that takes the GPU less than this waits for the host.
+Prints microseconds on one CPU thread, beside two functions of PyTorch: the least of series that take turns, because
+whatever else runs on the core, or beside it on the other thread of the core, only adds to it. On a GPU, a call that
+takes the GPU less than this waits for the host.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import r2m_kernels as rk
 
-SERIES, CALLS = 40, 50
+SERIES, CALLS = 60, 30
 
 
 def calls(impl: str) -> dict[str, Callable[[], object]]:
@@ -54,7 +54,7 @@ def measure(impl: str) -> dict[str, float]:
             for _ in range(CALLS):
                 function()
             series[name].append((time.perf_counter() - start) / CALLS * 1e6)
-    return {name: statistics.median(times) for name, times in series.items()}
+    return {name: min(times) for name, times in series.items()}
 
 
 if __name__ == "__main__":

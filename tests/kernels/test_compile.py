@@ -6,6 +6,7 @@ import torch
 from numerics import ragged
 from torch._dynamo.utils import counters
 from torch.export import Dim, export
+from torch.utils._python_dispatch import TorchDispatchMode
 from views import KINDS, view
 
 import r2m_kernels as rk
@@ -94,6 +95,19 @@ def test_fakes_have_the_strides_that_results_of_views_have(kind, impl):
     pytest.importorskip("expecttest", reason="opcheck imports it")
     for op, arguments in op_samples(impl):
         torch.library.opcheck(op, tuple(strided(kind, op, arguments)), test_utils="test_faketensor")
+
+
+def test_modes_see_the_registered_op():
+    seen = []
+
+    class Listing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            seen.append(function)
+            return function(*arguments, **(named or {}))
+
+    with Listing():
+        rk.attention_pool_dot(torch.randn(B, D), torch.randn(B, S, D), torch.randn(D))
+    assert OPS.attention_pool_dot.default in seen
 
 
 def reward_inputs(batch=B, length=S):

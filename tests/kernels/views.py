@@ -11,6 +11,7 @@ KINDS = (
     "offset",  # contiguous, and not aligned to a vector
     "expanded",  # one row for all: values other than those of the tensor
     "expanded columns",
+    "negated",  # memory holds the opposite: PyTorch's dispatcher alone knows of the sign
 )
 
 
@@ -35,6 +36,8 @@ def view(kind: str, tensor: Tensor) -> Tensor:
         return tensor[:1].clone().expand(tensor.shape)
     if kind == "expanded columns":
         return tensor[..., :1].clone().expand(tensor.shape)
+    if kind == "negated":
+        return torch._neg_view(-tensor) if tensor.is_floating_point() else tensor
     raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
 
 
