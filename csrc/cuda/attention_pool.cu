@@ -48,18 +48,24 @@ int64_t chunks_of(const Sequences& sequences) {
 
 bool aligned(const void* place, size_t bytes) { return reinterpret_cast<uintptr_t>(place) % bytes == 0; }
 
-template <typename T, Form form, int kQueries, int kElements>
-void launch_rows(const PoolArguments& arguments, const Device& device) {
-  using Tile = RowsTile<T, form, kQueries, kElements>;
+// What blocks have in shared memory, and how many of them a multiprocessor has at a time.
+struct RowsPlan {
+  RowsShared shared;
+  int threads, blocks;
+};
+
+constexpr int kGoodStages = 3;  // one that is read, two on their way
+
+// As many blocks as registers allow, if that leaves each of them the stages.
+template <typename Tile>
+RowsPlan plan_rows(const PoolArguments& arguments, const Device& device) {
   using Softmax = typename Tile::Softmax;
-  const int threads = ceil_div(ceil_div(arguments.width, kElements), kWarp) * kWarp;
+  const int threads = ceil_div(ceil_div(arguments.width, Tile::kElements), kWarp) * kWarp;
   RowsShared shared{
       Tile::kRows * threads * Tile::kVectors * kVectorBytes, 1, threads / kWarp, Softmax::kValues, Softmax::kShared};
   const size_t stage_bytes = shared.tile_bytes + sizeof(Barrier);
   const size_t other_bytes = shared.bytes(arguments.sequences) - stage_bytes;
-  // As many blocks on a multiprocessor as registers allow, if that leaves each of them three stages: one that is read,
-  // two on their way.
-  constexpr int kGoodStages = 3, kMostStages = 8;
+  constexpr int kMostStages = 8;
   const size_t block_limit = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const size_t all = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const size_t reserved = device.attribute(cudaDevAttrReservedSharedMemoryPerBlock);
@@ -70,11 +76,31 @@ void launch_rows(const PoolArguments& arguments, const Device& device) {
   int blocks = Tile::kBlocks * Tile::kThreads / threads;
   while (blocks > 1 && stages_beside(blocks) < kGoodStages) --blocks;
   shared.stages = std::clamp(stages_beside(blocks), 2, kMostStages);
-  const int64_t groups = ceil_div(arguments.heads, kQueries);
+  return {shared, threads, blocks};
+}
+
+template <typename Tile>
+void launch_rows(const PoolArguments& arguments, const Device& device, const RowsPlan& plan) {
+  const int64_t groups = ceil_div(arguments.heads, Tile::kQueries);
+  const dim3 grid = grid_of(chunks_of(arguments.sequences) * groups);
   launch(
-      device, rows_kernel<T, form, kQueries, kElements>,
-      {grid_of(chunks_of(arguments.sequences) * groups), dim3(threads), shared.bytes(arguments.sequences)}, arguments,
-      shared.stages);
+      device, rows_kernel<Tile>, {grid, dim3(plan.threads), plan.shared.bytes(arguments.sequences)}, arguments,
+      plan.shared.stages);
+}
+
+// float32 needs less arithmetic for its bytes, and no large tiles.
+template <typename T, Form form, int kQueries, int kElements>
+void launch_rows(const PoolArguments& arguments, const Device& device) {
+  using Tile = RowsTile<T, form, kQueries, kElements, false>;
+  using Large = RowsTile<T, form, kQueries, kElements, true>;
+  const RowsPlan plan = plan_rows<Tile>(arguments, device);
+  if constexpr (sizeof(T) == 2 && Tile::kBlocks == 1 && Large::kRows > Tile::kRows) {
+    const RowsPlan large = plan_rows<Large>(arguments, device);
+    if (large.blocks == plan.blocks && large.shared.stages >= kGoodStages) {
+      return launch_rows<Large>(arguments, device, large);
+    }
+  }
+  launch_rows<Tile>(arguments, device, plan);
 }
 
 template <typename T, Form form, int kElements>

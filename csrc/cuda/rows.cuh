@@ -24,9 +24,12 @@ constexpr int smaller(int x, int y) { return x < y ? x : y; }
 // float32 vectors that a query needs: itself, its direction, and the sums.
 constexpr int vectors_of(Form form) { return form == Form::kGradient ? 4 : 2; }
 
-// kElements of every row belong to a thread: kVectors vectors, with those of all other threads between them.
-template <typename T, Form form, int kQueries_, int kElements_>
+// kElements of every row belong to a thread: kVectors vectors, with those of all other threads between them. kLarge has
+// twice the rows. It is for blocks that are alone on a multiprocessor: while they exchange a tile's products, nobody
+// computes.
+template <typename T, Form form, int kQueries_, int kElements_, bool kLarge>
 struct RowsTile {
+  using Element = T;
   static constexpr int kQueries = kQueries_, kElements = kElements_;
   static constexpr int kPerVector = kVectorBytes / sizeof(T), kVectors = kElements / kPerVector;
   static constexpr bool kDirection = form != Form::kMean, kSums = form != Form::kValue;
@@ -38,7 +41,7 @@ struct RowsTile {
   static constexpr int kThreads = kSharesOut && kBlocks == 1 && kElements == 32 ? 320 : kRowsThreads;
   // 128 bytes of a tile in each thread are 32 KB in 256: three such tiles fit into any device's shared memory. A lane
   // holds one product, but where registers are short every other lane.
-  static constexpr int kThreadBytes = 128, kProducts = kVectorRegisters == 64 ? kWarp / 2 : kWarp;
+  static constexpr int kThreadBytes = kLarge ? 256 : 128, kProducts = kVectorRegisters == 64 ? kWarp / 2 : kWarp;
   static constexpr int kRows =
       smaller(kThreadBytes / (kElements * int(sizeof(T))), kProducts / (kQueries * (kDirection ? 2 : 1)));
 
@@ -56,12 +59,12 @@ struct RowsShared {
   size_t bytes(const Sequences& sequences) const { return rows() + list_bytes(sequences); }
 };
 
-template <typename T, Form form, int kQueries, int kElements>
-__global__ void __launch_bounds__(
-    (RowsTile<T, form, kQueries, kElements>::kThreads), (RowsTile<T, form, kQueries, kElements>::kBlocks))
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     rows_kernel(const __grid_constant__ PoolArguments arguments, int stages) {
-  using Tile = RowsTile<T, form, kQueries, kElements>;
+  using T = typename Tile::Element;
   using Softmax = typename Tile::Softmax;
+  constexpr int kQueries = Tile::kQueries, kElements = Tile::kElements;
   constexpr int kRows = Tile::kRows, kPerVector = Tile::kPerVector;
   const int heads = arguments.heads, width = arguments.width;
   const int groups = (heads + kQueries - 1) / kQueries;
