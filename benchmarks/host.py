@@ -2,7 +2,7 @@
 
     python benchmarks/host.py [--impl extension]
 
-Prints microseconds on one CPU thread, beside two functions of PyTorch: the least of series that take turns, because
+Prints microseconds on one CPU thread, beside functions of PyTorch: the least of series that take turns, because
 whatever else runs on the core, or beside it on the other thread of the core, only adds to it. On a GPU, a call that
 takes the GPU less than this waits for the host.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -19,6 +20,19 @@ from torch.nn import functional
 import r2m_kernels as rk
 
 SERIES, CALLS = 60, 30
+
+
+class Nothing(torch.autograd.Function):
+    """What any operator with a backward in Python takes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return torch.empty_like(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
 
 
 def calls(impl: str) -> dict[str, Callable[[], object]]:
@@ -35,6 +49,9 @@ def calls(impl: str) -> dict[str, Callable[[], object]]:
         "grebt_loss, forward + backward": lambda: rk.grebt_loss(leaf[rewards], impl=impl).backward(),
         "PyTorch: linear": lambda: functional.linear(query, weight),
         "PyTorch: linear, forward + backward": lambda: functional.linear(query, leaf[weight]).backward(query),
+        "PyTorch: autograd.Function that does nothing, forward + backward": lambda: Nothing.apply(leaf[query]).backward(
+            query
+        ),
         "PyTorch: SDPA": lambda: functional.scaled_dot_product_attention(heads, heads, heads),
         "PyTorch: SDPA, forward + backward": lambda: functional.scaled_dot_product_attention(
             leaf[heads], heads, heads
