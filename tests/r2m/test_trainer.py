@@ -190,13 +190,13 @@ def test_a_round_says_its_phase_epoch_and_micro_batch_and_no_pass_is_larger(make
     for line in (
         "round 1 of 1, sampling, batch 1 of 1, token 1 of 5",
         "round 1 of 1, scoring, embedding, batch 2 of 2",
-        "round 1 of 1, scoring, reference, micro-batch 2 of 2",
+        "round 1 of 1, scoring, reference, pass 2 of 2",
         "round 1 of 1, scoring, policy, minibatch 1 of 1, micro-batch 2 of 2",
         "round 1 of 1, policy update, epoch 2 of 2, minibatch 1 of 1, micro-batch 2 of 2",
         "round 1 of 1, reward model update",
         "round 1 of 1, held-out prompts, sampling, batch 1 of 1, token 1 of 5",
         "held-out pairs, embedding, batch 1 of 1",
-        "round 1 of 1, held-out pairs, hidden states of the policy, batch 1 of 1",
+        "round 1 of 1, held-out pairs, hidden states of the policy, pass 1 of 1",
     ):
         assert line in said, (line, said)
     assert any(line.startswith("round 1 of 1, writing ") for line in said)
