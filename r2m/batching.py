@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# A pass takes no sequence more where its padding would exceed this share of the budget. Every further pass reads the
-# weights once more, which costs about as much where a pass of the whole budget is bound by arithmetic.
-_PADDING = 1 / 32
+# A pass ends where its padding would exceed this share of the budget: 128 tokens of 8192. One more pass reads the
+# weights once more, which takes a GPU about as long as so many tokens.
+_PADDING = 1 / 64
 
 
 @dataclass(frozen=True)
