@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.round import review_length
 from r2m.batching import Tokens, computed, cut, longest_first
 
 SIZES = st.one_of(st.integers(1, 9), st.integers(1, 300).map(Tokens))
@@ -39,13 +40,13 @@ def test_a_pass_ends_where_padding_would_exceed_its_share_or_tokens_the_budget()
 
 
 def reviews(n, responses, seed=0):
-    """Lengths of prompts and responses as reviews have them: log-normal, cut at 512 tokens each."""
+    """Lengths as the benchmark draws them, at 512 + 512 tokens."""
     rng = random.Random(seed)
-
-    def tokens():
-        return min(512, max(8, int(rng.lognormvariate(4.83, 0.75))))
-
-    return [prompt + tokens() for prompt in [tokens() for _ in range(n)] for _ in range(responses)]
+    return [
+        prompt + review_length(rng, 512)
+        for prompt in [review_length(rng, 512) for _ in range(n)]
+        for _ in range(responses)
+    ]
 
 
 @pytest.mark.parametrize("group", [1, 8])
