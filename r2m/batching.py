@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# A pass ends where its padding would exceed this share of the budget: 128 tokens of 8192. One more pass reads the
-# weights once more, which takes a GPU about as long as so many tokens.
+# A pass ends where its padding would exceed this share of the budget: 128 tokens of 8192. A smaller share gives less
+# padding and more passes, each of which reads all weights once more.
 _PADDING = 1 / 64
 
 
@@ -54,9 +54,9 @@ def passes(lengths: Sequence[int], size: int | Tokens) -> list[list[int]]:
     return list(_by_number(len(lengths), size) if isinstance(size, int) else _by_tokens(lengths, size.number))
 
 
-def computed(lengths: Sequence[int], cut: Sequence[Sequence[int]]) -> int:
+def computed(lengths: Sequence[int], parts: Sequence[Sequence[int]]) -> int:
     """Tokens of these passes, padding included."""
-    return sum(len(positions) * max(lengths[i] for i in positions) for positions in cut)
+    return sum(len(positions) * max(lengths[i] for i in positions) for positions in parts)
 
 
 def _by_number(count: int, size: int) -> Iterator[list[int]]:

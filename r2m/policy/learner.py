@@ -113,7 +113,7 @@ class Learner:
         """The micro-batches of each minibatch of a round, in the order of the samples.
 
         All phases and epochs run the same passes: in bf16 the same rows give the same bits, so the first importance
-        ratio is 1. Micro-batches are of whole groups where the first epoch compares them.
+        ratio is 1. Micro-batches are of whole groups where the first epoch scores and compares them.
         """
         config, count = self.config, len(rollout.prompts)
         size = count // config.minibatches

@@ -96,8 +96,8 @@ MicroBatch = list[Part]  # passes whose losses are propagated back together
 def micro_batches(rollout: Rollout, size: int | Tokens, rows: range | None = None, group: int = 1) -> list[MicroBatch]:
     """The passes of each micro-batch of the sequences `rows`, by default all: sequences of like length share one.
 
-    size, group: see `r2m.batching.cut`. Of several processes each has as many, for their passes may be
-    collective: all cut where the longest of theirs make it necessary.
+    size, group: see `r2m.batching.cut`. Several processes, whose passes may be collective, take part with equally many
+    sequences and get equally many passes: all cut where the longest of theirs make it necessary.
     """
     rows = range(len(rollout.prompts)) if rows is None else rows
     lengths = [rollout.lengths[i] for i in rows]
