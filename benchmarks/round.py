@@ -2,14 +2,18 @@
 
     python benchmarks/round.py --shape demo
     python benchmarks/round.py --shape 0.5b --rounds 3
+    python benchmarks/round.py --shape reviews
 
-Models have random weights: speed does not depend on their values. Every response runs to its full length.
+Models have random weights: speed does not depend on their values. Every response runs to its full length. With
+`--shape reviews` padding is compared instead: responses are given, with lengths of reviews. Rounds whose passes take 8
+sequences in the order of the samples, each as wide as the round, stand beside rounds of the trainer as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +22,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -32,11 +36,12 @@ from r2m.config import config_from_dict
 from r2m.devices import compute_dtype, resolve_precision
 from r2m.method.reward_model import RewardModelConfig
 from r2m.policy.load import add_adapter
+from r2m.policy.rollout import MicroBatch, Part, Rollout, RolloutFn
 from r2m_kernels.bench.measure import MemoryTracker, release, summarize
 from r2m_kernels.bench.results import OWN, Row, device_name, format_shape
 
-# Policy and reward model, and the keys of the run: a toy, the demo, and the shapes of Qwen2.5-0.5B and Qwen2.5-3B, of
-# which all weights are trained.
+# Policy and reward model, and the keys of the run: a toy, the demo, the shapes of Qwen2.5-0.5B and Qwen2.5-3B, of
+# which all weights are trained, and a small model for long samples.
 SHAPES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "tiny": (
         {
@@ -81,6 +86,17 @@ SHAPES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
             "generation": {"max_prompt_tokens": 256, "max_new_tokens": 256},
         },
     ),
+    "reviews": (
+        {
+            "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 4,
+        },
+        {
+            "prompts_per_round": 4, "num_generations": 8,
+            "generation": {"max_prompt_tokens": 512, "max_new_tokens": 512},
+            "r2m": {"inner_width": 128},
+        },
+    ),
 }  # fmt: skip
 
 # What a CPU would take hours for.
@@ -118,6 +134,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed ones; those to warm up come before")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.shape == "reviews":
+        print(f"reviews on {device_name(device)}")
+        print(padding_table(measure_padding(device, arguments.rounds)))
+        return
     plain, ours = (
         measure_round(arguments.shape, feedback, device=device, rounds=arguments.rounds) for feedback in PROVIDERS
     )
@@ -247,8 +267,93 @@ def run_config(shape: str, feedback: str, device: torch.device, *, rounds: int) 
     return resolve_precision(config, device)
 
 
-def build(shape: str, config: R2MConfig, device: torch.device) -> R2MTrainer:
-    """A trainer on models of random weights."""
+# ---- padding ----
+
+
+def measure_padding(device: torch.device, rounds: int, shape: str = "reviews") -> dict[str, list[dict[str, float]]]:
+    """Rows of metrics of `rounds` rounds on the same samples, padded and trimmed: in turn, after one to warm up."""
+    config = run_config(shape, "trained", device, rounds=rounds + 1)
+    limits = config.generation
+    prompts = ["w0 " * review_length(random.Random(i), limits.max_prompt_tokens) for i in range(64)]
+
+    def respond(prompt_ids: list[list[int]], count: int) -> list[list[int]]:
+        rng = random.Random(sum(map(len, prompt_ids)))
+        lengths = [review_length(rng, limits.max_new_tokens) for _ in range(len(prompt_ids) * count)]
+        return [[rng.randrange(2, 512) for _ in range(length)] for length in lengths]
+
+    trainers = {name: build(shape, config, device, prompts, respond) for name in ("padded", "trimmed")}
+    _pad(trainers["padded"])
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
+    for t in range(1, rounds + 2):
+        for name, trainer in trainers.items():
+            rows[name].append(trainer.round(t)[0])
+    return {name: measured[1:] for name, measured in rows.items()}
+
+
+def review_length(rng: random.Random, most: int) -> int:
+    """Tokens of a review: log-normal, cut."""
+    return min(most, max(2, int(rng.lognormvariate(-1.41, 0.75) * most)))
+
+
+def _pad(trainer: R2MTrainer) -> None:
+    """Passes of 8 sequences in the order of the samples, as wide as the round; the backbone's, as the longest of 8."""
+
+    def minibatches(rollout: Rollout) -> list[list[MicroBatch]]:
+        return [[[_padded(rollout, slice(i, i + 8))] for i in range(0, len(rollout.prompts), 8)]]
+
+    def embed_tokens(rows: list[list[int]], **_: Any) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([trainer.reward_model.run_backbone(rows[i : i + 8]) for i in range(0, len(rows), 8)])
+
+    trainer.learner.minibatches, trainer.reward_model.embed_tokens = minibatches, embed_tokens  # type: ignore
+
+
+def _padded(rollout: Rollout, rows: slice) -> Part:
+    mask = rollout.completion_mask[rows]
+    width = mask.shape[1]
+    return Part(
+        rows=torch.arange(len(rollout.prompts), device=mask.device)[rows],
+        input_ids=rollout.input_ids[rows],
+        attention_mask=rollout.attention_mask[rows],
+        position_ids=rollout.position_ids[rows],
+        feedback_mask=rollout.feedback_mask[rows],
+        response=width,
+        completion_mask=mask,
+        o_token=torch.arange(width, device=mask.device).expand(len(mask), -1),
+    )
+
+
+def padding_table(rows: dict[str, list[dict[str, float]]]) -> str:
+    def median(name: str, key: str) -> float:
+        return statistics.median(row[key] for row in rows[name])
+
+    def total(row: dict[str, float]) -> float:
+        return sum(row[f"seconds/{phase}"] for phase in PHASES)
+
+    seconds = {name: statistics.median(map(total, measured)) for name, measured in rows.items()}
+    ratios = [total(a) / total(b) for a, b in zip(rows["padded"], rows["trimmed"], strict=True)]
+    lines = [
+        ("", "padded", "trimmed"),
+        ("a round", *(f"{seconds[name]:.3f} s" for name in rows)),
+        *((f"  {phase}", *(f"{median(name, f'seconds/{phase}'):.3f} s" for name in rows)) for phase in PHASES),
+        ("tokens of the samples", *(f"{median(name, 'tokens/real'):.0f}" for name in rows)),
+        ("tokens of a pass over them", *(f"{median(name, 'tokens/computed'):.0f}" for name in rows)),
+        ("computed / real", *(f"{median(name, 'tokens/computed') / median(name, 'tokens/real'):.3f}" for name in rows)),
+    ]
+    return "\n".join(
+        [f"{name:<30}{first:>12}{second:>12}".rstrip() for name, first, second in lines]
+        + [f"padded / trimmed, round by round: {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"]
+    )
+
+
+def build(
+    shape: str,
+    config: R2MConfig,
+    device: torch.device,
+    prompts: list[str] | None = None,
+    rollout_fn: RolloutFn | None = None,
+) -> R2MTrainer:
+    """A trainer on models of random weights. prompts: by default each of the greatest length."""
     torch.manual_seed(0)
     architecture = _architecture(shape)
     # A word for every id: what is sampled is as long for the reward model as for the policy.
@@ -276,8 +381,9 @@ def build(shape: str, config: R2MConfig, device: torch.device) -> R2MTrainer:
             max_length=architecture.max_position_embeddings,
         ),
     )
-    prompts = ["w0 " * config.generation.max_prompt_tokens] * config.prompts_per_round
-    return R2MTrainer(make_policy(shape, config, device), reward_model, tokenizer, list(prompts), config)
+    prompts = prompts or ["w0 " * config.generation.max_prompt_tokens] * config.prompts_per_round
+    policy = make_policy(shape, config, device)
+    return R2MTrainer(policy, reward_model, tokenizer, list(prompts), config, rollout_fn=rollout_fn)
 
 
 def make_policy(shape: str, config: R2MConfig, device: torch.device) -> nn.Module:

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 
 from r2m.algorithms import ALGORITHMS
+from r2m.batching import Tokens
 from r2m.names import check_columns, check_judge, check_model, check_scores, check_source, named
 
 _STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
@@ -67,6 +68,11 @@ class Generation:
         _at_least("generation.batch_size", 1 if self.batch_size is None else self.batch_size, 1)
         if self.temperature <= 0:
             raise ValueError(f"generation.temperature is {self.temperature}; expected more than 0")
+
+    @property
+    def max_tokens(self) -> int:
+        """The greatest length of a sequence, prompt and response."""
+        return self.max_prompt_tokens + self.max_new_tokens
 
 
 @_checked
@@ -210,7 +216,10 @@ class R2MConfig:
     algorithm: str = "rloo"  # or grpo, remax, reinforce++ (r2m.algorithms)
     epochs: int = 2  # k, passes of the policy over a round
     minibatches: int = 1  # optimizer steps per epoch
-    micro_batch_size: int = 8  # sequences in one forward pass
+    # What runs at a time, by one of two keys: sequences in one forward pass, or tokens, padding included, of all passes
+    # of a micro-batch. Neither: as many tokens as 8 sequences of the greatest length have.
+    micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     learning_rate: float = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the rounds, of both learning rates
     warmup_rounds: int = 0
@@ -233,8 +242,15 @@ class R2MConfig:
     placement: Placement = field(default_factory=Placement)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "prompts_per_round", "num_generations", "epochs", "minibatches", "micro_batch_size"):
+        for name in ("rounds", "prompts_per_round", "num_generations", "epochs", "minibatches"):
             _at_least(name, getattr(self, name), 1)
+        for name in ("micro_batch_size", "micro_batch_tokens"):
+            _at_least(name, 1 if getattr(self, name) is None else getattr(self, name), 1)
+        if self.micro_batch_size is not None and self.micro_batch_tokens is not None:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size} and micro_batch_tokens {self.micro_batch_tokens}; "
+                "expected one of them: sequences in a forward pass, or a budget of tokens"
+            )
         check_columns("columns", self.columns)
         if self.algorithm not in ALGORITHMS:
             known = list(map(repr, ALGORITHMS))
@@ -280,8 +296,29 @@ class R2MConfig:
         micro-batches knows its advantages.
         """
         compares = ALGORITHMS[self.algorithm].compares
-        whole_groups = compares == "group" and self.micro_batch_size % self.num_generations == 0
-        return 1 if self.minibatches == 1 and (whole_groups or compares == "none") else 0
+        knows = compares == "none" or (compares == "group" and self.whole_groups)
+        return 1 if self.minibatches == 1 and knows else 0
+
+    @property
+    def batch_size(self) -> int | Tokens:
+        """What runs at a time: so many sequences, or a budget of tokens."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        return Tokens(self.micro_batch_tokens or 8 * self.generation.max_tokens)
+
+    @property
+    def kept_together(self) -> int:
+        """Sequences that share a micro-batch whatever their lengths: a group's, where the first epoch compares them."""
+        compares = ALGORITHMS[self.algorithm].compares == "group"
+        return self.num_generations if compares and self.first_epoch == 1 else 1
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether micro-batches can be whole groups of responses to a prompt, whatever their lengths."""
+        size = self.batch_size
+        if isinstance(size, Tokens):
+            return size.number >= self.num_generations * self.generation.max_tokens
+        return size % self.num_generations == 0
 
     def check_processes(self, number: int) -> None:
         """Raises ValueError unless whole groups can be dealt to so many processes, the same to each."""

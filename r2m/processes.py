@@ -181,6 +181,11 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
+def greatest(values: list[int]) -> list[int]:
+    """Each value's maximum over processes; all have equally many."""
+    return [max(column) for column in zip(*_all(values), strict=True)]
+
+
 def anywhere(flag: bool) -> bool:
     return any(_all(flag))
 

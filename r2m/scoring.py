@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from r2m.method.updater import R2MUpdater
 from r2m.policy.learner import Learner
 from r2m.policy.loss import sequence_kl, token_entropy
 from r2m.policy.passes import Consume
-from r2m.policy.rollout import Annotations, Rollout
+from r2m.policy.rollout import Annotations, MicroBatch, Part, Rollout
 from r2m.progress import track
 
 
@@ -35,7 +36,7 @@ class Scorer:
         self.taps_policy = config.r2m.attends and config.r2m.source != "reference"
 
     @torch.no_grad()
-    def prepare(self, rollout: Rollout, t: int, micro_batches: list[slice]) -> Annotations:
+    def prepare(self, rollout: Rollout, t: int, minibatches: list[list[MicroBatch]]) -> Annotations:
         """The initial reward model's scores, the reference's log-probabilities, and rewards that need no pass of the
         policy; the rest NaN, to be filled in. The updater is ready for round t."""
         rte = self.embed(rollout.prompts, rollout.completions)
@@ -44,15 +45,15 @@ class Scorer:
         if self.config.r2m.feedback != "none":
             self.updater.begin_round(rte, t)
         initial = self.initial_head(self.reward_model.standardized(rte))
-        batch, consume = Annotations.blank(rollout, initial), None
+        batch, consume = Annotations.blank(rollout, initial, minibatches), None
         if not self.config.r2m.attends:
             batch.rewards.copy_(self.reward_model.vanilla_score(rte))
         elif not self.taps_policy:
             consume = self._feed(batch, scores=True, collects=True)  # one pass of the reference does for both
         with self.learner.reference() as reference:
-            for rows in track(micro_batches, "reference, micro-batch"):
-                logits = self.learner.logits(rollout, rows, consume, model=reference)
-                batch.reference_log_probs[rows] = self.learner.log_probs(logits, rollout, rows)
+            for part in track(list(chain(*chain(*minibatches))), "reference, pass"):
+                logits = self.learner.logits(part, consume, model=reference)
+                batch.reference_log_probs[part.rows] = self.learner.log_probs(logits, part)
         if rollout.greedy is not None:
             batch.baseline = self._greedy_scores(rollout.greedy).repeat_interleave(self.config.num_generations)
         return batch
@@ -64,13 +65,13 @@ class Scorer:
             self._feed(batch, scores=scores, collects=collects) if self.taps_policy and (scores or collects) else None
         )
 
-    def take(self, batch: Annotations, rows: slice, log_probs: Tensor, logits: Tensor) -> None:
+    def take(self, batch: Annotations, part: Part, log_probs: Tensor, logits: Tensor) -> None:
         """Log-probabilities and entropies of the policy that sampled."""
-        batch.log_probs[rows] = log_probs.detach()
-        batch.entropy[rows] = token_entropy(logits, self.config.generation.temperature)
+        batch.log_probs[part.rows] = log_probs.detach()
+        batch.entropy[part.rows] = part.to_rollout(token_entropy(logits, self.config.generation.temperature))
 
-    def assign_credit(self, rollout: Rollout, batch: Annotations, rows: slice = slice(None)) -> None:
-        """Scores, KL and advantages of `rows`, of which all that the algorithm compares has to be known."""
+    def assign_credit(self, rollout: Rollout, batch: Annotations, rows: Tensor | slice = slice(None)) -> None:
+        """Scores, KL and advantages of `rows`, prompt-major: all that the algorithm compares, already scored."""
         config, mask = self.config, rollout.completion_mask[rows]
         scores = less_unfinished(batch.rewards[rows], rollout.finished[rows], config.missing_eos_penalty)
         kl = sequence_kl(batch.log_probs[rows], batch.reference_log_probs[rows], mask)
@@ -105,7 +106,7 @@ class Scorer:
         """Rewards [B] of texts that are no samples of the round, in passes of their own where w < 1 needs them."""
         if weight == 1:
             return self.reward_model.vanilla_score(rte)
-        source, batch_size = self.config.r2m.source, self.config.micro_batch_size
+        source, batch_size = self.config.r2m.source, self.config.batch_size
         feedback_of = self.learner.reference() if source == "reference" else nullcontext(self.learner.policy)
         with feedback_of as model, self.learner.autocast():
             return score_rollout(
@@ -115,7 +116,7 @@ class Scorer:
     def embed(self, prompts: list[Prompt], completions: list[str]) -> Tensor:
         """RTEs [B, D_rm]."""
         with self.reward_model.backbone_loaded():
-            return self.reward_model.embed(prompts, completions, batch_size=self.config.micro_batch_size)
+            return self.reward_model.embed(prompts, completions, batch_size=self.config.batch_size)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -131,7 +132,7 @@ class Scorer:
                 module.load_state_dict(state)
 
     def _feed(self, batch: Annotations, *, scores: bool, collects: bool) -> Consume:
-        def consume(rows: slice, hidden: Tensor, feedback_mask: Tensor) -> None:
+        def consume(rows: Tensor, hidden: Tensor, feedback_mask: Tensor) -> None:
             if scores:
                 batch.rewards[rows] = self.updater.score(rows, hidden, feedback_mask)
             if collects:
@@ -152,9 +153,9 @@ class Scorer:
 
     def _take_statistics(self, rte: Tensor, rollout: Rollout) -> None:
         """Standardise by the first round's samples; for a reward model whose statistics no fit has set."""
-        policy, size = self.learner.policy, self.config.micro_batch_size
         with self.learner.autocast():
-            mean, scale = feature_statistics(stream_hidden(policy, rollout, size), rollout)
+            hidden = stream_hidden(self.learner.policy, rollout, self.config.batch_size)
+            mean, scale = feature_statistics(hidden)
         self.reward_model.set_statistics(processes.gather(rte, self.config.num_generations), mean, scale)
         self.initial_head.load_state_dict(self.reward_model.head.state_dict())
 

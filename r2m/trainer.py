@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,7 +40,7 @@ from r2m.progress import track
 from r2m.runs.checkpoint import RunState
 from r2m.runs.evaluator import Evaluator
 from r2m.runs.judge import Judge
-from r2m.runs.monitor import check_trackers, describe_samples, phase, timed, warn_about_settings
+from r2m.runs.monitor import check_trackers, describe_samples, padding, phase, timed, warn_about_settings
 from r2m.runs.session import SampleMetrics, Session
 from r2m.scoring import Scorer
 
@@ -171,9 +172,9 @@ class R2MTrainer:
     def annotate(self, rollout: Rollout, t: int, row: dict[str, float]) -> Annotations:
         """Steps 2 and 3: rewards with policy feedback, log-probabilities and advantages, from the first pass of the
         policy over the round; `seconds/first_epoch` is the time of that pass where it is the first epoch's, too."""
-        batch = self.scorer.prepare(rollout, t, self.learner.minibatches(len(rollout.prompts), t, 0)[0])
+        batch = self.scorer.prepare(rollout, t, self.learner.minibatches(rollout))
         self.run_epoch(rollout, batch, t, self.first_epoch, row)
-        row |= describe_samples(rollout, batch, self.config)
+        row |= describe_samples(rollout, batch, self.config) | padding(rollout, batch)
         if self.config.r2m.attends:
             row |= {"weight": self.updater.weight, "reward/correlation": self.updater.alignment(batch.initial).item()}
         return batch
@@ -193,18 +194,21 @@ class R2MTrainer:
         what = progress.phase(f"epoch {epoch} of {self.config.epochs}" if trains else "policy")
         clock = timed("first_epoch", row, learner.device) if scores and trains else nullcontext()
         with what, clock, learner.training() if trains else nullcontext(), torch.set_grad_enabled(trains):
-            for minibatch in track(learner.minibatches(len(rollout.prompts), t, epoch), "minibatch"):
-                for rows in track(minibatch, "micro-batch"):
-                    with learner.averages_gradients(last=rows is minibatch[-1]):
+            for minibatch in track(learner.ordered(batch.minibatches, t, epoch), "minibatch"):
+                for micro_batch in track(minibatch, "micro-batch"):
+                    with learner.averages_gradients(last=micro_batch is minibatch[-1]):
                         feed = scorer.feed(batch, scores=scores, collects=refreshes)  # h goes on as it is made
-                        logits = learner.logits(rollout, rows, feed)
-                        log_probs = learner.log_probs(logits, rollout, rows)
-                        if scores:
-                            scorer.take(batch, rows, log_probs, logits)
+                        log_probs = list[Tensor]()
+                        for part in micro_batch:
+                            logits = learner.logits(part, feed)
+                            log_probs.append(learner.log_probs(logits, part))
+                            if scores:
+                                scorer.take(batch, part, log_probs[-1], logits)
+                        rows = torch.cat([part.rows for part in micro_batch])
                         if scores and trains:
-                            scorer.assign_credit(rollout, batch, rows)
+                            scorer.assign_credit(rollout, batch, rows.sort().values)  # whole groups
                         if trains:
-                            learner.backward(log_probs, rollout, batch, rows)
+                            learner.backward(torch.cat(log_probs), rollout, batch, rows)
                 if scores:
                     scorer.check_finite(batch, t)
                 if trains:

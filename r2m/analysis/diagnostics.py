@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2m.analysis.statistics import Estimate, jackknife, kendall, pearson, spearman
+from r2m.batching import Tokens
 from r2m.fitting.bradley_terry import pair_accuracy
 from r2m.fitting.pairs import stream_hidden
 from r2m.method.hidden_states import noise_like, policy_backbone
 from r2m.method.reward_model import R2MRewardModel
-from r2m.policy.rollout import Rollout
+from r2m.policy.rollout import Rollout, micro_batches
 from r2m.progress import track
 
 MAX_DEPTHS = 33  # embeddings and the layers of a model of up to 32; of a deeper one, as many evenly spaced
@@ -28,34 +29,34 @@ TEXT_PAIRS = 2000  # for correlations; Kendall's compares each with each
 
 
 @torch.no_grad()
-def pool_depths(policy: nn.Module, rollout: Rollout, batch_size: int) -> tuple[list[int], Tensor]:
+def pool_depths(policy: nn.Module, rollout: Rollout, batch_size: int | Tokens) -> tuple[list[int], Tensor]:
     """Hidden states at several depths, averaged over the feedback positions: (depths, float32 [L, B, D_p] on the host).
 
     Depth 0 are the embeddings, depth l the output of layer l, the last one after the final norm. One forward pass;
-    between micro-batches of `batch_size` sequences nothing is kept but the averages.
+    between passes, of `batch_size`, nothing is kept but the averages.
     """
     backbone: Any = policy_backbone(policy)
     was_training = policy.training
     policy.eval()
     depths: list[int] = []
-    pooled = []
-    for start in track(range(0, len(rollout.prompts), batch_size), "hidden states at every depth, batch"):
-        rows = slice(start, start + batch_size)
+    pooled, rows = [], []
+    for (part,) in track(micro_batches(rollout, batch_size), "hidden states at every depth, pass"):
         states = backbone(
-            input_ids=rollout.input_ids[rows],
-            attention_mask=rollout.attention_mask[rows],
-            position_ids=rollout.position_ids[rows],
+            input_ids=part.input_ids,
+            attention_mask=part.attention_mask,
+            position_ids=part.position_ids,
             use_cache=False,
             output_hidden_states=True,
         ).hidden_states
         if not depths:
             spaced = torch.linspace(0, len(states) - 1, min(len(states), MAX_DEPTHS))
             depths = spaced.round().int().tolist()
-        inside = rollout.feedback_mask[rows].unsqueeze(-1)
+        inside = part.feedback_mask.unsqueeze(-1)
         count = inside.sum(1).clamp_min(1)
         pooled.append(torch.stack([(states[d].float().masked_fill(~inside, 0).sum(1) / count).cpu() for d in depths]))
+        rows.append(part.rows.cpu())
     policy.train(was_training)
-    return depths, torch.cat(pooled, 1)
+    return depths, torch.cat(pooled, 1)[:, torch.cat(rows).argsort()]
 
 
 def preference_cosines(pooled: Tensor) -> Tensor:
@@ -141,31 +142,30 @@ class Observed:
 
 @torch.no_grad()
 def observe(
-    reward_model: R2MRewardModel, policy: nn.Module, rte: Tensor, rollout: Rollout, batch_size: int
+    reward_model: R2MRewardModel, policy: nn.Module, rte: Tensor, rollout: Rollout, batch_size: int | Tokens
 ) -> Observed:
-    """One pass of the policy over tokenised texts, in micro-batches of `batch_size`; rte [2 N, D_rm].
+    """One pass of the policy over tokenised texts, in passes of `batch_size`; rte [2 N, D_rm].
 
     The attention's weights are computed in plain PyTorch, [b, H, S] at a time. Noise is drawn from torch's global
     generator.
     """
     query = reward_model.absorb(rte, 0.0).query
-    width_p = rollout.input_ids.shape[1] - rollout.completion_mask.shape[1]
-    parts = []
-    for rows, hidden in stream_hidden(policy, rollout, batch_size):
-        mask = rollout.feedback_mask[rows]
+    seen = query.new_empty(5, len(query))
+    for part, hidden in stream_hidden(policy, rollout, batch_size):
+        rows, mask = part.rows, part.feedback_mask
         weights = _attention(query[rows], hidden, mask)  # [b, H, S]
-        parts.append(
-            torch.stack(
-                [
-                    reward_model.score(rte[rows], hidden, weight=0.0, mask=mask),
-                    reward_model.score(rte[rows], noise_like(hidden, mask), weight=0.0, mask=mask),
-                    torch.special.entr(weights).sum(-1).exp().mean(-1),
-                    weights[..., :width_p].sum(-1).mean(-1),
-                    mask[:, :width_p].sum(-1) / mask.sum(-1).clamp_min(1),
-                ]
-            )
+        responses = part.completion_mask.sum(-1, keepdim=True)
+        of_prompt = torch.arange(-mask.shape[1], 0, device=rows.device) < -responses  # [b, S], and padding before it
+        seen[:, rows] = torch.stack(
+            [
+                reward_model.score(rte[rows], hidden, weight=0.0, mask=mask),
+                reward_model.score(rte[rows], noise_like(hidden, mask), weight=0.0, mask=mask),
+                torch.special.entr(weights).sum(-1).exp().mean(-1),
+                (weights * of_prompt.unsqueeze(1)).sum(-1).mean(-1),
+                (mask & of_prompt).sum(-1) / mask.sum(-1).clamp_min(1),
+            ]
         )
-    return Observed(reward_model.vanilla_score(rte), *torch.cat(parts, 1))
+    return Observed(reward_model.vanilla_score(rte), *seen)
 
 
 def _attention(query: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:

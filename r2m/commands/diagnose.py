@@ -163,7 +163,7 @@ def diagnose_config(
             )
         training, stopping = split_pairs(training, config.seed, len(training) // 4)
 
-        size, positions = config.micro_batch_size, config.r2m.positions
+        size, positions = config.batch_size, config.r2m.positions
         with phase("embedding the pairs"):
             train_rte, stop_rte, rte = (
                 embed_pairs(reward_model, some, size) for some in (training, stopping, measured)
@@ -190,7 +190,7 @@ def diagnose_config(
                 some,
                 some_rte,
                 batch_size=16,
-                micro_batch_size=size,
+                micro_batch=size,
                 hidden_budget=HIDDEN_BUDGET,
                 positions=positions,
             )

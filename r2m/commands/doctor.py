@@ -8,7 +8,8 @@ from importlib import metadata
 
 import torch
 
-from r2m.commands.memory import MemoryEstimate, estimate_memory
+from r2m.batching import Tokens
+from r2m.commands.memory import MemoryEstimate, estimate_memory, sequences_at_once
 from r2m.config import R2MConfig
 from r2m.devices import native_bfloat16, policy_device
 from r2m.progress import waiting
@@ -130,13 +131,15 @@ def _hints(config: R2MConfig, estimate: MemoryEstimate, phases: list[str]) -> li
     parts = {name: f"{size / _GIB:.2f} GiB" for name, size in estimate.parts.items()}
     trains, on_gpu = {"annotate", "policy"} & set(phases), policy_device(config).type != "cpu"
     size = config.generation.batch_size or config.prompts_per_round * config.num_generations
+    at_once, micro_batch = config.batch_size, f"micro_batch_size, now {config.micro_batch_size}"
+    if isinstance(at_once, Tokens):
+        micro_batch = f"micro_batch_tokens, now {at_once.number}"
     trained = sum(estimate.parts[name] for name in ("gradients", "optimizer state", "reference"))
     hints = {
         f"generation.batch_size, now {size}: {parts['generation cache']} of cache": "rollout" in phases,
         f"gradient_checkpointing=true: {parts['activations and temporaries']}": trains
         and not config.gradient_checkpointing,
-        f"micro_batch_size, now {config.micro_batch_size}: {parts['activations and temporaries']}": trains
-        and config.micro_batch_size > 1,
+        f"{micro_batch}: {parts['activations and temporaries']}": trains and sequences_at_once(config) > 1,
         f"lora, an adapter: {trained / _GIB:.2f} GiB of gradients, optimizer state and reference": config.lora is None,
         f"placement.offload_reference=true: {parts['reference']}": on_gpu
         and config.lora is None

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from r2m.batching import Tokens
 from r2m.config import R2MConfig, require_keys
 from r2m.devices import compute_dtype, policy_device, resolve_precision
 from r2m.method.hidden_states import policy_backbone
@@ -25,7 +26,10 @@ Terms = dict[str, int]  # name -> bytes
 
 @dataclass
 class MemoryEstimate:
-    """Bytes on the policy's device in a round after the first, if every sequence has its greatest length."""
+    """Bytes on the policy's device in a round after the first, if every sequence has its greatest length.
+
+    Beside short prompts more of a budget of tokens are responses, up to all of it: logits then take more.
+    """
 
     parts: Terms  # what lies there throughout, then the most of what comes and goes
     terms: dict[str, Terms]  # of each phase of R2MTrainer.train: what lies there at its peak
@@ -103,7 +107,7 @@ def _training(config: R2MConfig, p: _Numbers) -> list[Terms]:
     kept, copies = p.kept * layer, {"bfloat16 weights": _copies(config, p)}
     if config.gradient_checkpointing:  # the inputs of all layers, and one layer at a time with its own copies
         kept, again = p.kept * tokens * p.width * p.wide, layer
-    several = config.prompts_per_round * config.num_generations // config.minibatches > config.micro_batch_size
+    several = config.prompts_per_round * config.num_generations // config.minibatches > sequences_at_once(config)
     # The gradients are of the passes before: those of this one come as its activations go.
     held: Terms = {"gradients": 4 * p.trained * several, "activations": kept}
     loss, backward = held | {"logits": 2 * logits}, held | ({} if again else copies)
@@ -173,17 +177,25 @@ def _logits(config: R2MConfig, p: _Numbers) -> int:
 
 def _rows(config: R2MConfig) -> int:
     """Rows of logits in a pass: response tokens and the one before them."""
-    return _tokens(config) // _length(config) * (config.generation.max_new_tokens + 1)
+    return sequences_at_once(config) * (config.generation.max_new_tokens + 1)
 
 
 def _tokens(config: R2MConfig) -> int:
-    """Tokens in a pass."""
-    minibatch = config.prompts_per_round * config.num_generations // config.minibatches
-    return min(config.micro_batch_size, minibatch) * _length(config)
+    """Tokens in a micro-batch."""
+    return sequences_at_once(config) * _length(config)
+
+
+def sequences_at_once(config: R2MConfig) -> int:
+    """Sequences in a micro-batch, each of the greatest length."""
+    size, length = config.batch_size, _length(config)
+    if isinstance(size, Tokens):
+        count = max(1, size.number // length)
+        size = count - count % config.kept_together
+    return min(size, config.prompts_per_round * config.num_generations // config.minibatches)
 
 
 def _length(config: R2MConfig) -> int:
-    return config.generation.max_prompt_tokens + config.generation.max_new_tokens
+    return config.generation.max_tokens
 
 
 def _narrow(config: R2MConfig) -> int:

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from r2m import processes
+from r2m.batching import Tokens
 from r2m.data.sources import Preference
 from r2m.data.tokenization import encode_prompt, encode_responses
 from r2m.method.backbone import hidden_width
 from r2m.method.hidden_states import HiddenStateTap, noise_like, policy_backbone
 from r2m.method.reward_model import R2MRewardModel
 from r2m.models import cache_dir
-from r2m.policy.rollout import Rollout, collate
+from r2m.policy.rollout import Part, Rollout, collate, micro_batches
 from r2m.progress import phase, track
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,9 @@ class Batches(Sized, Iterable[Any], Protocol):
 
 
 def embed_pairs(
-    reward_model: R2MRewardModel, pairs: list[Preference], batch_size: int = 32, cache: bool = False
+    reward_model: R2MRewardModel, pairs: list[Preference], batch_size: int | Tokens = 32, cache: bool = False
 ) -> Tensor:
-    """RTEs [2 N, D_rm], chosen first. batch_size: texts in one forward pass; cache: see `fit_reward`."""
+    """RTEs [2 N, D_rm], chosen first. batch_size: see `R2MRewardModel.embed`; cache: see `fit_reward`."""
     prompts = [pair.prompt for pair in pairs] * 2
     completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     if not cache:
@@ -63,7 +64,7 @@ def embed_pairs(
     return torch.cat(parts)
 
 
-def _cached_embeddings(reward_model: R2MRewardModel, rows: list[list[int]], batch_size: int) -> Tensor:
+def _cached_embeddings(reward_model: R2MRewardModel, rows: list[list[int]], batch_size: int | Tokens) -> Tensor:
     """RTEs of tokenised texts, from a file in the cache, which is made if it is not there or cannot be read.
 
     The file's name is a hash of the backbone and of the tokens: these hold what template, suffix and length made.
@@ -79,9 +80,7 @@ def _cached_embeddings(reward_model: R2MRewardModel, rows: list[list[int]], batc
         except (SafetensorError, KeyError, OSError) as error:
             reason = error
         logger.warning("%s is damaged and made anew: %s", file, reason)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of one length: little padding
-    rte = torch.empty(len(rows), reward_model.head.weight.shape[0], device=device)
-    rte[order] = reward_model.embed_tokens([rows[i] for i in order], batch_size=batch_size)
+    rte = reward_model.embed_tokens(rows, batch_size=batch_size)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
@@ -114,19 +113,19 @@ def feedback_batches(
     rte: Tensor,
     *,
     batch_size: int,
-    micro_batch_size: int,
+    micro_batch: int | Tokens,
     hidden_budget: int,
     positions: str,
 ) -> Batches:
     """The pairs as `Feedback`: one batch, kept, if the hidden states take at most `hidden_budget` bytes.
 
     Else shuffled minibatches of `batch_size` pairs, for which the policy runs again in every epoch.
-    rte: [2 N, D_rm], chosen first. micro_batch_size: texts in one forward pass. positions: see `collate`.
+    rte: [2 N, D_rm], chosen first. micro_batch: what runs at a time. positions: see `collate`.
     """
 
     def batch_of(indices: list[int]) -> Feedback:
         rollout = tokenize_pairs(policy, tokenizer, [pairs[i] for i in indices], positions)
-        packed = pack_hidden(policy, rollout, micro_batch_size)
+        packed = pack_hidden(policy, rollout, micro_batch)
         return rte.unflatten(0, (2, -1))[:, indices].flatten(0, 1), *packed
 
     indices: list[int] = list(range(len(pairs)))
@@ -171,32 +170,37 @@ def tokenize_pairs(
 
 
 @torch.no_grad()
-def stream_hidden(policy: nn.Module, rollout: Rollout, batch_size: int = 32) -> Iterator[tuple[slice, Tensor]]:
-    """The policy's last hidden states [b, S, D_p], a micro-batch of rows at a time; one row of each gets logits."""
+def stream_hidden(policy: nn.Module, rollout: Rollout, batch_size: int | Tokens = 32) -> Iterator[tuple[Part, Tensor]]:
+    """The policy's last hidden states [b, S, D_p], some sequences at a time, longest first; one row gets logits."""
     was_training, taken = policy.training, list[Tensor]()
     policy.eval()
     try:
-        for start in track(range(0, len(rollout.prompts), batch_size), "hidden states of the policy, batch"):
-            rows = slice(start, start + batch_size)
+        for (part,) in track(micro_batches(rollout, batch_size), "hidden states of the policy, pass"):
             with HiddenStateTap(policy, lambda hidden, _: taken.append(hidden)):
                 policy(  # as a whole: where it is sharded, only then are its weights at hand
-                    input_ids=rollout.input_ids[rows],
-                    attention_mask=rollout.attention_mask[rows],
-                    position_ids=rollout.position_ids[rows],
+                    input_ids=part.input_ids,
+                    attention_mask=part.attention_mask,
+                    position_ids=part.position_ids,
                     logits_to_keep=1,
                     use_cache=False,
                 )
-            yield rows, taken.pop()
+            yield part, taken.pop()
     finally:
         policy.train(was_training)
 
 
-def pack_hidden(policy: nn.Module, rollout: Rollout, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+def pack_hidden(policy: nn.Module, rollout: Rollout, batch_size: int | Tokens = 32) -> tuple[Tensor, Tensor]:
     """Hidden states of the feedback positions, packed: ([total, D_p], cu_seqlens int32 [B + 1])."""
-    parts = [hidden[rollout.feedback_mask[rows]] for rows, hidden in stream_hidden(policy, rollout, batch_size)]
-    packed = torch.cat(parts)
-    lengths = rollout.feedback_mask.sum(-1)
-    return packed, F.pad(lengths.cumsum(0), (1, 0)).int()
+    cu_seqlens = F.pad(rollout.feedback_mask.sum(-1).cumsum(0), (1, 0)).int()
+    packed: Tensor | None = None
+    for part, hidden in stream_hidden(policy, rollout, batch_size):
+        if packed is None:
+            packed = hidden.new_empty(int(cu_seqlens[-1]), hidden.shape[-1])
+        # Feedback positions are consecutive: where each is among those of its sequence, and these among all.
+        o_row = cu_seqlens[part.rows, None] + part.feedback_mask.cumsum(-1) - 1
+        packed[o_row[part.feedback_mask]] = hidden[part.feedback_mask]
+    assert packed is not None
+    return packed, cu_seqlens
 
 
 def take_statistics(
@@ -207,23 +211,23 @@ def take_statistics(
     rte: Tensor,
     *,
     positions: str,
-    batch_size: int,
+    batch_size: int | Tokens,
 ) -> None:
     """Fix a reward model's standardisation by the RTEs [2 N, D_rm] of the pairs and by the hidden states of some.
 
-    positions: see `collate`; batch_size: texts in one forward pass.
+    positions: see `collate`; batch_size: what runs at a time.
     """
     some = pairs if len(pairs) <= STATISTICS_PAIRS else random.Random(0).sample(pairs, STATISTICS_PAIRS)
     rollout = tokenize_pairs(policy, tokenizer, some, positions)
     with phase("statistics of standardisation"):
-        reward_model.set_statistics(rte, *feature_statistics(stream_hidden(policy, rollout, batch_size), rollout))
+        reward_model.set_statistics(rte, *feature_statistics(stream_hidden(policy, rollout, batch_size)))
 
 
-def feature_statistics(hidden: Iterator[tuple[slice, Tensor]], rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [D_p] of every feature over the feedback positions, merged over micro-batches."""
+def feature_statistics(hidden: Iterable[tuple[Part, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [D_p] of every feature over the feedback positions, merged over passes."""
     count, mean, square = 0, torch.zeros(()), torch.zeros(())
-    for rows, b_hidden in hidden:
-        b_rows = b_hidden[rollout.feedback_mask[rows]].float()  # [tokens, D_p]
+    for part, b_hidden in hidden:
+        b_rows = b_hidden[part.feedback_mask].float()  # [tokens, D_p]
         if len(b_rows) == 0:
             continue
         b_variance, b_mean = torch.var_mean(b_rows, 0, correction=0)
@@ -252,14 +256,13 @@ def score_rollout(
     rollout: Rollout,
     weight: float,
     *,
-    batch_size: int = 32,
+    batch_size: int | Tokens = 32,
     noise: bool = False,
 ) -> Tensor:
     """Rewards [B] of tokenised texts with the feedback of `policy` as it is now, or with noise in its place (see
-    `noise_like`); rte [B, D_rm]. batch_size: sequences in one forward pass."""
-    parts = []
-    for rows, hidden in stream_hidden(policy, rollout, batch_size):
-        mask = rollout.feedback_mask[rows]
-        hidden = noise_like(hidden, mask) if noise else hidden
-        parts.append(reward_model.score(rte[rows], hidden, weight=weight, mask=mask))
-    return torch.cat(parts)
+    `noise_like`); rte [B, D_rm]. batch_size: what runs at a time."""
+    rewards = torch.empty(len(rte), device=rte.device)
+    for part, hidden in stream_hidden(policy, rollout, batch_size):
+        hidden = noise_like(hidden, part.feedback_mask) if noise else hidden
+        rewards[part.rows] = reward_model.score(rte[part.rows], hidden, weight=weight, mask=part.feedback_mask)
+    return rewards

@@ -134,7 +134,7 @@ def fit_reward(
                 p,
                 rte,
                 batch_size=batch_size,
-                micro_batch_size=texts,
+                micro_batch=texts,
                 hidden_budget=hidden_budget,
                 positions=positions,
             )

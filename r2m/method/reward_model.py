@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from r2m.batching import Tokens, longest_first, passes
 from r2m.cards import classifier_card, classifier_usage, reward_model_card
 from r2m.data.sources import Preference, Prompt, check_list
 from r2m.data.tokenization import encode_whole, usable_pairs, usable_whole_pairs
@@ -389,13 +390,14 @@ class R2MRewardModel(nn.Module):
 
     # ---- the reward token embedding ----
 
-    def embed(self, prompts: list[Prompt], completions: list[str], *, batch_size: int = 32) -> Tensor:
+    def embed(self, prompts: list[Prompt], completions: list[str], *, batch_size: int | Tokens = 32) -> Tensor:
         """Reward token embeddings H: [B, D_rm] float32, from the reward model's own tokenizer and chat template.
 
         A prompt of chat messages goes through the template with the completion as the assistant's turn; a text prompt
         is continued by the completion and the config's suffix as they are (`r2m.data.tokenization.encode_whole`). The
-        backbone runs on its own device, the result is on the head's. Raises ValueError for messages that the template
-        refuses.
+        backbone runs on its own device, the result is on the head's. batch_size: texts in one pass, or
+        `r2m.batching.Tokens`, a budget; those of like length share one. Raises ValueError for messages that the
+        template refuses.
         """
         check_list("prompts", prompts, "load_prompts")
         check_list("completions", completions)
@@ -440,11 +442,15 @@ class R2MRewardModel(nn.Module):
         return [ids[-self.config.max_length :] for ids in rows]
 
     @torch.no_grad()
-    def embed_tokens(self, rows: list[list[int]], *, batch_size: int = 32) -> Tensor:
+    def embed_tokens(self, rows: list[list[int]], *, batch_size: int | Tokens = 32) -> Tensor:
         """RTEs [B, D_rm] float32 of texts that `encode` has tokenised."""
+        lengths = [len(row) for row in rows]
+        order = longest_first(lengths)
+        batches = passes([lengths[i] for i in order], batch_size)
         with self.backbone_loaded():
-            starts = track(range(0, len(rows), batch_size), "embedding, batch")
-            return torch.cat([self.run_backbone(rows[i : i + batch_size]) for i in starts])
+            parts = [self.run_backbone([rows[order[i]] for i in batch]) for batch in track(batches, "embedding, batch")]
+        rte = torch.cat(parts)
+        return torch.empty_like(rte).index_copy_(0, torch.tensor(order, device=rte.device), rte)
 
     def run_backbone(self, rows: list[list[int]]) -> Tensor:
         """RTEs [B, D_rm] float32 of one batch, differentiable where the backbone is."""

@@ -13,7 +13,7 @@ from r2m.method.hidden_states import noise_like
 from r2m.method.reward_model import R2MRewardModel, without_feedback
 from r2m_kernels import attention_pool_dot, attention_pool_with_gradient, grebt_loss, time_weight
 
-Rows = slice | list[int]  # sequences of the round in one micro-batch
+Rows = slice | list[int] | Tensor  # sequences of the round in one pass
 
 
 class R2MUpdater:
@@ -86,7 +86,7 @@ class R2MUpdater:
         self._pooled = self._query.new_empty(shape)
         self._gradient = self._query.new_empty(shape)
         self._lse = self._query.new_empty(shape[:-1])
-        self._collected = torch.zeros(shape[0], dtype=torch.bool)  # on the host: no synchronisation
+        self._collected = torch.zeros(shape[0], dtype=torch.bool, device=self._query.device)
 
     @torch.no_grad()
     def score(self, rows: Rows, hidden: Tensor, mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from r2m.batching import longest_first
 from r2m.config import Generation
 from r2m.method.hidden_states import causal_lm
 from r2m.progress import track
@@ -53,8 +54,9 @@ def generate(
     model.generation_config = GenerationConfig()
     model.eval()
     rows: list[list[int]] = []
+    order = longest_first([len(ids) for ids in prompt_ids])  # prompts of like length share a batch
     try:
-        chunks = list(_chunks(prompt_ids, num_generations, settings.batch_size))
+        chunks = list(_chunks([prompt_ids[i] for i in order], num_generations, settings.batch_size))
         for chunk, repeats in track(chunks, "batch"):
             ids, mask, cache = _prefill(model, chunk, repeats, tokenizer.pad_token_id)
             tokens = track(range(settings.max_new_tokens), "token")
@@ -72,7 +74,9 @@ def generate(
     finally:
         model.generation_config = own_defaults
         model.train(was_training)
-    return [_until_end(tokenizer, row, eos_ids, settings.stop_strings) for row in rows]
+    responses = [_until_end(tokenizer, row, eos_ids, settings.stop_strings) for row in rows]
+    place = {prompt: i * num_generations for i, prompt in enumerate(order)}
+    return [responses[place[prompt] + k] for prompt in range(len(prompt_ids)) for k in range(num_generations)]
 
 
 def _counting(tokens: Iterator[int]) -> Callable[..., bool]:

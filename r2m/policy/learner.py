@@ -21,7 +21,7 @@ from r2m.data.sources import Prompt
 from r2m.policy.loss import policy_loss, token_log_probs
 from r2m.policy.passes import Consume, compact_head_input, disable_dropout, response_logits, training_mode
 from r2m.policy.reference import freeze_reference
-from r2m.policy.rollout import Annotations, Rollout, RolloutFn, sample
+from r2m.policy.rollout import Annotations, MicroBatch, Part, Rollout, RolloutFn, micro_batches, sample
 
 
 class Learner:
@@ -98,31 +98,32 @@ class Learner:
                 greedy=greedy,
             )
 
-    def logits(
-        self, rollout: Rollout, rows: slice, consume: Consume | None = None, *, model: nn.Module | None = None
-    ) -> Tensor:
+    def logits(self, part: Part, consume: Consume | None = None, *, model: nn.Module | None = None) -> Tensor:
         """`response_logits` of the policy as it is now, or of `model`."""
         if model is None:
             model = self.wrapped if torch.is_grad_enabled() else self.policy
         with self.autocast():
-            return response_logits(model, rollout, rows, consume)
+            return response_logits(model, part, consume)
 
-    def log_probs(self, logits: Tensor, rollout: Rollout, rows: slice) -> Tensor:
-        """Of the response tokens [b, R], at the temperature that they were sampled at."""
-        return token_log_probs(logits, rollout.completion_ids[rows], self.config.generation.temperature)
+    def log_probs(self, logits: Tensor, part: Part) -> Tensor:
+        """Of the response tokens [b, R], at the temperature that they were sampled at; 0 behind their end."""
+        return part.to_rollout(token_log_probs(logits, part.response_ids, self.config.generation.temperature))
 
-    def micro_batches(self, start: int, stop: int) -> list[slice]:
-        micro = self.config.micro_batch_size
-        return [slice(i, min(i + micro, stop)) for i in range(start, stop, micro)]
+    def minibatches(self, rollout: Rollout) -> list[list[MicroBatch]]:
+        """The micro-batches of each minibatch of a round, in the order of the samples.
 
-    def minibatches(self, count: int, t: int, epoch: int) -> list[list[slice]]:
-        """The micro-batches of each minibatch of round t's epoch, of `count` sequences.
-
-        Epoch 0, which trains nothing, runs the micro-batches of the others, as one: in bf16 the same rows give the same
-        bits, so the first importance ratio is 1.
+        All phases and epochs run the same passes: in bf16 the same rows give the same bits, so the first importance
+        ratio is 1. Micro-batches are of whole groups where the first epoch scores and compares them.
         """
-        size = count // self.config.minibatches
-        minibatches = [self.micro_batches(start, start + size) for start in range(0, count, size)]
+        config, count = self.config, len(rollout.prompts)
+        size = count // config.minibatches
+        return [
+            micro_batches(rollout, config.batch_size, range(start, start + size), config.kept_together)
+            for start in range(0, count, size)
+        ]
+
+    def ordered(self, minibatches: list[list[MicroBatch]], t: int, epoch: int) -> list[list[MicroBatch]]:
+        """As round t's epoch takes them; epoch 0, which trains nothing, as one."""
         if epoch == 0:
             return [list(chain(*minibatches))]
         return [minibatches[i] for i in minibatch_order(len(minibatches), self.config.seed, t, epoch)]
@@ -139,7 +140,7 @@ class Learner:
         """Around the passes of a micro-batch; `last`: of its minibatch."""
         return processes.averages_gradients(self.wrapped, last)
 
-    def backward(self, log_probs: Tensor, rollout: Rollout, batch: Annotations, rows: slice) -> None:
+    def backward(self, log_probs: Tensor, rollout: Rollout, batch: Annotations, rows: Tensor) -> None:
         """Add the gradient of the loss of `rows` to the policy's, and loss and statistics to `batch.totals`."""
         config = self.config
         loss, stats = policy_loss(

@@ -11,23 +11,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from r2m.method.hidden_states import HiddenStateTap, causal_lm
-from r2m.policy.rollout import Rollout
+from r2m.policy.rollout import Part
 
-# Consumes the hidden states of one micro-batch: (rows, hidden [b, S, D_p], mask [b, S])
-Consume = Callable[[slice, Tensor, Tensor], Any]
+# Consumes the hidden states of one pass: (rows [b], hidden [b, S, D_p], mask [b, S])
+Consume = Callable[[Tensor, Tensor, Tensor], Any]
 
 
-def response_logits(model: nn.Module, rollout: Rollout, rows: slice, consume: Consume | None = None) -> Tensor:
-    """Logits [b, R, vocabulary] that predict the response tokens; the hidden states go to `consume` on the way."""
+def response_logits(model: nn.Module, part: Part, consume: Consume | None = None) -> Tensor:
+    """Logits [b, part.response, vocabulary] that predict `part.response_ids`; the hidden states go to `consume` on the
+    way."""
     tap: AbstractContextManager[object] = nullcontext()
     if consume is not None:
-        tap = HiddenStateTap(model, lambda hidden, _: consume(rows, hidden, rollout.feedback_mask[rows]))
+        tap = HiddenStateTap(model, lambda hidden, _: consume(part.rows, hidden, part.feedback_mask))
     with tap:
         return model(
-            input_ids=rollout.input_ids[rows],
-            attention_mask=rollout.attention_mask[rows],
-            position_ids=rollout.position_ids[rows],
-            logits_to_keep=rollout.completion_mask.shape[1] + 1,
+            input_ids=part.input_ids,
+            attention_mask=part.attention_mask,
+            position_ids=part.position_ids,
+            logits_to_keep=part.response + 1,
             use_cache=False,
         ).logits[:, :-1]
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from r2m import processes
+from r2m.batching import Tokens, cut, longest_first
 from r2m.config import Generation
 from r2m.data.sources import Prompt
 from r2m.data.tokenization import encode_prompt, response_texts
@@ -34,11 +36,76 @@ class Rollout:
     completion_mask: Tensor  # [B, R] bool, the end-of-sequence token included
     feedback_mask: Tensor  # [B, P + R] bool: the positions whose hidden states are the policy feedback
     finished: Tensor  # [B] bool: ended by itself
+    lengths: list[int]  # tokens of each sequence, known to the host
+    completion_lengths: list[int]  # of each response
     greedy: Rollout | None = None  # ReMax: the most likely response to each of the n prompts
 
     @property
     def completion_ids(self) -> Tensor:  # [B, R]
         return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+    def part(self, rows: list[int]) -> Part:
+        """What a forward pass over the sequences `rows` reads."""
+        width, lengths = max(self.lengths[i] for i in rows), [self.completion_lengths[i] for i in rows]
+        response, width_p = max(lengths), self.input_ids.shape[1] - self.completion_mask.shape[1]
+        index, length = torch.tensor([rows, lengths], device=self.input_ids.device).unsqueeze(-1).unbind()  # [b, 1]
+        index = index.squeeze(-1)
+        o_column = width_p + length - width + torch.arange(width, device=index.device)  # [b, S] of the round's
+        exists, o_column = o_column >= 0, o_column.clamp_min(0)
+        o_token = response - length + torch.arange(self.completion_mask.shape[1], device=index.device)  # [b, R]
+        return Part(
+            rows=index,
+            input_ids=self.input_ids[index].gather(1, o_column),
+            attention_mask=self.attention_mask[index].gather(1, o_column) & exists,
+            position_ids=self.position_ids[index].gather(1, o_column),
+            feedback_mask=self.feedback_mask[index].gather(1, o_column) & exists,
+            response=response,
+            completion_mask=self.completion_mask[index],
+            o_token=o_token.clamp_max(response - 1),
+        )
+
+
+@dataclass
+class Part:
+    """Sequences of a rollout that share a forward pass: `[left padding | prompt | response]`, S columns.
+
+    All end in the last column, so that S is the length of the longest, however it is split into prompt and response.
+    """
+
+    rows: Tensor  # [b] int64, in the rollout
+    input_ids: Tensor  # [b, S]
+    attention_mask: Tensor  # [b, S]
+    position_ids: Tensor  # [b, S]
+    feedback_mask: Tensor  # [b, S]
+    response: int  # tokens of the longest response
+    completion_mask: Tensor  # [b, R] as in the rollout
+    o_token: Tensor  # [b, R] int64: where among the last `response` columns a response's tokens are
+
+    @property
+    def response_ids(self) -> Tensor:  # [b, response], behind padding or the prompt's end
+        return self.input_ids[:, -self.response :]
+
+    def to_rollout(self, values: Tensor) -> Tensor:
+        """Values of the last `response` columns [b, response] in the rollout's columns [b, R], 0 outside responses."""
+        return values.gather(1, self.o_token).masked_fill(~self.completion_mask, 0)
+
+
+MicroBatch = list[Part]  # passes whose losses are propagated back together
+
+
+def micro_batches(rollout: Rollout, size: int | Tokens, rows: range | None = None, group: int = 1) -> list[MicroBatch]:
+    """The passes of each micro-batch of the sequences `rows`, by default all: sequences of like length share one.
+
+    size, group: see `r2m.batching.cut`. Several processes, whose passes may be collective, take part with equally many
+    sequences and get equally many passes: all cut where the longest of theirs make it necessary.
+    """
+    rows = range(len(rollout.prompts)) if rows is None else rows
+    lengths = [rollout.lengths[i] for i in rows]
+    order = longest_first(lengths, group)
+    bounds = processes.greatest([lengths[i] for i in order])
+    return [
+        [rollout.part([rows[order[i]] for i in positions]) for positions in parts] for parts in cut(bounds, size, group)
+    ]
 
 
 @dataclass
@@ -54,14 +121,16 @@ class Annotations:
     scores: Tensor  # [B] rewards less the penalty for an unfinished response: they pick the pairs
     advantages: Tensor  # [B]; REINFORCE++: [B, R]
     baseline: Tensor | None = None  # [B] ReMax: the score of the greedy response to the same prompt
+    minibatches: list[list[MicroBatch]] = field(default_factory=list)  # in which passes run over the samples
     totals: dict[str, Tensor] = field(default_factory=dict)  # sums over epochs and sequences of loss and statistics
 
     @staticmethod
-    def blank(rollout: Rollout, initial: Tensor) -> Annotations:
+    def blank(rollout: Rollout, initial: Tensor, minibatches: list[list[MicroBatch]]) -> Annotations:
         """NaN throughout but for `initial`."""
         log_probs, reference_log_probs, entropy = initial.new_full((3, *rollout.completion_mask.shape), torch.nan)
         kl, rewards, scores, advantages = initial.new_full((4, len(initial)), torch.nan)
-        return Annotations(log_probs, reference_log_probs, entropy, kl, rewards, initial, scores, advantages)
+        known = (log_probs, reference_log_probs, entropy, kl, rewards, initial, scores, advantages)
+        return Annotations(*known, minibatches=minibatches)
 
 
 def sample(
@@ -150,6 +219,8 @@ def collate(
         completion_mask=m_valid[:, width_p:],
         feedback_mask=m_valid & (o_column >= first) & (o_column < end - 1),
         finished=torch.tensor([bool(f) for f in finished or [False] * len(prompts)], device=device),
+        lengths=[len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)],
+        completion_lengths=[len(c) for c in completion_ids],
     )
 
 

@@ -132,11 +132,12 @@ def _run(learner: Learner, prompts: list[list[int]], responses: list[list[int]])
     hidden = list[Tensor]()
     rollout = collate(texts, texts, prompts, responses, pad_id=learner.tokenizer.pad_token_id, device=learner.device)
 
-    def consume(rows: slice, states: Tensor, mask: Tensor) -> None:
+    def consume(rows: Tensor, states: Tensor, mask: Tensor) -> None:
         hidden.extend(row[m].float() for row, m in zip(states, mask, strict=True))
 
-    logits = learner.logits(rollout, slice(None), consume if learner.config.r2m.attends else None)
-    log_probs = learner.log_probs(logits, rollout, slice(None))
+    part = rollout.part(list(range(len(prompts))))
+    logits = learner.logits(part, consume if learner.config.r2m.attends else None)
+    log_probs = learner.log_probs(logits, part)
     kept = [row[: len(ids)] for row, ids in zip(log_probs, responses, strict=True)]
     return _Pass(kept, hidden, logits.dtype == torch.float32)
 

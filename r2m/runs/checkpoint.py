@@ -49,7 +49,7 @@ UNFINISHED = ".unfinished-"  # prefix of a folder that is being written or remov
 # what decides only how the work is laid out. Everything else would make it another run: T, for one, is in w(t).
 MAY_CHANGE = [
     "policy", "policy_revision", "reward_model", "reward_model_revision", "prompts", "columns", "skip_invalid",
-    "output_dir", "trust_remote_code", "micro_batch_size", "gradient_checkpointing", "trackers",
+    "output_dir", "trust_remote_code", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "trackers",
     "generation.batch_size", "evaluation.*", "checkpoints.*", "placement.*",
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from r2m.data.sources import Preference, Prompt
 from r2m.fitting.bradley_terry import pair_accuracy
 from r2m.fitting.pairs import embed_pairs, tokenize_pairs
 from r2m.policy.loss import sequence_kl
-from r2m.policy.rollout import Annotations, Rollout
+from r2m.policy.rollout import Annotations, Rollout, micro_batches
 from r2m.progress import track, waiting
 from r2m.runs.judge import Judge, mean_score
 from r2m.runs.monitor import describe_samples
@@ -34,7 +34,7 @@ class Evaluator:
         if pairs:
             own, learner, reward_model = processes.share(pairs), scorer.learner, scorer.reward_model
             with reward_model.backbone_loaded(), progress.phase("held-out pairs"):
-                rte = embed_pairs(reward_model, own, config.micro_batch_size)
+                rte = embed_pairs(reward_model, own, config.batch_size)
             self.pairs = rte, tokenize_pairs(learner.policy, learner.tokenizer, own, config.r2m.positions)
 
     @torch.no_grad()
@@ -44,12 +44,12 @@ class Evaluator:
         processes.seed(config.seed)
         with progress.phase("sampling"):
             rollout = learner.sample(processes.share(prompts), num_generations)
-        micro_batches = learner.micro_batches(0, len(rollout.prompts))
+        parts = micro_batches(rollout, config.batch_size)
         with scorer.undone():
-            batch = scorer.prepare(rollout, config.rounds, micro_batches)
-            for rows in track(micro_batches, "policy, micro-batch"):
-                logits = learner.logits(rollout, rows, scorer.feed(batch, scores=True, collects=False))
-                scorer.take(batch, rows, learner.log_probs(logits, rollout, rows), logits)
+            batch = scorer.prepare(rollout, config.rounds, [parts])
+            for (part,) in track(parts, "policy, pass"):
+                logits = learner.logits(part, scorer.feed(batch, scores=True, collects=False))
+                scorer.take(batch, part, learner.log_probs(logits, part), logits)
         scorer.check_finite(batch, config.rounds)
         batch.scores.copy_(batch.rewards)
         batch.kl.copy_(sequence_kl(batch.log_probs, batch.reference_log_probs, rollout.completion_mask))

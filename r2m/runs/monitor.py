@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from accelerate.tracking import get_available_trackers
 
 from r2m import processes, progress
 from r2m.algorithms import ALGORITHMS
+from r2m.batching import Tokens
 from r2m.config import R2MConfig, config_items
 from r2m.policy.rollout import Annotations, Rollout
 from r2m_kernels import grebt_loss, time_weight
@@ -90,6 +92,13 @@ def describe_samples(
     return {name: value.item() for name, value in metrics.items()}
 
 
+def padding(rollout: Rollout, batch: Annotations) -> dict[str, float]:
+    """Tokens of the samples, and what a pass of the policy over all of them computes: the rest is padding."""
+    parts = chain(*chain(*batch.minibatches))
+    own = {"tokens/real": sum(rollout.lengths), "tokens/computed": sum(part.input_ids.numel() for part in parts)}
+    return {name: mean * processes.number() for name, mean in processes.mean(own).items()}
+
+
 def sample_table(rollout: Rollout, batch: Annotations, count: int = 4, judged: Sequence[float] | None = None) -> str:
     """A table in plain text: `count` samples, spread over the round, with the reward model's scores now and then."""
     total = len(rollout.prompts)
@@ -148,15 +157,13 @@ def warn_about_settings(config: R2MConfig, *, has_adapter: bool = False) -> None
             config.learning_rate,
             config.rounds,
         )
-    whole_groups = config.micro_batch_size % config.num_generations == 0
     compares_groups = ALGORITHMS[config.algorithm].compares == "group"
-    if compares_groups and config.minibatches == 1 and not whole_groups:
-        logger.info(
-            "micro_batch_size = %d is no multiple of num_generations = %d: scoring takes a forward pass of its own, "
-            "which the first epoch could have saved",
-            config.micro_batch_size,
-            config.num_generations,
-        )
+    if compares_groups and config.minibatches == 1 and not config.whole_groups:
+        size, many = config.batch_size, config.num_generations
+        cut = f"micro_batch_size = {size} is no multiple of num_generations = {many}"
+        if isinstance(size, Tokens):
+            cut = f"micro_batch_tokens = {size.number} has no room for {many} sequences of the greatest length"
+        logger.info("%s: scoring takes a forward pass of its own, which the first epoch could have saved", cut)
     if config.num_generations == 2 and config.r2m.feedback != "none":
         logger.warning("num_generations = 2: group reward entropy is constant, so GREBT is Bradley-Terry alone")
     if not config.r2m.attends:

@@ -102,3 +102,16 @@ def test_shares_are_of_the_round_and_of_the_peak(rows):
     own = sum(seconds for name, seconds in rows["trained"].parts.items() if name.startswith(suite.OWN))
     assert f"R2M's own parts: {own / rows['trained'].median:.2%}" in text
     assert f"R2M's memory: +{rows['trained'].peak_bytes / rows['none'].peak_bytes - 1:.2%}" in text
+
+
+# ---- padding ----
+
+
+def test_padded_rounds_measure_what_trimmed_ones_do_and_compute_more():
+    padded, trimmed = suite.measure_padding(CPU, 1, "tiny").values()
+    for row, other in zip(padded, trimmed, strict=True):
+        assert row["tokens/computed"] > row["tokens/real"] == other["tokens/real"]
+        assert row["tokens/computed"] > other["tokens/computed"]
+        for measure in ("reward/mean", "policy/loss", "policy/grad_norm", "grebt/loss"):
+            assert row[measure] == pytest.approx(other[measure], rel=1e-3, abs=1e-4)
+    assert "padded / trimmed, round by round" in suite.padding_table({"padded": padded, "trimmed": trimmed})

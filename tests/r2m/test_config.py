@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from r2m.batching import Tokens
 from r2m.config import KL, R2M, Lora, R2MConfig, config_to_yaml, load_config
 
 
@@ -53,6 +54,8 @@ def test_what_a_run_writes_reads_back_equal(tmp_path):
         ("checkpoints.every=-1", "checkpoints.every is -1; expected at least 0"),
         ("checkpoints.keep=0", "checkpoints.keep is 0; expected at least 1"),
         ("generation.batch_size=0", "generation.batch_size is 0; expected at least 1"),
+        ("micro_batch_size=0", "micro_batch_size is 0; expected at least 1"),
+        ("micro_batch_tokens=0", "micro_batch_tokens is 0; expected at least 1"),
         ("evaluation.stop_at_kl=high", "evaluation.stop_at_kl: .*number.*given 'high'"),
         ("evaluation.samples_every=none", "evaluation.samples_every: .*integer.*given 'none'"),
         ("placement.attention=flash", "placement.attention: .*'eager', 'sdpa' or 'flash_attention_2'.*given 'flash'"),
@@ -67,6 +70,29 @@ def test_what_a_run_writes_reads_back_equal(tmp_path):
 def test_a_mistake_is_one_clear_error(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(None, [override])
+
+
+def test_two_sizes_of_a_micro_batch_are_an_error():
+    message = "micro_batch_size is 8 and micro_batch_tokens 4096; expected one of them"
+    with pytest.raises(ValueError, match=message):
+        load_config(None, ["micro_batch_size=8", "micro_batch_tokens=4096"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "first_epoch", "kept_together"),
+    [
+        ([], Tokens(8 * 1024), 1, 8),  # 8 sequences of the greatest length: a group
+        (["num_generations=9"], Tokens(8 * 1024), 0, 1),
+        (["micro_batch_tokens=8191"], Tokens(8191), 0, 1),
+        (["micro_batch_tokens=300", "algorithm=remax"], Tokens(300), 1, 1),
+        (["minibatches=2"], Tokens(8 * 1024), 0, 1),
+        (["micro_batch_size=16"], 16, 1, 8),
+        (["micro_batch_size=12"], 12, 0, 1),
+    ],
+)
+def test_micro_batches_keep_groups_together_where_the_first_epoch_scores(overrides, size, first_epoch, kept_together):
+    config = load_config(None, overrides)
+    assert (config.batch_size, config.first_epoch, config.kept_together) == (size, first_epoch, kept_together)
 
 
 @pytest.mark.parametrize(

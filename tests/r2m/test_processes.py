@@ -23,6 +23,8 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("train_in_processes.py")
 SHARDED = {"placement": {"shard_policy": True}}
+# Room for the greatest group, 4 x 20 tokens, and little for padding: micro-batches take several passes.
+BUDGET = {"micro_batch_size": None, "micro_batch_tokens": 80, "generation": {"max_prompt_tokens": 15}}
 # With rounds scored by a pass of their own, and, where groups of four fit, by the first epoch's.
 CASES = {
     "copies": {},
@@ -34,6 +36,10 @@ CASES = {
     "anchored": {"r2m": {"standardize": True, "scale_anchor": True}},
     "adapter": {"adapter": True},
     "sharded": SHARDED,
+    "budget": BUDGET,
+    "budget, checkpointing": BUDGET | {"gradient_checkpointing": True},
+    "budget, sharded": BUDGET | SHARDED,
+    "budget, sharded, scored apart": BUDGET | SHARDED | {"micro_batch_tokens": 30},
 }
 TIMEOUT = 240  # seconds; a run takes a few
 
@@ -82,9 +88,8 @@ def in_two(tmp_path_factory, reward_checkpoint):
 
 
 def measured(history):
-    return [
-        {name: value for name, value in row.items() if not name.startswith(("seconds/", "memory/"))} for row in history
-    ]
+    costs = ("seconds/", "memory/", "tokens/computed")
+    return [{name: value for name, value in row.items() if not name.startswith(costs)} for row in history]
 
 
 def assert_same_run(result, expected, tolerance):
@@ -114,6 +119,14 @@ def test_what_the_processes_say_and_hold_is_the_same(in_two):
         for part in ("policy", "reward_model"):
             for name, value in first[part].items():
                 assert torch.equal(value, second[part][name])
+
+
+def test_processes_run_equally_many_passes_whatever_their_lengths(in_two):
+    for case in (case for case in CASES if case.startswith("budget")):
+        first, second = (result["passes"] for result in in_two[1][case])
+        assert first["number"] == second["number"]
+        assert first["lengths"] != second["lengths"]
+        assert (max(first["number"][0]) > 1) == ("apart" not in case)
 
 
 def test_one_process_writes(in_two):

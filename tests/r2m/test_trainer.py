@@ -120,7 +120,8 @@ def changed(module, before):
 
 
 def without_costs(rows):
-    return [{name: x for name, x in row.items() if not name.startswith(("seconds/", "memory/"))} for row in rows]
+    costs = ("seconds/", "memory/", "tokens/computed")
+    return [{name: x for name, x in row.items() if not name.startswith(costs)} for row in rows]
 
 
 def written_rows(trainer):
@@ -190,13 +191,13 @@ def test_a_round_says_its_phase_epoch_and_micro_batch_and_no_pass_is_larger(make
     for line in (
         "round 1 of 1, sampling, batch 1 of 1, token 1 of 5",
         "round 1 of 1, scoring, embedding, batch 2 of 2",
-        "round 1 of 1, scoring, reference, micro-batch 2 of 2",
+        "round 1 of 1, scoring, reference, pass 2 of 2",
         "round 1 of 1, scoring, policy, minibatch 1 of 1, micro-batch 2 of 2",
         "round 1 of 1, policy update, epoch 2 of 2, minibatch 1 of 1, micro-batch 2 of 2",
         "round 1 of 1, reward model update",
         "round 1 of 1, held-out prompts, sampling, batch 1 of 1, token 1 of 5",
         "held-out pairs, embedding, batch 1 of 1",
-        "round 1 of 1, held-out pairs, hidden states of the policy, batch 1 of 1",
+        "round 1 of 1, held-out pairs, hidden states of the policy, pass 1 of 1",
     ):
         assert line in said, (line, said)
     assert any(line.startswith("round 1 of 1, writing ") for line in said)
@@ -488,6 +489,20 @@ def test_the_micro_batch_size_changes_no_metric(make, minibatches):
     reference = make(rounds=1, minibatches=minibatches, micro_batch_size=8).train()
     for size in (1, 3):
         close(make(rounds=1, minibatches=minibatches, micro_batch_size=size).train(), reference, 1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"minibatches": 2}, {"algorithm": "grpo"}, {"algorithm": "remax"}])
+def test_a_budget_of_tokens_changes_no_metric_and_no_weight(make, settings, monkeypatch):
+    """180 tokens hold a group whatever its lengths; of 25, groups are cut."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, **_: torch.optim.SGD(p, lr=0.1))  # Adam enlarges rounding
+    whole = make(rounds=1, micro_batch_size=8, **settings)
+    start, rows = copies(whole.policy), whole.train()
+    assert any((p - start[name]).abs().max() > 1e-3 for name, p in whole.policy.state_dict().items())
+    for tokens in (180, 25):
+        budget = make(rounds=1, micro_batch_size=None, micro_batch_tokens=tokens, **settings)
+        close(budget.train(), rows, 1e-4)
+        for p, other in zip(budget.policy.parameters(), whole.policy.parameters(), strict=True):
+            torch.testing.assert_close(p, other, rtol=0, atol=1e-5)
 
 
 def test_a_seed_decides_every_bit(make):

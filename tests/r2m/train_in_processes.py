@@ -71,8 +71,18 @@ def train(
     history = trainer.train(resume)
     trainer.save_pretrained(folder)
     weights = {name: processes.full(p) for name, p in policy.state_dict().items()}
-    texts = trainer.sample(1).completions
-    return {"history": history, "policy": weights, "reward_model": trainer.reward_model.state_dict(), "texts": texts}
+    rollout = trainer.sample(1)
+    minibatches = trainer.learner.minibatches(rollout)
+    return {
+        "history": history,
+        "policy": weights,
+        "reward_model": trainer.reward_model.state_dict(),
+        "texts": rollout.completions,
+        "passes": {
+            "number": [[len(micro_batch) for micro_batch in minibatch] for minibatch in minibatches],
+            "lengths": rollout.lengths,
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def test_a_run_that_does_not_fit_gets_the_keys_that_help_and_no_others(settings,
     hints = text.partition("keys that lower it:")[2]
     assert "generation.batch_size, now 4" in hints and "micro_batch_size, now 2" in hints and "lora, " in hints
     assert "gradient_checkpointing" not in hints  # it is on
+    budget = doctor.report(config_from_dict(settings | {"micro_batch_size": None, "micro_batch_tokens": 999}))
+    assert "micro_batch_tokens, now 999: " in budget and "micro_batch_size" not in budget
     assert "placement" not in hints  # all is in host memory
     text = doctor.report(config_from_dict(settings | {"placement": {"device": "cuda"}, "micro_batch_size": 1}))
     hints = text.partition("keys that lower it:")[2]

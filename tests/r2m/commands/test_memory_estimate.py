@@ -106,6 +106,8 @@ CASES = {
     "scoring apart": {"micro_batch_size": 3},  # groups are not whole in a pass
     "one pass": {"micro_batch_size": 16},  # its gradients come as its activations go
     "minibatches": {"minibatches": 2, "micro_batch_size": 4, "epochs": 1},
+    "budget of tokens": {"micro_batch_size": None, "micro_batch_tokens": 9 * (PROMPT + RESPONSE)},  # two groups
+    "budget, scoring apart": {"micro_batch_size": None, "micro_batch_tokens": 3 * (PROMPT + RESPONSE)},
     "one response, frozen reward model": {
         "algorithm": "reinforce++", "kl": {"placement": "reward"}, "num_generations": 1, "prompts_per_round": 16,
         "r2m": {"feedback": "frozen", "inner_width": 64},
@@ -185,6 +187,13 @@ def test_parts_of_full_training(large):
     kept = 5 * D * 4 + (6 * D + 4 * Q + LENGTH + 4 * M) * 2
     assert estimate.terms["policy"]["activations"] == 2 * 8 * LENGTH * kept
     assert estimate.terms["policy"]["bfloat16 weights"] == 2 * (LAYERS + TABLE)
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(17 * LENGTH, 16), (7 * LENGTH, 7), (1, 1), (None, 8)])
+def test_a_budget_takes_the_memory_of_the_sequences_of_greatest_length_in_it(large, tokens, size):
+    """17 are two whole groups; of 7, scoring is a pass of its own, and groups are cut."""
+    budget = estimate_memory(config_from_dict(large | {"micro_batch_tokens": tokens}))
+    assert budget == estimate_memory(config_from_dict(large | {"micro_batch_size": size}))
 
 
 def test_an_adapter_trains_its_own_weights_alone(large):

@@ -14,7 +14,7 @@ from r2m.fitting.bradley_terry import pair_accuracy
 from r2m.fitting.pairs import embed_pairs, feature_statistics, pack_hidden, score_rollout, stream_hidden, tokenize_pairs
 from r2m.fitting.recipe import fit_head, warm_start
 from r2m.method.updater import R2MUpdater
-from r2m.policy.rollout import collate
+from r2m.policy.rollout import collate, micro_batches
 
 WORDS = ["film", "story", "plot", "cast", "music", "ending"]
 PAIRS = [Preference(f"the {word} is ", "good!", "so bad") for word in WORDS]
@@ -274,14 +274,23 @@ def ragged():
     )
 
 
+def passes(rollout, hidden, size):
+    """Hidden states [B, P + R, D] of a rollout, as passes of `size` sequences give them."""
+    width = rollout.input_ids.shape[1]
+    for (part,) in micro_batches(rollout, size):
+        taken = torch.full((*part.input_ids.shape, hidden.shape[-1]), torch.nan)
+        taken[part.attention_mask] = hidden[part.rows][rollout.attention_mask[part.rows]]
+        assert taken.shape[1] <= width
+        yield part, taken
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_streamed_statistics_are_those_of_all_rows_at_once(ragged, batch_size, offset):
     torch.manual_seed(0)
     hidden = torch.randn(*ragged.feedback_mask.shape, 11) * torch.logspace(-2, 2, 11) + offset
     hidden[~ragged.feedback_mask] = torch.nan
-    batches = ((slice(i, i + batch_size), hidden[i : i + batch_size]) for i in range(0, 7, batch_size))
-    mean, scale = feature_statistics(batches, ragged)
+    mean, scale = feature_statistics(passes(ragged, hidden, batch_size))
     variance, expected = torch.var_mean(hidden[ragged.feedback_mask].double(), 0, correction=0)
     torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scale.double(), variance.sqrt(), rtol=1e-3, atol=1e-5)
@@ -292,8 +301,7 @@ def test_statistics_skip_a_batch_without_feedback(batch_size):
     """Responses of one token have no feedback position of their own."""
     rollout = collate([""] * 4, [""] * 4, [[5]] * 4, [[7], [7], [7, 8, 9], [7, 8]], pad_id=0, positions="response")
     hidden = torch.randn(*rollout.feedback_mask.shape, 3)
-    batches = ((slice(i, i + batch_size), hidden[i : i + batch_size]) for i in range(0, 4, batch_size))
-    mean, scale = feature_statistics(batches, rollout)
+    mean, scale = feature_statistics(passes(rollout, hidden, batch_size))
     expected = hidden[rollout.feedback_mask]
     torch.testing.assert_close(mean, expected.mean(0))
     torch.testing.assert_close(scale, expected.std(0, correction=0))
@@ -302,7 +310,7 @@ def test_statistics_skip_a_batch_without_feedback(batch_size):
 def test_statistics_of_nothing_are_an_error():
     rollout = collate([""] * 2, [""] * 2, [[5]] * 2, [[7]] * 2, pad_id=0, positions="response")
     with pytest.raises(ValueError, match="standardize: no text has a position whose hidden state counts"):
-        feature_statistics(iter([(slice(0, 2), torch.randn(2, 2, 3))]), rollout)
+        feature_statistics(passes(rollout, torch.randn(2, 2, 3), 2))
 
 
 def test_packed_and_padded_scores_of_pairs_agree(reward_model, policy, tokenizer):
@@ -330,11 +338,11 @@ def test_hidden_states_are_the_backbones_with_one_row_of_logits_and_the_mode_is_
     batches = list(stream_hidden(policy, rollout, batch_size=5))
     assert policy.training
     assert rows_of_logits == [1, 1, 1]
-    assert [rows.start for rows, _ in batches] == [0, 5, 10]
-    hidden = torch.cat([hidden for _, hidden in batches])
-    assert not hidden.requires_grad
-    mask = rollout.attention_mask
-    torch.testing.assert_close(hidden[mask], expected[mask], rtol=1e-5, atol=1e-5)
+    assert sorted(row for part, _ in batches for row in part.rows.tolist()) == list(range(len(rollout.prompts)))
+    for part, hidden in batches:
+        assert not hidden.requires_grad
+        of_tokens = expected[part.rows][rollout.attention_mask[part.rows]]
+        torch.testing.assert_close(hidden[part.attention_mask], of_tokens, rtol=1e-5, atol=1e-5)
 
 
 # ---- bad input ----

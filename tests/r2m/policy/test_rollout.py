@@ -3,10 +3,13 @@ import tiny
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM, MistralConfig, MistralForCausalLM
 
+from r2m.batching import Tokens
 from r2m.config import Generation, Lora
+from r2m.method.hidden_states import HiddenStateTap
 from r2m.policy.load import add_adapter
 from r2m.policy.loss import token_log_probs
-from r2m.policy.rollout import collate, sample
+from r2m.policy.passes import response_logits
+from r2m.policy.rollout import collate, micro_batches, sample
 
 
 def forward(policy, rollout):
@@ -224,3 +227,73 @@ def test_prompts_are_not_tokenized_again_where_their_ids_are_given(policy, token
     assert [row[mask][:-2].tolist() for row, mask in zip(r.input_ids, r.attention_mask, strict=True)] == [
         [70, 71], [70, 71], [72], [72],
     ]  # fmt: skip
+
+
+# ---- parts: the sequences of a pass ----
+
+
+@pytest.fixture
+def ragged():
+    """Ten sequences whose prompts and responses differ in length, in groups of two."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(low, high):
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(50, 260, (length,), generator=generator).tolist()
+
+    prompts = [ids for ids in [tokens(1, 20) for _ in range(5)] for _ in range(2)]
+    return collate([""] * 10, [""] * 10, prompts, [tokens(1, 16) for _ in range(10)], pad_id=1)
+
+
+def test_a_part_is_as_wide_as_its_longest_sequence():
+    r = collate(["a"] * 3, [""] * 3, [[5, 6, 7], [8], [9]], [[10], [11, 12, 13], [14]], pad_id=1)
+    part = r.part([1, 0])
+    assert part.input_ids.tolist() == [[8, 11, 12, 13], [5, 6, 7, 10]]
+    assert part.attention_mask.all()
+    assert part.feedback_mask.int().tolist() == [[1, 1, 1, 0]] * 2
+    assert part.position_ids.tolist() == [[0, 1, 2, 3]] * 2
+    assert part.to_rollout(torch.tensor([[1.0, 2, 3], [4, 5, 6]])).tolist() == [[1, 2, 3], [6, 0, 0]]
+    part = r.part([2, 0])
+    assert part.attention_mask.int().tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert part.feedback_mask.int().tolist() == [[0, 0, 1, 0], [1, 1, 1, 0]]
+    assert part.position_ids[part.attention_mask].tolist() == [0, 1, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("size", [3, Tokens(40)], ids=["sequences", "tokens"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_parts_give_the_log_probs_hidden_states_and_gradients_of_the_padded_round(policy, ragged, size, group):
+    hidden = {}
+    weight = torch.rand(ragged.completion_mask.shape)
+    with HiddenStateTap(policy, lambda states, _: hidden.update(padded=states)):
+        expected = token_log_probs(forward(policy, ragged), ragged.completion_ids, 0.7) * ragged.completion_mask
+    gradients = torch.autograd.grad((expected * weight).sum(), list(policy.parameters()))
+
+    def check(rows, states, mask):
+        of_padded = hidden["padded"][rows][ragged.feedback_mask[rows]]
+        torch.testing.assert_close(states[mask], of_padded, rtol=1e-5, atol=1e-5)
+
+    found = micro_batches(ragged, size, group=group)
+    parts = [part for micro_batch in found for part in micro_batch]
+    assert sorted(row for part in parts for row in part.rows.tolist()) == list(range(10))
+    assert sum(part.input_ids.numel() for part in parts) < 0.85 * ragged.input_ids.numel()
+    for micro_batch in found:
+        log_probs = [
+            part.to_rollout(token_log_probs(response_logits(policy, part, check), part.response_ids, 0.7))
+            for part in micro_batch
+        ]
+        rows = torch.cat([part.rows for part in micro_batch])
+        values = torch.cat(log_probs)
+        torch.testing.assert_close(values, expected[rows], rtol=1e-5, atol=1e-5)
+        (values * weight[rows]).sum().backward()
+    for p, gradient in zip(policy.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_generated_in_sorted_batches_keep_their_responses(policy, tokenizer):
+    """Greedy responses, whose prompt decides them."""
+    prompts = ["a", "what is it? ", "hello ", "to"]
+    settings = Generation(max_new_tokens=4, eos_token_ids=[], batch_size=4)
+    alone = [sample(policy, tokenizer, [p], 2, settings, greedy=True).completion_ids for p in prompts]
+    together = sample(policy, tokenizer, prompts, 2, settings, greedy=True).completion_ids
+    assert together.tolist() == torch.cat(alone).tolist()
+    assert len(together.unique(dim=0)) > 1
