@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -18,10 +18,11 @@ from r2m.algorithms import ALGORITHMS
 from r2m.config import R2MConfig
 from r2m.data.order import minibatch_order
 from r2m.data.sources import Prompt
+from r2m.policy.generate import GenerateFn, Generator
 from r2m.policy.loss import policy_loss, token_log_probs
 from r2m.policy.passes import Consume, compact_head_input, disable_dropout, response_logits, training_mode
 from r2m.policy.reference import freeze_reference
-from r2m.policy.rollout import Annotations, Rollout, RolloutFn, sample
+from r2m.policy.rollout import Annotations, Rollout, asked, sample
 
 
 class Learner:
@@ -36,9 +37,10 @@ class Learner:
         policy: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         config: R2MConfig,
-        rollout_fn: RolloutFn | None = None,
+        generator: Generator | GenerateFn | None = None,
     ):
-        self.policy, self.tokenizer, self.config, self.rollout_fn = policy, tokenizer, config, rollout_fn
+        self.policy, self.tokenizer, self.config, self.generator = policy, tokenizer, config, generator
+        self._handed_over = -1  # the version of the weights that the generator has
         place = config.placement
         compact_head_input(policy)
         if config.gradient_checkpointing:
@@ -85,7 +87,8 @@ class Learner:
         if settings.batch_size is None:  # held-out prompts may be more than a round's, whose cache fits
             at_once = self.config.prompts_per_round * self.config.num_generations
             settings = dataclasses.replace(settings, batch_size=at_once)
-        with self.autocast():
+        self.update_generator()
+        with self.autocast() if self.generator is None else nullcontext():
             return sample(
                 self.policy,
                 self.tokenizer,
@@ -94,9 +97,17 @@ class Learner:
                 settings,
                 prompt_ids=prompt_ids,
                 positions=self.config.r2m.positions,
-                rollout_fn=self.rollout_fn,
+                generator=self.generator,
                 greedy=greedy,
             )
+
+    def update_generator(self) -> None:
+        """Hand the weights over to a generator that has others."""
+        version = sum(p._version for p in self.parameters)  # PyTorch counts what writes into a tensor
+        if isinstance(self.generator, Generator) and version != self._handed_over:
+            with asked(self.generator):
+                self.generator.update(self.policy)
+            self._handed_over = version
 
     def logits(
         self, rollout: Rollout, rows: slice, consume: Consume | None = None, *, model: nn.Module | None = None
@@ -167,8 +178,8 @@ class Learner:
         return norm
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """By name: what a checkpoint holds."""
-        return {name: p.data for name, p in self.policy.named_parameters() if p.requires_grad}
+        """By name: what a checkpoint holds. What writes into them is seen by `update_generator`."""
+        return {name: p.detach() for name, p in self.policy.named_parameters() if p.requires_grad}
 
     def save_pretrained(self, folder: Any) -> None:
         """The policy, or its adapter, with the tokenizer. All processes take part; the first writes."""
