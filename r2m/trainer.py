@@ -29,6 +29,7 @@ from r2m.data.order import prompts_of_round, round_seed
 from r2m.data.sources import Preference, Prompt, check_list
 from r2m.data.tokenization import usable_prompts
 from r2m.devices import resolve_precision
+from r2m.integrations.vllm import VLLM
 from r2m.method.backbone import hidden_width
 from r2m.method.reward_model import R2MRewardModel
 from r2m.method.updater import R2MUpdater
@@ -98,6 +99,10 @@ class R2MTrainer:
             raise TypeError(
                 f"generator is {generator!r}; expected `update` and `generate`, or a function (prompt_ids, K)"
             )
+        if generator is not None and config.generation.engine != "transformers":
+            raise ValueError(
+                f"generation.engine is {config.generation.engine!r}, and a generator is given; expected one of them"
+            )
         if is_function and self.algorithm.needs_greedy:
             raise ValueError(
                 f"algorithm is {config.algorithm!r}, and generator is a function, which only samples; expected none, "
@@ -113,6 +118,8 @@ class R2MTrainer:
         reward_model.check_policy_width(hidden_width(policy))
         reward_model.check_prompts([*self.prompts, *eval_prompts])
 
+        if config.generation.engine == "vllm":
+            generator = VLLM(policy, tokenizer, config)
         self.learner = Learner(policy, tokenizer, config, generator)
         self._check_devices()
         self.updater = R2MUpdater(

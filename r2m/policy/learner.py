@@ -83,10 +83,8 @@ class Learner:
         greedy: bool = False,
     ) -> Rollout:
         """`num_generations` responses to each prompt, by temperature alone, or the most likely ones."""
-        settings = self.config.generation
-        if settings.batch_size is None:  # held-out prompts may be more than a round's, whose cache fits
-            at_once = self.config.prompts_per_round * self.config.num_generations
-            settings = dataclasses.replace(settings, batch_size=at_once)
+        # Held-out prompts may be more than a round's, whose cache fits.
+        settings = dataclasses.replace(self.config.generation, batch_size=self.config.sequences_at_once)
         self.update_generator()
         with self.autocast() if self.generator is None else nullcontext():
             return sample(

@@ -12,7 +12,7 @@ from r2m import processes
 
 
 class Terminated(BaseException):
-    """SIGTERM came at a moment at which the run can stop at once. A judge or a generator that catches errors lets it pass."""
+    """SIGTERM came at a moment at which the run can stop at once. No error: what catches errors lets it pass."""
 
 
 class Sigterm:
