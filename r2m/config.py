@@ -63,11 +63,16 @@ class Generation:
     stop_strings: list[str] = field(default_factory=list)
     batch_size: int | None = None  # sequences generated at once; None: the whole round, prompts x K
     engine: Literal["transformers", "vllm"] = "transformers"  # vllm: in the trainer's process (r2m.integrations.vllm)
+    # Largest weight of a token: the policy's probability of it over that of the engine that sampled it, where the
+    # engine says so (r2m.policy.loss.importance_weights)
+    importance_cap: float = 2.0
 
     def __post_init__(self) -> None:
         _at_least("generation.batch_size", 1 if self.batch_size is None else self.batch_size, 1)
         if self.temperature <= 0:
             raise ValueError(f"generation.temperature is {self.temperature}; expected more than 0")
+        if self.importance_cap < 1:
+            raise ValueError(f"generation.importance_cap is {self.importance_cap}; expected at least 1")
 
 
 @_checked

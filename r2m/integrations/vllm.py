@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from r2m import processes
 from r2m.config import R2MConfig
 from r2m.method.hidden_states import causal_lm
+from r2m.models import position_limit
 from r2m.policy.generate import GeneratorFailed, Sampling
 from r2m.progress import waiting
 
@@ -70,7 +71,7 @@ class VLLM:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         model: Any = causal_lm(policy)
-        self.device, settings = model.device, config.generation
+        self.device, length, limit = model.device, _length(config), position_limit(model)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         cache, weights = cache_bytes(model.config, config), model.num_parameters() * self.dtype.itemsize
         try:
@@ -83,14 +84,14 @@ class VLLM:
                     folder,
                     load_format="dummy",
                     dtype=str(self.dtype).removeprefix("torch."),
-                    max_model_len=settings.max_prompt_tokens + settings.max_new_tokens,
+                    max_model_len=length if limit is None else min(length, limit),
                     max_num_seqs=_at_once(config),
                     kv_cache_memory_bytes=cache,
                     gpu_memory_utilization=self._share_of_device(cache + weights),
                     enforce_eager=self.device.type == "cpu",  # compilation takes longer there than a small run
                     generation_config="vllm",  # nothing of the checkpoint's own defaults leaks in
                     logprobs_mode="processed_logprobs",  # at the temperature
-                    skip_tokenizer_init=not settings.stop_strings,
+                    skip_tokenizer_init=not config.generation.stop_strings,
                     distributed_executor_backend="uni" if processes.number() == 1 else "external_launcher",
                     trust_remote_code=config.trust_remote_code,
                 )
@@ -173,9 +174,12 @@ def cache_bytes(model_config: PretrainedConfig, config: R2MConfig) -> int:
     each = getattr(text, "head_dim", None) or text.hidden_size // heads
     number = 2 if config.precision == "bf16" else 4
     of_token = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * each * number
-    length = config.generation.max_prompt_tokens + config.generation.max_new_tokens
-    blocks = _at_once(config) * -(-length // _BLOCK) + 1  # vLLM keeps one to itself
+    blocks = _at_once(config) * -(-_length(config) // _BLOCK) + 1  # vLLM keeps one to itself
     return blocks * _BLOCK * of_token
+
+
+def _length(config: R2MConfig) -> int:
+    return config.generation.max_prompt_tokens + config.generation.max_new_tokens
 
 
 def _at_once(config: R2MConfig) -> int:

@@ -19,7 +19,7 @@ from r2m.config import R2MConfig
 from r2m.data.order import minibatch_order
 from r2m.data.sources import Prompt
 from r2m.policy.generate import GenerateFn, Generator
-from r2m.policy.loss import policy_loss, token_log_probs
+from r2m.policy.loss import importance_ratios, policy_loss, token_log_probs
 from r2m.policy.passes import Consume, compact_head_input, disable_dropout, response_logits, training_mode
 from r2m.policy.reference import freeze_reference
 from r2m.policy.rollout import Annotations, Rollout, asked, sample
@@ -150,7 +150,12 @@ class Learner:
 
     def backward(self, log_probs: Tensor, rollout: Rollout, batch: Annotations, rows: slice) -> None:
         """Add the gradient of the loss of `rows` to the policy's, and loss and statistics to `batch.totals`."""
-        config = self.config
+        config, weights = self.config, None
+        if rollout.sampled_log_probs is not None:
+            ratios = importance_ratios(
+                batch.log_probs[rows], rollout.sampled_log_probs[rows], rollout.completion_mask[rows]
+            )
+            weights = ratios.clamp_max(config.generation.importance_cap)
         loss, stats = policy_loss(
             log_probs,
             batch.log_probs[rows],
@@ -161,6 +166,7 @@ class Learner:
             clip_range=config.clip_range,
             beta=config.kl.beta if config.kl.placement == "loss" else 0.0,
             estimator=config.kl.estimator,
+            weights=weights,
         )
         (loss.sum() * config.minibatches / len(rollout.prompts)).backward()
         for name, value in {"loss": loss.detach(), **stats}.items():

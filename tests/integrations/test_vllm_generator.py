@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +14,13 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "r2m"))  # for tiny
 
 import tiny
+from small_run import write_config
 
 from r2m import R2MTrainer
 from r2m.config import Lora, config_from_dict
 from r2m.policy.generate import GeneratorFailed, Sampling
 from r2m.policy.load import add_adapter
+from r2m.runs.folder import checkpoints, read_metrics
 
 WIDTH = 64  # vLLM's CPU attention takes heads of 32 numbers or more
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz"]
@@ -67,8 +71,10 @@ def difference(trainer, rollout, log_probs):
 def test_each_round_samples_from_the_policy_as_it_is(make, adapter):
     trainer, start = make(adapter), small_policy(adapter)
     for t in (1, 2):
-        _, rollout, batch = trainer.round(t)
+        row, rollout, batch = trainer.round(t)
         assert difference(trainer, rollout, batch.log_probs) < 5e-5
+        assert row["generation/importance_ratio"] == pytest.approx(1, abs=5e-5)
+        assert row["generation/truncated_share"] == 0
     trainer.policy, trainer.learner.policy = start, start
     before = trainer.learner.log_probs(trainer.learner.logits(rollout, slice(None)), rollout, slice(None))
     assert difference(trainer, rollout, before) > 0.05  # the weights of round 2 are not those of the start
@@ -79,6 +85,49 @@ def test_greedy_responses_are_transformers_own(make):
     own, theirs = make(**settings).sample(1), make(**settings, generation_engine="transformers").sample(1)
     assert torch.equal(own.greedy.input_ids, theirs.greedy.input_ids)
     assert own.greedy.sampled_log_probs is None
+
+
+def launch(config, *options):
+    """`r2m train` in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "r2m.cli", "train"]
+    return subprocess.run(
+        [*command, "--config", str(config), *options],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+JUDGE = """
+import os, pathlib, signal
+killed, calls = pathlib.Path(__file__).with_name("killed"), []
+def judge(prompts, responses):
+    calls.append(1)
+    if len(calls) == 2 and not killed.exists():
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [0.0] * len(prompts)
+"""
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_of_which_one_is_killed_go_on(checkpoint, tmp_path, shard):
+    """Each has an engine of its own; the first is killed after round 2, before that round's checkpoint."""
+    config = write_config(tmp_path, checkpoint, width=WIDTH)
+    (tmp_path / "judge.py").write_text(JUDGE)
+    values = [
+        *("rounds=2", "generation.engine=vllm", f"evaluation.judge={tmp_path}/judge.py:judge"),
+        f"placement.shard_policy={str(shard).lower()}",
+    ]
+    killed = launch(config, *values)
+    assert killed.returncode != 0 and (tmp_path / "killed").exists(), killed.stderr[-2000:]
+    assert list(checkpoints(tmp_path / "out")) == [1]
+    resumed = launch(config, *values, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    rows = read_metrics(tmp_path / "out")
+    assert [row["round"] for row in rows] == [1, 2]
+    assert all(row["generation/importance_ratio"] == pytest.approx(1, abs=5e-5) for row in rows)
 
 
 # ---- how a response ends ----
@@ -156,8 +205,6 @@ def test_a_model_that_vllm_cannot_run_is_named_with_its_reason(make):
 
 def test_too_little_memory_is_named_with_what_it_takes(make, monkeypatch):
     monkeypatch.setattr("r2m.integrations.vllm.cache_bytes", lambda *_: 2**50)
-    message = (
-        r"did not start: .*Available memory.* 1048576\.00 GiB for keys and values of 8 sequences; a lower gener"
-    )
+    message = r"did not start: .*Available memory.* 1048576\.00 GiB for keys and values of 8 sequences; a lower gener"
     with pytest.raises(GeneratorFailed, match=message):
         make()

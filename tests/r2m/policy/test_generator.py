@@ -1,6 +1,7 @@
 """A generator of one's own: what it is asked, when it gets the weights, and what becomes of what it returns."""
 
 import copy
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from r2m.policy.generate import GeneratorFailed, generate
 from r2m.policy.loss import token_log_probs
 from r2m.policy.rollout import sample
 from r2m.runs.folder import checkpoints
+from r2m.runs.monitor import describe_samples
 
 
 class Copy:
@@ -141,6 +143,34 @@ def test_one_with_other_weights_is_found_before_the_run(make):  # noqa: F811
             p += 0.1 * torch.randn_like(p)
     with pytest.raises(ValueError, match=r"gives the same tokens other values, by up to: in generation \(nats\)"):
         wrong.train()
+
+
+@pytest.mark.parametrize(("factor", "weight"), [(0.5, 0.5), (1.5, 1.5), (3.0, 2.0)])
+def test_a_token_counts_by_what_the_policy_makes_of_it_up_to_the_cap(make, factor, weight):  # noqa: F811
+    """factor: the policy's probability over the engine's."""
+    trainer, gradients, row = make(kl={"beta": 0.0}, generation={"importance_cap": 2.0}), [], {}
+    rollout = trainer.sample(1)
+    batch = tiny.apart(trainer).annotate(rollout, 1, {})
+    for sampled in (None, batch.log_probs - math.log(factor)):
+        rollout.sampled_log_probs = sampled
+        row |= describe_samples(rollout, batch, trainer.config)
+        rows = slice(None)
+        trainer.learner.backward(
+            trainer.learner.log_probs(trainer.learner.logits(rollout, rows), rollout, rows), rollout, batch, rows
+        )
+        gradients.append([p.grad for p in trainer.learner.parameters])
+        trainer.learner.optimizer.zero_grad()
+    for plain, weighted in zip(*gradients, strict=True):
+        torch.testing.assert_close(weighted, weight * plain, rtol=1e-4, atol=1e-6)
+    assert row["generation/importance_ratio"] == pytest.approx(factor, rel=1e-5)
+    assert row["generation/truncated_share"] == float(factor > 2)
+
+
+def test_only_a_generator_that_gives_log_probs_has_their_metrics(make):  # noqa: F811
+    with_them, without = make(generator=Scoring(), rounds=1).train()[0], make(generator=Copy(), rounds=1).train()[0]
+    assert with_them.pop("generation/importance_ratio") == pytest.approx(1, abs=1e-4)
+    assert with_them.pop("generation/truncated_share") == 0
+    assert with_them.keys() == without.keys()
 
 
 class Failing(Copy):
