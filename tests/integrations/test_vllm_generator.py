@@ -111,15 +111,13 @@ def judge(prompts, responses):
 """
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_of_which_one_is_killed_go_on(checkpoint, tmp_path, shard):
-    """Each has an engine of its own; the first is killed after round 2, before that round's checkpoint."""
+def test_two_processes_of_which_one_is_killed_go_on(checkpoint, tmp_path):
+    """Each has an engine of its own, and a part of the policy; the first is killed after round 2, before that round's
+    checkpoint."""
     config = write_config(tmp_path, checkpoint, width=WIDTH)
     (tmp_path / "judge.py").write_text(JUDGE)
-    values = [
-        *("rounds=2", "generation.engine=vllm", f"evaluation.judge={tmp_path}/judge.py:judge"),
-        f"placement.shard_policy={str(shard).lower()}",
-    ]
+    values = ["rounds=2", "generation.engine=vllm", "placement.shard_policy=true"]
+    values.append(f"evaluation.judge={tmp_path}/judge.py:judge")
     killed = launch(config, *values)
     assert killed.returncode != 0 and (tmp_path / "killed").exists(), killed.stderr[-2000:]
     assert list(checkpoints(tmp_path / "out")) == [1]

@@ -255,9 +255,7 @@ def test_vllm_has_its_own_weights_and_cache_throughout_and_nothing_is_generated_
     config.generation.engine = "vllm"
     estimate = estimate_memory(config)
     assert estimate.parts["vLLM weights"] == plain.parts["policy weights"]
-    of_token = (
-        2 * SIZES["num_hidden_layers"] * 2 * (128 // 4) * 4
-    )  # keys and values, layers, heads, their width, float32
+    of_token = 4 * 2 * SIZES["num_hidden_layers"] * 2 * (128 // 4)  # float32 keys and values: layers, heads, width
     blocks = config.sequences_at_once + 1  # of 128 tokens: a sequence has at most 50
     assert estimate.parts["vLLM cache"] == blocks * 128 * of_token
     added = estimate.parts["vLLM weights"] + estimate.parts["vLLM cache"]
