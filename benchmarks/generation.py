@@ -55,9 +55,7 @@ def main() -> None:
             rollout = learner.sample([""] * args.prompts, args.responses, prompt_ids)
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu
             tokens = int(rollout.completion_mask.sum())
-            print(
-                f"{name:12} {tokens} tokens, {tokens / cpu:.1f} a CPU second, {tokens / wall:.1f} a second", flush=True
-            )
+            print(f"{name:12} {tokens / cpu:5.1f} tokens a CPU second, {tokens / wall:5.1f} a second", flush=True)
             if repeat:
                 figures[name].append(tokens / cpu)
     start = time.perf_counter()
@@ -65,7 +63,8 @@ def main() -> None:
     print(f"weights handed over in {time.perf_counter() - start:.2f} s")
     medians = {name: statistics.median(values) for name, values in figures.items()}
     ratio = medians["vllm"] / medians["transformers"]
-    print(f"{config.precision}: {medians}, tokens a CPU second, medians of {args.repeats}: {ratio:.2f} times")
+    found = " and ".join(f"{value:.1f} by {name}" for name, value in medians.items())
+    print(f"{config.precision}, medians of {args.repeats}: {found} a CPU second: {ratio:.2f} times as many")
 
 
 if __name__ == "__main__":

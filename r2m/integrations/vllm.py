@@ -128,8 +128,8 @@ class VLLM:
         longest = max(map(len, prompt_ids))
         if longest + settings.max_new_tokens > self.length:
             raise ValueError(
-                f"a prompt has {longest} tokens, with {settings.max_new_tokens} new ones more than {self.length}; expected "
-                "at most generation.max_prompt_tokens + .max_new_tokens, and the model's max_position_embeddings"
+                f"a prompt has {longest} tokens, with {settings.max_new_tokens} new ones more than {self.length}; "
+                "expected at most generation.max_prompt_tokens + .max_new_tokens, and max_position_embeddings"
             )
 
         params = SamplingParams(

@@ -12,9 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.append(str(Path(__file__).parents[1] / "r2m"))  # for tiny
 
 import tiny
+from small_run import write_config
 
 from r2m import R2MTrainer
-from r2m.config import Lora, config_from_dict
+from r2m.commands.build import load_data
+from r2m.config import Lora, config_from_dict, load_config
 from r2m.integrations import vllm
 from r2m.policy.load import add_adapter
 
@@ -38,10 +40,17 @@ def installed(monkeypatch, release):
         ("0.320.0", r"vLLM 0\.320\.0 is installed"),
     ],
 )
-def test_a_missing_or_another_release_is_named_before_anything_is_loaded(monkeypatch, release, message):
+def test_a_missing_or_another_release_is_named(monkeypatch, release, message):
     installed(monkeypatch, release)
     with pytest.raises(ImportError, match=message):
-        vllm.VLLM(tiny.policy(), tiny.tokenizer(), CONFIG)
+        vllm.check_installed()
+
+
+def test_a_run_without_it_ends_before_anything_is_loaded(monkeypatch, tmp_path):
+    installed(monkeypatch, None)
+    config = load_config(write_config(tmp_path, "no/such-model"), ["generation.engine=vllm"])
+    with pytest.raises(ImportError, match="not installed"):
+        load_data(config)
 
 
 def test_the_trainer_takes_an_engine_or_a_generator(tmp_path):
