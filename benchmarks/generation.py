@@ -2,8 +2,9 @@
 
     make vllm && OMP_NUM_THREADS=1 .venv/vllm/bin/python benchmarks/generation.py
 
-Every response has its full length. A CPU second is one of the process, all its threads counted; handing the weights
-over is timed apart. The first call of each, in which vLLM compiles, is left out.
+Responses have their full length, or end at a frequent token: transformers computes such a one to the end of the
+longest, vLLM does not. A CPU second is one of the process, all its threads counted. Figures are medians. The first call
+of each, in which vLLM compiles, is left out; handing the weights over is timed apart.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TEXT = "The film opens on a quiet street, and then lets the story of three broth
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"prompts": 2, "responses": 8, "prompt-tokens": 64, "new-tokens": 128, "repeats": 3}.items():
+    for name, value in {"prompts": 2, "responses": 8, "prompt-tokens": 64, "new-tokens": 128, "repeats": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "float32"])
     args = parser.parse_args()
@@ -38,33 +39,40 @@ def main() -> None:
             precision=args.precision,
             prompts_per_round=args.prompts,
             num_generations=args.responses,
-            generation=Generation(
-                max_prompt_tokens=args.prompt_tokens, max_new_tokens=args.new_tokens, eos_token_ids=[]
-            ),
+            generation=Generation(max_prompt_tokens=args.prompt_tokens, max_new_tokens=args.new_tokens),
         )
     )
     policy, tokenizer = load_policy(config), load_tokenizer(config.policy)
     ids = tokenizer(TEXT * args.prompt_tokens)["input_ids"]
     prompt_ids = [ids[7 * i : 7 * i + args.prompt_tokens] for i in range(args.prompts)]
     vllm = VLLM(policy, tokenizer, config)
-    learners = {"transformers": Learner(policy, tokenizer, config), "vllm": Learner(policy, tokenizer, config, vllm)}
-    figures: dict[str, list[float]] = {name: [] for name in learners}
-    for repeat in range(args.repeats + 1):
-        for name, learner in learners.items():
-            start, cpu = time.perf_counter(), time.process_time()
-            rollout = learner.sample([""] * args.prompts, args.responses, prompt_ids)
-            wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-            tokens = int(rollout.completion_mask.sum())
-            print(f"{name:12} {tokens / cpu:5.1f} tokens a CPU second, {tokens / wall:5.1f} a second", flush=True)
-            if repeat:
-                figures[name].append(tokens / cpu)
+    learners = {"transformers": Learner(policy, tokenizer, config), "vLLM": Learner(policy, tokenizer, config, vllm)}
+
+    def rate(name: str, ends: list[int]) -> float:
+        """Response tokens of a CPU second; `ends` end a response."""
+        learner = learners[name]
+        learner.config.generation.eos_token_ids = ends
+        start, cpu = time.perf_counter(), time.process_time()
+        rollout = learner.sample([""] * args.prompts, args.responses, prompt_ids)
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+        tokens = int(rollout.completion_mask.sum())
+        print(f"{name:12} {tokens} tokens, {tokens / cpu:5.1f} a CPU second, {tokens / wall:5.1f} a second", flush=True)
+        return tokens / cpu
+
+    frequent = tokenizer.convert_tokens_to_ids("\u0120of")  # one token in forty or so
+    for name in learners:
+        rate(name, [frequent])
+    found: dict[str, dict[str, list[float]]] = {}
+    for _ in range(args.repeats):
+        for lengths, ends in {"full length": [], "ragged": [frequent]}.items():
+            for name in learners:
+                found.setdefault(lengths, {}).setdefault(name, []).append(rate(name, ends))
     start = time.perf_counter()
     vllm.update(policy)
     print(f"weights handed over in {time.perf_counter() - start:.2f} s")
-    medians = {name: statistics.median(values) for name, values in figures.items()}
-    ratio = medians["vllm"] / medians["transformers"]
-    found = " and ".join(f"{value:.1f} by {name}" for name, value in medians.items())
-    print(f"{config.precision}, medians of {args.repeats}: {found} a CPU second: {ratio:.2f} times as many")
+    for lengths, rates in found.items():
+        theirs, ours = (statistics.median(rates[name]) for name in learners)
+        print(f"{config.precision}, {lengths}: transformers {theirs:.1f}, vLLM {ours:.1f}: {ours / theirs:.2f} times")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,8 @@ RELEASE = "0.32"  # that `make vllm` tests; `reload_weights` and the sampler's o
 _AT_ONCE = 1024  # sequences, at most: more of them wait for their turn, and gain nothing together
 _BLOCK = 128  # tokens: vLLM hands its cache out in blocks of at most so many
 
-# Read by vLLM as it is imported. The first two keep the engine in this process, and this process's threads where they
-# are; the last leaves the log to what goes wrong.
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+# Of vLLM, unless they are set: it leaves this process's threads where they are, and logs what goes wrong alone.
+_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def check_installed() -> None:
@@ -69,6 +64,7 @@ class VLLM:
         _check_adapter(policy)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # `update` hands tensors over, not their copies
         model: Any = causal_lm(policy)
         # vLLM has a table of all positions, also where a model computes them.
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _length(config)

@@ -116,7 +116,7 @@ def test_two_processes_of_which_one_is_killed_go_on(checkpoint, tmp_path):
     checkpoint."""
     config = write_config(tmp_path, checkpoint, width=WIDTH)
     (tmp_path / "judge.py").write_text(JUDGE)
-    values = ["rounds=2", "generation.engine=vllm", "placement.shard_policy=true"]
+    values = ["rounds=3", "generation.engine=vllm", "placement.shard_policy=true"]
     values.append(f"evaluation.judge={tmp_path}/judge.py:judge")
     killed = launch(config, *values)
     assert killed.returncode != 0 and (tmp_path / "killed").exists(), killed.stderr[-2000:]
@@ -124,7 +124,7 @@ def test_two_processes_of_which_one_is_killed_go_on(checkpoint, tmp_path):
     resumed = launch(config, *values, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     rows = read_metrics(tmp_path / "out")
-    assert [row["round"] for row in rows] == [1, 2]
+    assert [row["round"] for row in rows] == [1, 2, 3]
     assert all(row["generation/importance_ratio"] == pytest.approx(1, abs=5e-5) for row in rows)
 
 
