@@ -64,7 +64,7 @@ class Generation:
     batch_size: int | None = None  # sequences generated at once; None: the whole round, prompts x K
     engine: Literal["transformers", "vllm"] = "transformers"  # vllm: in the trainer's process (r2m.integrations.vllm)
     # Largest weight of a token: the policy's probability of it over that of the engine that sampled it, where the
-    # engine says so (r2m.policy.loss.importance_weights)
+    # engine says so (r2m.policy.loss.importance_ratios)
     importance_cap: float = 2.0
 
     def __post_init__(self) -> None:

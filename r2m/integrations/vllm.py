@@ -7,6 +7,7 @@ sequences that are generated at once. Each of several processes has an engine of
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
@@ -75,7 +76,9 @@ class VLLM:
             with waiting("starting vLLM"), tempfile.TemporaryDirectory() as folder:
                 import vllm
 
-                model.config.save_pretrained(folder)
+                made_of = copy.deepcopy(model.config)
+                made_of.architectures = [type(model).__name__]  # of a model that no checkpoint was read for it has none
+                made_of.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 self.engine = vllm.LLM(
                     folder,
@@ -88,12 +91,11 @@ class VLLM:
                     enforce_eager=self.device.type == "cpu",  # compilation takes longer there than a small run
                     generation_config="vllm",  # nothing of the checkpoint's own defaults leaks in
                     logprobs_mode="processed_logprobs",  # at the temperature
-                    skip_tokenizer_init=not config.generation.stop_strings,
                     distributed_executor_backend="uni" if processes.number() == 1 else "external_launcher",
                     trust_remote_code=config.trust_remote_code,
                 )
-                if processes.number() > 1:  # the engine's end would be that of the trainer's process group, too
-                    self.engine.llm_engine.engine_core._finalizer.detach()
+            # It would end the process groups of this process: the trainer's, and those of an engine made after this.
+            self.engine.llm_engine.engine_core._finalizer.detach()
         except Exception as error:
             raise GeneratorFailed(
                 f"generation.engine is 'vllm', which did not start: {type(error).__name__}: {error} (beside the policy "
@@ -156,10 +158,11 @@ class VLLM:
 def checkpoint_weights(policy: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The weights of the policy by their names in a checkpoint, one at a time, with its adapter merged in.
 
-    The policy stays as it is: merged in place, a narrow weight would not come back to the same bits.
+    A head that is the embedding comes under both names: on a CPU vLLM has a repacked copy of it. The policy stays as it
+    is: merged in place, a narrow weight would not come back to the same bits.
     """
     model = causal_lm(policy)
-    for name, p in model.named_parameters():
+    for name, p in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         if ".lora_" in name:
             continue

@@ -81,8 +81,7 @@ def gpt2():
 def test_the_weights_are_the_policys_with_its_adapter_and_leave_it_as_it_is(build):
     policy, plain, ids = with_random_adapter(build()), build(), torch.arange(40, 60)[None]
     before = {name: p.clone() for name, p in policy.named_parameters()}
-    missing, unexpected = plain.load_state_dict(dict(vllm.checkpoint_weights(policy, torch.float32)), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    plain.load_state_dict(dict(vllm.checkpoint_weights(policy, torch.float32)))
     torch.testing.assert_close(plain(ids).logits, policy(ids).logits, rtol=1e-4, atol=1e-4)
     assert (plain(ids).logits - build()(ids).logits).abs().max() > 0.1
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.append(str(Path(__file__).parents[1] / "r2m"))  # for tiny
 
@@ -26,10 +27,14 @@ WIDTH = 64  # vLLM's CPU attention takes heads of 32 numbers or more
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz"]
 
 
-def small_policy(adapter=False, width=WIDTH):
-    policy = tiny.policy(width, num_hidden_layers=1)
+def small_policy(kind="llama", width=WIDTH):
     torch.manual_seed(7)
-    return add_adapter(policy, Lora(rank=2)) if adapter else policy
+    if kind == "gpt2":  # transposed weights, biases, a table of positions
+        sizes = {"n_embd": width, "n_layer": 1, "n_head": 2, "n_positions": 256}
+        settings = GPT2Config(vocab_size=264, **sizes, initializer_range=0.3, bos_token_id=0, eos_token_id=1)
+        return GPT2LMHeadModel(settings).eval()
+    policy = tiny.policy(width, num_hidden_layers=1, tie_word_embeddings=kind == "tied")
+    return add_adapter(policy, Lora(rank=2)) if kind == "adapter" else policy
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +48,7 @@ def without_costs(rows):
 
 @pytest.fixture
 def make(checkpoint, tmp_path):
-    def build(adapter=False, width=WIDTH, generation_engine="vllm", **settings):
+    def build(kind="llama", width=WIDTH, generation_engine="vllm", **settings):
         values = {
             "rounds": 2, "prompts_per_round": 2, "num_generations": 4, "micro_batch_size": 4, "precision": "float32",
             "learning_rate": 1e-2, "output_dir": "run", "checkpoints": {"every": 1},
@@ -52,7 +57,7 @@ def make(checkpoint, tmp_path):
         for key, value in settings.items():
             values[key] = values[key] | value if isinstance(values.get(key), dict) else value
         values["output_dir"] = str(tmp_path / values["output_dir"])
-        policy = small_policy(adapter, width)
+        policy = small_policy(kind, width)
         reward_model = tiny.reward_model(checkpoint, policy)
         return R2MTrainer(policy, reward_model, tiny.tokenizer(), PROMPTS, config_from_dict(values))
 
@@ -67,9 +72,9 @@ def difference(trainer, rollout, log_probs):
     return ((rollout.sampled_log_probs - log_probs) * rollout.completion_mask).abs().max().item()
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_each_round_samples_from_the_policy_as_it_is(make, adapter):
-    trainer, start = make(adapter), small_policy(adapter)
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "adapter"])
+def test_each_round_samples_from_the_policy_as_it_is(make, kind):
+    trainer, start = make(kind), small_policy(kind)
     for t in (1, 2):
         row, rollout, batch = trainer.round(t)
         assert difference(trainer, rollout, batch.log_probs) < 5e-5
