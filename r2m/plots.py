@@ -31,7 +31,7 @@ RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
     ("KL to the reference", "nats / response", {"policy/kl": "samples", "eval/kl": "held-out prompts"}),
     ("Policy entropy", "nats / token", {"policy/entropy": "entropy"}),
     ("Policy loss", "loss", {"policy/loss": "loss"}),
-    ("Importance ratio", "mean ratio", {"policy/ratio": "ratio"}),
+    ("Importance ratio", "mean ratio", {"policy/ratio": "ratio", "generation/importance_ratio": "to the engine"}),
     (
         "GREBT",
         "nats",
@@ -44,6 +44,7 @@ RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
             "reward/degenerate_share": "degenerate groups",
             "grebt/pair_flips": "pair flips",
             "policy/clip_share": "clipped ratios",
+            "generation/truncated_share": "truncated weights",
             "length/eos_share": "responses that end",
         },
     ),

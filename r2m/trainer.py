@@ -30,12 +30,14 @@ from r2m.data.order import prompts_of_round, round_seed
 from r2m.data.sources import Preference, Prompt, check_list
 from r2m.data.tokenization import usable_prompts
 from r2m.devices import resolve_precision
+from r2m.integrations.vllm import VLLM
 from r2m.method.backbone import hidden_width
 from r2m.method.reward_model import R2MRewardModel
 from r2m.method.updater import R2MUpdater
+from r2m.policy.generate import GenerateFn, Generator
 from r2m.policy.learner import Learner
 from r2m.policy.load import check_tokens
-from r2m.policy.rollout import Annotations, Rollout, RolloutFn
+from r2m.policy.rollout import Annotations, Rollout
 from r2m.progress import track
 from r2m.runs.checkpoint import RunState
 from r2m.runs.evaluator import Evaluator
@@ -53,17 +55,19 @@ class R2MTrainer:
         adapter: of the adapter) is the KL reference.
     reward_model: its trainable part on the device of the policy.
     prompts: text or chat messages; those above `generation.max_prompt_tokens` are dropped and counted.
-    rollout_fn: another generator in place of transformers' generate; not with ReMax, since it only samples.
+    generator: what samples in place of `generation.engine`: a `Generator` (r2m.policy.generate), or a function
+        (prompt_ids, K) -> ids of the responses; ReMax takes no function, since it only samples.
     eval_prompts: held-out prompts, sampled once each, every `evaluation.every` rounds.
     judge: (prompts, responses) -> scores, asked on the held-out prompts; the checkpoint it likes best is kept.
     held_out_pairs: human preferences on which the reward model's accuracy is measured as often.
     sample_metrics: extra metrics from the samples of every round.
 
-    Raises TypeError for text where a list is expected, and for a judge that is no function; ValueError for no prompts,
-    a reward model whose head is random (`R2MRewardModel.head_is_new`), a judge without eval_prompts, ReMax with a
-    rollout_fn, a reward model of another width, on another device or whose chat template refuses the prompts, or
-    trainable weights that are not float32; ImportError for a tracker that is not installed; FloatingPointError, naming
-    phase and round, as soon as a loss is not finite.
+    Raises TypeError for text where a list is expected, and for a judge or generator that is none; ValueError for no
+    prompts, a reward model whose head is random (`R2MRewardModel.head_is_new`), a judge without eval_prompts, ReMax
+    with a function as generator, a reward model of another width, on another device or whose chat template refuses the
+    prompts, or trainable weights that are not float32; ImportError for a tracker that is not installed;
+    FloatingPointError, naming phase and round, as soon as a loss is not finite; GeneratorFailed for what a generator
+    raises.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class R2MTrainer:
         prompts: list[Prompt],
         config: R2MConfig,
         *,
-        rollout_fn: RolloutFn | None = None,
+        generator: Generator | GenerateFn | None = None,
         eval_prompts: list[Prompt] | None = None,
         judge: Judge | None = None,
         held_out_pairs: list[Preference] | None = None,
@@ -91,10 +95,19 @@ class R2MTrainer:
         if judge is not None and not eval_prompts:
             raise ValueError("judge is given without eval_prompts; expected the held-out prompts it is asked about")
         self.algorithm = ALGORITHMS[config.algorithm]
-        if self.algorithm.needs_greedy and rollout_fn is not None:
+        is_function = generator is not None and not isinstance(generator, Generator)
+        if is_function and not callable(generator):
+            raise TypeError(
+                f"generator is {generator!r}; expected `update` and `generate`, or a function (prompt_ids, K)"
+            )
+        if generator is not None and config.generation.engine != "transformers":
             raise ValueError(
-                f"algorithm is {config.algorithm!r} with a rollout_fn, which only samples; "
-                "expected none, so that the greedy responses can be generated too"
+                f"generation.engine is {config.generation.engine!r}, and a generator is given; expected one of them"
+            )
+        if is_function and self.algorithm.needs_greedy:
+            raise ValueError(
+                f"algorithm is {config.algorithm!r}, and generator is a function, which only samples; expected none, "
+                "or an object with `update` and `generate`, which is told to be greedy"
             )
         check_trackers(config.trackers)
         processes.start(config.placement.timeout)
@@ -106,7 +119,9 @@ class R2MTrainer:
         reward_model.check_policy_width(hidden_width(policy))
         reward_model.check_prompts([*self.prompts, *eval_prompts])
 
-        self.learner = Learner(policy, tokenizer, config, rollout_fn)
+        if config.generation.engine == "vllm":
+            generator = VLLM(policy, tokenizer, config)
+        self.learner = Learner(policy, tokenizer, config, generator)
         self._check_devices()
         self.updater = R2MUpdater(
             reward_model, config.r2m, total_steps=config.rounds, num_generations=config.num_generations

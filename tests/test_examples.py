@@ -76,6 +76,11 @@ def test_rloo_of_ones_own_scores_what_the_policy_computes_and_learns():
     assert scores[-1] > scores[0] + 0.5
 
 
+def test_a_generator_of_ones_own_gives_the_policys_probabilities():
+    ratios = re.findall(r"importance ratio (\S+)", run("own_generator.py"))
+    assert len(ratios) == 4 and all(float(ratio) == pytest.approx(1, abs=1e-4) for ratio in ratios)
+
+
 def test_remote_pooling_gives_the_local_weights_while_hidden_states_stay():
     output = run("remote_pooling.py")
     assert float(re.search(r"from one process: (\S+)", output)[1]) < 1e-4

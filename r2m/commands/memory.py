@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from r2m.batching import Tokens
 from r2m.config import R2MConfig, require_keys
 from r2m.devices import compute_dtype, policy_device, resolve_precision
-from r2m.method.hidden_states import policy_backbone
+from r2m.integrations.vllm import cache_bytes
+from r2m.method.hidden_states import causal_lm, policy_backbone
 from r2m.method.reward_model import saved_config
 from r2m.models import check_no_adapter, sequence_classifier
 from r2m.policy.load import add_adapter
@@ -63,6 +64,10 @@ def estimate_memory(config: R2MConfig) -> MemoryEstimate:
         "optimizer state": 8 * p.trained,  # AdamW's two moments in float32
     }
     training, scoring, generation = _training(config, p), _scoring(config, p), _generation(config, p)
+    if config.generation.engine == "vllm":  # which keeps its own throughout
+        model = causal_lm(policy)
+        throughout["vLLM weights"] = model.num_parameters() * _narrow(config)
+        throughout["vLLM cache"], generation = cache_bytes(model.config, config), [{}]
     reference = scoring | {"bfloat16 weights": 0}  # autocast keeps no copy of what is frozen
     embedding: Terms = {"one layer": _tokens(config) * _passing(rm, rm.wide)}
     apart = None
@@ -82,7 +87,7 @@ def estimate_memory(config: R2MConfig) -> MemoryEstimate:
     }
     terms = {phase: throughout | max(tables, key=_sum) for phase, tables in moments.items()}
     most = max(training, key=_sum)
-    parts = throughout | step | {"logits": _logits(config, p), "generation cache": generation[0]["cache"]}
+    parts = throughout | step | {"logits": _logits(config, p), "generation cache": generation[0].get("cache", 0)}
     parts["activations and temporaries"] = _sum(most) - most["gradients"] - parts["logits"]
     return MemoryEstimate(parts, terms, apart)
 
@@ -147,7 +152,7 @@ def _scoring(config: R2MConfig, p: _Numbers) -> Terms:
 def _generation(config: R2MConfig, p: _Numbers) -> list[Terms]:
     """Of generation, the moments that may be the greatest."""
     narrow, total = _narrow(config), config.prompts_per_round * config.num_generations
-    batch = min(config.generation.batch_size or total, total)
+    batch = min(config.sequences_at_once, total)
     prompts = max(1, batch // config.num_generations) * config.generation.max_prompt_tokens
     tokens = batch * (_length(config) - 1)  # the last one is never read
     stored = 2 * p.keys * p.wide  # keys and values of a token: rotation makes float32 of both where weights are

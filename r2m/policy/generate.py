@@ -1,11 +1,12 @@
-"""Generation by transformers: K responses to each prompt, which is read once."""
+"""What samples responses: the protocol of a generator, and generation by transformers, which reads each prompt once."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,43 @@ from r2m.config import Generation
 from r2m.method.hidden_states import causal_lm
 from r2m.progress import track
 
+# (prompt ids of n prompts, K) -> ids of the n * K responses, prompt-major, the end-of-sequence token included
+GenerateFn = Callable[[list[list[int]], int], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the responses of one call are sampled: from `softmax(logits / temperature)`, and from nothing narrower."""
+
+    temperature: float
+    max_new_tokens: int
+    eos_ids: list[int]  # each of them ends a response, as its last token
+    stop_strings: list[str]  # so does the token that completes one of them in the response's text
+    seed: int  # 0 to 2^32 - 1, of the round: the same seed, weights and prompts should give the same responses
+    greedy: bool = False  # the most likely token at every step
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """An engine of your own in place of transformers' generate, as r2m.integrations.vllm is one."""
+
+    def update(self, policy: nn.Module) -> None:
+        """Take over the weights of the policy, or of its adapter. Called before `generate` where they have changed."""
+
+    def generate(
+        self, prompt_ids: list[list[int]], num_generations: int, settings: Sampling
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """The ids of n * K responses, prompt-major, each with the token that ended it.
+
+        Beside them the log-probability, in nats, that each of these tokens had where it was sampled, at the settings'
+        temperature; None: not known, and taken to be the policy's.
+        """
+
+
+class GeneratorFailed(OSError):
+    """A generator could not start, take weights over or generate; the run goes on from its last checkpoint."""
+
+
 # Keys and values only: in transformers 5, layers with a recurrent state lose it in `batch_repeat_interleave`.
 _REPEATABLE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
@@ -28,13 +66,14 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
     num_generations: int,
-    settings: Generation,
-    eos_ids: list[int],
+    settings: Sampling,
     *,
-    greedy: bool = False,
+    batch_size: int | None = None,
 ) -> list[list[int]]:
-    """Sample with temperature only, or, with `greedy`, take the most likely token at every step; returns n * K lists of
-    ids, each up to and including its end-of-sequence token.
+    """Sample by the process's random numbers, or take the most likely token at every step; returns n * K lists of ids,
+    with padding behind what ended them (`until_end`).
+
+    batch_size: of the sequences that are generated at once; None: all.
 
     `generate` fills every unset field from the checkpoint's generation config (top_k, top_p, repetition_penalty,
     suppressed tokens, ...), so an empty one takes its place during the call: scoring must see the same distribution.
@@ -42,9 +81,9 @@ def generate(
     model: Any = causal_lm(policy)
     drawing: dict[str, Any] = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     sampling = GenerationConfig(
-        **({"do_sample": False} if greedy else drawing),
+        **({"do_sample": False} if settings.greedy else drawing),
         max_new_tokens=settings.max_new_tokens,
-        eos_token_id=eos_ids,
+        eos_token_id=settings.eos_ids,
         pad_token_id=tokenizer.pad_token_id,
         stop_strings=settings.stop_strings or None,
         remove_invalid_values=True,  # NaN logits kill a sampler on a GPU; scoring sees them too, and says so
@@ -56,7 +95,7 @@ def generate(
     rows: list[list[int]] = []
     order = longest_first([len(ids) for ids in prompt_ids])  # prompts of like length share a batch
     try:
-        chunks = list(_chunks([prompt_ids[i] for i in order], num_generations, settings.batch_size))
+        chunks = list(_chunks([prompt_ids[i] for i in order], num_generations, batch_size))
         for chunk, repeats in track(chunks, "batch"):
             ids, mask, cache = _prefill(model, chunk, repeats, tokenizer.pad_token_id)
             tokens = track(range(settings.max_new_tokens), "token")
@@ -74,9 +113,8 @@ def generate(
     finally:
         model.generation_config = own_defaults
         model.train(was_training)
-    responses = [_until_end(tokenizer, row, eos_ids, settings.stop_strings) for row in rows]
     place = {prompt: i * num_generations for i, prompt in enumerate(order)}
-    return [responses[place[prompt] + k] for prompt in range(len(prompt_ids)) for k in range(num_generations)]
+    return [rows[place[prompt] + k] for prompt in range(len(prompt_ids)) for k in range(num_generations)]
 
 
 def _counting(tokens: Iterator[int]) -> Callable[..., bool]:
@@ -141,7 +179,7 @@ def end_of_sequence_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, s
     return sorted({token for token in [*own, tokenizer.eos_token_id] if token is not None})
 
 
-def _until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[int], stops: list[str]) -> list[int]:
+def until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[int], stops: list[str]) -> list[int]:
     """`ids` up to and including what ended the response; after it comes padding, which may be the eos token too."""
     end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
     if stops:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -18,10 +18,11 @@ from r2m.algorithms import ALGORITHMS
 from r2m.config import R2MConfig
 from r2m.data.order import minibatch_order
 from r2m.data.sources import Prompt
-from r2m.policy.loss import policy_loss, token_log_probs
+from r2m.policy.generate import GenerateFn, Generator
+from r2m.policy.loss import importance_ratios, policy_loss, token_log_probs
 from r2m.policy.passes import Consume, compact_head_input, disable_dropout, response_logits, training_mode
 from r2m.policy.reference import freeze_reference
-from r2m.policy.rollout import Annotations, MicroBatch, Part, Rollout, RolloutFn, micro_batches, sample
+from r2m.policy.rollout import Annotations, MicroBatch, Part, Rollout, asked, micro_batches, sample
 
 
 class Learner:
@@ -36,9 +37,10 @@ class Learner:
         policy: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         config: R2MConfig,
-        rollout_fn: RolloutFn | None = None,
+        generator: Generator | GenerateFn | None = None,
     ):
-        self.policy, self.tokenizer, self.config, self.rollout_fn = policy, tokenizer, config, rollout_fn
+        self.policy, self.tokenizer, self.config, self.generator = policy, tokenizer, config, generator
+        self._handed_over = -1  # the version of the weights that the generator has
         place = config.placement
         compact_head_input(policy)
         if config.gradient_checkpointing:
@@ -81,11 +83,10 @@ class Learner:
         greedy: bool = False,
     ) -> Rollout:
         """`num_generations` responses to each prompt, by temperature alone, or the most likely ones."""
-        settings = self.config.generation
-        if settings.batch_size is None:  # held-out prompts may be more than a round's, whose cache fits
-            at_once = self.config.prompts_per_round * self.config.num_generations
-            settings = dataclasses.replace(settings, batch_size=at_once)
-        with self.autocast():
+        # Held-out prompts may be more than a round's, whose cache fits.
+        settings = dataclasses.replace(self.config.generation, batch_size=self.config.sequences_at_once)
+        self.update_generator()
+        with self.autocast() if self.generator is None else nullcontext():
             return sample(
                 self.policy,
                 self.tokenizer,
@@ -94,9 +95,17 @@ class Learner:
                 settings,
                 prompt_ids=prompt_ids,
                 positions=self.config.r2m.positions,
-                rollout_fn=self.rollout_fn,
+                generator=self.generator,
                 greedy=greedy,
             )
+
+    def update_generator(self) -> None:
+        """Hand the weights over to a generator that has others."""
+        version = sum(p._version for p in self.parameters)  # PyTorch counts what writes into a tensor
+        if isinstance(self.generator, Generator) and version != self._handed_over:
+            with asked(self.generator):
+                self.generator.update(self.policy)
+            self._handed_over = version
 
     def logits(self, part: Part, consume: Consume | None = None, *, model: nn.Module | None = None) -> Tensor:
         """`response_logits` of the policy as it is now, or of `model`."""
@@ -142,7 +151,12 @@ class Learner:
 
     def backward(self, log_probs: Tensor, rollout: Rollout, batch: Annotations, rows: Tensor) -> None:
         """Add the gradient of the loss of `rows` to the policy's, and loss and statistics to `batch.totals`."""
-        config = self.config
+        config, weights = self.config, None
+        if rollout.sampled_log_probs is not None:
+            ratios = importance_ratios(
+                batch.log_probs[rows], rollout.sampled_log_probs[rows], rollout.completion_mask[rows]
+            )
+            weights = ratios.clamp_max(config.generation.importance_cap)
         loss, stats = policy_loss(
             log_probs,
             batch.log_probs[rows],
@@ -153,6 +167,7 @@ class Learner:
             clip_range=config.clip_range,
             beta=config.kl.beta if config.kl.placement == "loss" else 0.0,
             estimator=config.kl.estimator,
+            weights=weights,
         )
         (loss.sum() * config.minibatches / len(rollout.prompts)).backward()
         for name, value in {"loss": loss.detach(), **stats}.items():
@@ -168,8 +183,8 @@ class Learner:
         return norm
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """By name: what a checkpoint holds."""
-        return {name: p.data for name, p in self.policy.named_parameters() if p.requires_grad}
+        """By name: what a checkpoint holds. What writes into them is seen by `update_generator`."""
+        return {name: p.detach() for name, p in self.policy.named_parameters() if p.requires_grad}
 
     def save_pretrained(self, folder: Any) -> None:
         """The policy, or its adapter, with the tokenizer. All processes take part; the first writes."""

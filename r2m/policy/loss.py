@@ -44,6 +44,15 @@ def sequence_kl(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) ->
     return ((log_probs - reference_log_probs) * mask).sum(-1)
 
 
+def importance_ratios(log_probs: Tensor, sampled_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """How much likelier each response token is under the policy than where it was sampled: 1 where masked.
+
+    log_probs, sampled_log_probs [B, R] in nats, of the policy that sampled, as it is scored, and as its engine has
+    computed it; mask bool [B, R] -> [B, R] float32, without gradient.
+    """
+    return ((log_probs.detach() - sampled_log_probs) * mask).exp()
+
+
 def policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -55,6 +64,7 @@ def policy_loss(
     clip_range: float,
     beta: float,
     estimator: str,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each sequence (equation 7): minus the clipped objective, plus `beta` times the KL to the reference.
 
@@ -66,6 +76,10 @@ def policy_loss(
     * "sequence": one importance ratio per sequence; the KL is summed over tokens.
     * "token": one ratio per token; objective and KL are means over the tokens of a sequence.
 
+    weights [B, R]: of each token's gradient in the objective, such as truncated importance weights for samples of
+    another engine (Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025; per
+    token, as in TRL and verl). Values, clipping and KL are as without.
+
     KL per token, with d = reference - policy: "k2" d^2 / 2, "k3" exp(d) - d - 1. It stays outside the clipping.
     Returns (loss [B], {"ratio", "clip_share"} [B]); the caller takes the mean over sequences. Raises ValueError for
     another ratio_of or estimator.
@@ -75,6 +89,8 @@ def policy_loss(
     if estimator not in ("k2", "k3"):
         raise ValueError(f"estimator is {estimator!r}; expected 'k2' or 'k3'")
     log_ratio = (log_probs - old_log_probs) * mask
+    if weights is not None:  # times the gradient, not the value
+        log_ratio = log_ratio.detach() + weights * (log_ratio - log_ratio.detach())
     difference = (reference_log_probs - log_probs) * mask
     kl = 0.5 * difference.square() if estimator == "k2" else difference.exp() - difference - 1  # [B, R], 0 where masked
     of_sequences = ratio_of == "sequence"

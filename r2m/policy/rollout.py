@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +16,17 @@ from r2m.batching import Tokens, cut, longest_first
 from r2m.config import Generation
 from r2m.data.sources import Prompt
 from r2m.data.tokenization import encode_prompt, response_texts
-from r2m.policy.generate import end_of_sequence_ids, generate, holds
+from r2m.policy.generate import (
+    GenerateFn,
+    Generator,
+    GeneratorFailed,
+    Sampling,
+    end_of_sequence_ids,
+    generate,
+    holds,
+    until_end,
+)
 from r2m.progress import waiting
-
-# (prompt ids of n prompts, K) -> ids of the n * K responses, prompt-major, the end-of-sequence token included
-RolloutFn = Callable[[list[list[int]], int], list[list[int]]]
 
 
 @dataclass
@@ -38,6 +46,7 @@ class Rollout:
     finished: Tensor  # [B] bool: ended by itself
     lengths: list[int]  # tokens of each sequence, known to the host
     completion_lengths: list[int]  # of each response
+    sampled_log_probs: Tensor | None = None  # [B, R] float32, of each token as it was sampled, if the generator says so
     greedy: Rollout | None = None  # ReMax: the most likely response to each of the n prompts
 
     @property
@@ -142,31 +151,44 @@ def sample(
     *,
     prompt_ids: list[list[int]] | None = None,
     positions: str = "all",
-    rollout_fn: RolloutFn | None = None,
+    generator: Generator | GenerateFn | None = None,
     greedy: bool = False,
 ) -> Rollout:
-    """K responses to each of n prompts from the current policy, by `rollout_fn` or by transformers' generate.
+    """K responses to each of n prompts, by transformers' generate with the policy as it is, or by `generator`, which
+    has its weights.
 
     prompt_ids: the token ids of `prompts`, for a caller that has them already.
-    greedy: the most likely token at every step, by generate: a `rollout_fn` only samples.
+    greedy: the most likely token at every step.
+
+    A response ends with the first end-of-sequence token, or the token that completes a stop string, whatever the
+    generator has behind it. Raises GeneratorFailed for what a generator raises, and ValueError for what it returns
+    wrong.
     """
     if prompt_ids is None:
         prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    eos_ids = end_of_sequence_ids(policy, tokenizer, settings)
-    if rollout_fn is None or greedy:
-        completion_ids = generate(policy, tokenizer, prompt_ids, num_generations, settings, eos_ids, greedy=greedy)
+    eos_ids, stops = end_of_sequence_ids(policy, tokenizer, settings), settings.stop_strings
+    sampling = Sampling(
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        eos_ids=eos_ids,
+        stop_strings=stops,
+        seed=torch.initial_seed() % 2**32,  # what the process was last seeded with: a round's, and its rank's
+        greedy=greedy,
+    )
+    log_probs: list[list[float]] | None = None
+    if generator is None:
+        rows = generate(policy, tokenizer, prompt_ids, num_generations, sampling, batch_size=settings.batch_size)
     else:
-        with waiting("rollout_fn"):
-            completion_ids = rollout_fn(prompt_ids, num_generations)
-        if len(completion_ids) != len(prompts) * num_generations:
-            raise ValueError(
-                f"rollout_fn returned {len(completion_ids)} responses; "
-                f"expected {len(prompts)} prompts x {num_generations}"
-            )
-    stops = settings.stop_strings
+        with asked(generator):
+            if isinstance(generator, Generator):
+                rows, log_probs = generator.generate(prompt_ids, num_generations, sampling)
+            else:
+                rows = generator(prompt_ids, num_generations)
+        _check_returned(rows, log_probs, len(prompts), num_generations)
+    completion_ids = [until_end(tokenizer, row, eos_ids, stops) for row in rows]
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     repeated_ids = [ids for ids in prompt_ids for _ in range(num_generations)]
-    return collate(
+    rollout = collate(
         repeated,
         response_texts(tokenizer, repeated, repeated_ids, completion_ids),
         repeated_ids,
@@ -176,6 +198,35 @@ def sample(
         finished=[ids[-1:] and (ids[-1] in eos_ids or holds(tokenizer, ids, stops)) for ids in completion_ids],
         device=next(policy.parameters()).device,
     )
+    if log_probs is not None:
+        width = rollout.completion_mask.shape[1]
+        padded = [(row + [0.0] * width)[:width] for row in log_probs]
+        rollout.sampled_log_probs = torch.tensor(padded, device=rollout.input_ids.device) * rollout.completion_mask
+    return rollout
+
+
+@contextmanager
+def asked(generator: Generator | GenerateFn) -> Iterator[None]:
+    """Around a call of a generator: its seconds are counted, and what it raises is a GeneratorFailed that names it."""
+    try:
+        with waiting("generator"):
+            yield
+    except Exception as error:
+        name = getattr(generator, "__name__", type(generator).__name__)
+        raise GeneratorFailed(f"generator {name}: {type(error).__name__}: {error}") from error
+
+
+def _check_returned(rows: list[list[int]], log_probs: list[list[float]] | None, prompts: int, each: int) -> None:
+    if len(rows) != prompts * each:
+        raise ValueError(f"generator returned {len(rows)} responses; expected {prompts} prompts x {each}")
+    if log_probs is None:
+        return
+    if list(map(len, log_probs)) != list(map(len, rows)):
+        raise ValueError(
+            "generator returned log-probabilities of other lengths than its responses; expected one a token"
+        )
+    if not all(math.isfinite(value) for row in log_probs for value in row):
+        raise ValueError("generator returned a log-probability that is not finite; expected nats, at most 0")
 
 
 def collate(

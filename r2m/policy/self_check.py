@@ -7,7 +7,6 @@ different models.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from r2m.method.hidden_states import HiddenStateTap, causal_lm
-from r2m.policy.generate import generate
+from r2m.policy.generate import Generator, Sampling, generate
 from r2m.policy.learner import Learner
 from r2m.policy.loss import token_log_probs
-from r2m.policy.rollout import collate
+from r2m.policy.rollout import asked, collate
 
 logger = logging.getLogger(__name__)
 
@@ -97,20 +96,30 @@ def _differences(learner: Learner, prompt_ids: list[list[int]]) -> tuple[dict[st
 
 
 def _generate(learner: Learner, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:
-    """A greedy response to each prompt, and log-probabilities [R] of it as each of two copies was generated."""
-    if learner.rollout_fn is not None:
+    """A response to each prompt, and log-probabilities [R] of it as each of two copies was generated.
+
+    Of a function of the user's nothing is asked: its responses are of the policy or not, and it gives no
+    log-probabilities.
+    """
+    generator, temperature = learner.generator, learner.config.generation.temperature
+    settings = Sampling(temperature, NEW_TOKENS, eos_ids=[], stop_strings=[], seed=0, greedy=generator is None)
+    if isinstance(generator, Generator):
+        learner.update_generator()
+        with asked(generator):
+            responses, log_probs = generator.generate(prompts, 1, settings)
+        return responses, [torch.tensor(row, device=learner.device) for row in log_probs or [] for _ in range(2)]
+    if generator is not None:
         return [row[:1] * NEW_TOKENS for row in prompts], []
     logits: list[Tensor] = []  # [4, V] of each pass
     hook = causal_lm(learner.policy).register_forward_hook(lambda module, args, out: logits.append(out.logits[:, -1]))
-    settings = dataclasses.replace(learner.config.generation, max_new_tokens=NEW_TOKENS, stop_strings=[])
     try:
         with learner.autocast():
-            rows = generate(learner.policy, learner.tokenizer, prompts, 2, settings, [], greedy=True)
+            rows = generate(learner.policy, learner.tokenizer, prompts, 2, settings)
     finally:
         hook.remove()
     ids = torch.tensor(rows, device=learner.device)
     steps = torch.stack(logits[-NEW_TOKENS:], 1)  # [4, R, V]
-    return rows[::2], list(token_log_probs(steps, ids, settings.temperature))
+    return rows[::2], list(token_log_probs(steps, ids, temperature))
 
 
 def _alone(learner: Learner, prompt: list[int], response: list[int]) -> _Pass:

@@ -20,6 +20,7 @@ from r2m import processes, progress
 from r2m.algorithms import ALGORITHMS
 from r2m.batching import Tokens
 from r2m.config import R2MConfig, config_items
+from r2m.policy.loss import importance_ratios
 from r2m.policy.rollout import Annotations, Rollout
 from r2m_kernels import grebt_loss, time_weight
 
@@ -69,8 +70,11 @@ def describe_samples(
         mask.sum(-1),
         rollout.finished,
     ]
+    if rollout.sampled_log_probs is not None:
+        ratios = importance_ratios(batch.log_probs, rollout.sampled_log_probs, mask)
+        of_sequences += [(ratios * mask).sum(-1), ((ratios > config.generation.importance_cap) * mask).sum(-1)]
     everything = processes.gather(torch.stack([x.float() for x in of_sequences], -1), size)[: count * size]
-    rewards, initial, scores, kl, reference, entropy, length, finished = everything.unbind(-1)  # [n * K] each
+    rewards, initial, scores, kl, reference, entropy, length, finished, *importance = everything.unbind(-1)  # [n * K]
     metrics = {
         "reward/mean": rewards.mean(),
         "reward/initial": initial.mean(),
@@ -80,6 +84,11 @@ def describe_samples(
         "length/mean": length.mean(),
         "length/eos_share": finished.mean(),
     }
+    if importance:
+        metrics |= {
+            "generation/importance_ratio": importance[0].sum() / length.sum(),
+            "generation/truncated_share": importance[1].sum() / length.sum(),
+        }
     if len(rewards) > 1:
         metrics["reward/std"] = rewards.std()
     if size > 1:

@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from r2m import processes
 from r2m.config import config_to_yaml
 from r2m.data.sources import Prompt
+from r2m.policy.generate import GeneratorFailed
 from r2m.policy.rollout import Annotations, Rollout
 from r2m.policy.self_check import check_policy
 from r2m.runs.checkpoint import (
@@ -23,6 +24,7 @@ from r2m.runs.checkpoint import (
     checkpoint_to_resume,
     claim,
     cut_back,
+    how_to_go_on,
     load_checkpoint,
     save_checkpoint,
 )
@@ -100,6 +102,8 @@ class Session:
             if t - 1 not in {0, *checkpoints(self.run.folder)}:
                 save_checkpoint(self.run, t - 1)
             raise SystemExit(_SIGTERM_STATUS) from None
+        except GeneratorFailed as error:
+            raise GeneratorFailed(f"round {t}: {error}; {how_to_go_on(self.run.folder)}") from error
         except FloatingPointError as error:
             last = max(checkpoints(self.run.folder).items(), default=(0, "none"))[1]
             raise FloatingPointError(f"{error}; last good checkpoint: {last}") from error

@@ -11,8 +11,8 @@ from types import FrameType
 from r2m import processes
 
 
-class Terminated(Exception):
-    """SIGTERM came at a moment at which the run can stop at once."""
+class Terminated(BaseException):
+    """SIGTERM came at a moment at which the run can stop at once. No error: what catches errors lets it pass."""
 
 
 class Sigterm:

@@ -20,9 +20,9 @@ def write_jsonl(file, rows):
     return str(file)
 
 
-def write_config(folder, reward_checkpoint):
+def write_config(folder, reward_checkpoint, width=32):
     """A run of 3 rounds with held-out prompts, pairs and a judge; all checkpoints are kept."""
-    tiny.policy(num_hidden_layers=1).save_pretrained(folder / "policy")
+    tiny.policy(width, num_hidden_layers=1).save_pretrained(folder / "policy")
     tiny.tokenizer().save_pretrained(folder / "policy")
     pairs = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in PAIRS]
     values = {

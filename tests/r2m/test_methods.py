@@ -27,7 +27,7 @@ def make(reward_checkpoint, tmp_path):
     """A float32 trainer on fresh tiny models; keywords that it does not know are keys of the config."""
     numbers = itertools.count()
 
-    def build(*, policy=None, rollout_fn=None, held_out_pairs=None, eval_prompts=None, **settings):
+    def build(*, policy=None, generator=None, held_out_pairs=None, eval_prompts=None, **settings):
         values = {
             "rounds": 2, "prompts_per_round": N, "num_generations": K, "micro_batch_size": 4, "precision": "float32",
             "learning_rate": 1e-2, "output_dir": str(tmp_path / f"run-{next(numbers)}"),
@@ -43,7 +43,7 @@ def make(reward_checkpoint, tmp_path):
             tiny.tokenizer(),
             PROMPTS,
             config_from_dict(values),
-            rollout_fn=rollout_fn,
+            generator=generator,
             held_out_pairs=held_out_pairs,
             eval_prompts=eval_prompts,
         )
@@ -169,8 +169,8 @@ def test_remax_scores_in_its_first_epoch_though_groups_are_cut(make):
 
 
 def test_remax_needs_a_generator_that_can_be_greedy(make):
-    with pytest.raises(ValueError, match="algorithm is 'remax' with a rollout_fn, which only samples"):
-        make(algorithm="remax", rollout_fn=lambda prompt_ids, k: [[7, 1]] * (len(prompt_ids) * k))
+    with pytest.raises(ValueError, match="algorithm is 'remax', and generator is a function, which only samples"):
+        make(algorithm="remax", generator=lambda prompt_ids, k: [[7, 1]] * (len(prompt_ids) * k))
 
 
 def test_remax_without_its_greedy_responses_is_an_error(make):

@@ -68,7 +68,7 @@ def make(reward_checkpoint, tmp_path):
         prompts=PROMPTS,
         tokenizer=None,
         folder=None,
-        rollout_fn=None,
+        generator=None,
         eval_prompts=None,
         judge=None,
         held_out_pairs=None,
@@ -84,7 +84,7 @@ def make(reward_checkpoint, tmp_path):
             tiny.tokenizer() if tokenizer is None else tokenizer,
             prompts,
             make_config(tmp_path / folder, **settings),
-            rollout_fn=rollout_fn,
+            generator=generator,
             eval_prompts=eval_prompts,
             judge=judge,
             held_out_pairs=held_out_pairs,
@@ -602,7 +602,7 @@ def test_a_trained_adapter_loads_with_peft_and_no_reference_lies_beside_it(make,
 def test_another_generator_and_extra_metrics_take_part(make):
     calls, seen = [], []
 
-    def rollout_fn(prompt_ids, num_generations):
+    def generator(prompt_ids, num_generations):
         calls.append((prompt_ids, num_generations))
         return [[100 + i, 101, 1] if i % 2 else [100 + i] for i in range(len(prompt_ids) * num_generations)]
 
@@ -611,7 +611,7 @@ def test_another_generator_and_extra_metrics_take_part(make):
         return {"judge": float(len(completions))}
 
     tokenizer = tiny.tokenizer()
-    trainer = make(tokenizer=tokenizer, rollout_fn=rollout_fn, sample_metrics=sample_metrics)
+    trainer = make(tokenizer=tokenizer, generator=generator, sample_metrics=sample_metrics)
     rows = trainer.train()
     assert [row["judge"] for row in written_rows(trainer)] == [N * K] * 2
     assert [row["length/mean"] for row in rows] == [2.0] * 2
@@ -986,9 +986,9 @@ def poison(parameter):
 
 
 @pytest.mark.parametrize("feedback", ["none", "trained"])
-@pytest.mark.parametrize("rollout_fn", [None, fixed_responses], ids=["transformers", "another generator"])
-def test_a_policy_with_nan_weights_stops_the_run(make, rollout_fn, feedback):
-    trainer = make(rollout_fn=rollout_fn, r2m={"feedback": feedback})
+@pytest.mark.parametrize("generator", [None, fixed_responses], ids=["transformers", "another generator"])
+def test_a_policy_with_nan_weights_stops_the_run(make, generator, feedback):
+    trainer = make(generator=generator, r2m={"feedback": feedback})
     poison(trainer.policy.model.layers[0].mlp.up_proj.weight)
     with pytest.raises(FloatingPointError, match=r"phase \w+, round 1"):
         trainer.train()
@@ -1000,7 +1000,7 @@ def test_a_policy_that_diverged_stops_the_next_round(make):
 
 
 def test_a_nan_policy_loss_stops_the_run_before_the_step(make):
-    trainer = make(rollout_fn=fixed_responses, kl={"beta": math.nan})
+    trainer = make(generator=fixed_responses, kl={"beta": math.nan})
     before = copies(trainer.policy)
     with pytest.raises(FloatingPointError, match="phase policy, round 1, epoch 1"):
         trainer.train()

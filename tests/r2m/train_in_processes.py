@@ -52,7 +52,7 @@ def train(
             tiny.tokenizer(),
             PROMPTS,
             make_config(folder, **values | settings),
-            rollout_fn=None if sampled else respond,
+            generator=None if sampled else respond,
             eval_prompts=PROMPTS[:5],
             judge=judge,
             held_out_pairs=PAIRS,

@@ -256,3 +256,17 @@ def test_what_is_missing_is_named(large):
         estimate_memory(config_from_dict({"policy": large["policy"]}))
     with pytest.raises(OSError, match="no/such/model"):
         estimate_memory(config_from_dict(large | {"policy": "no/such/model"}))
+
+
+def test_vllm_has_its_own_weights_and_cache_throughout_and_nothing_is_generated_beside_it(llama):
+    plain = estimate_memory(run_config(llama))
+    config = run_config(llama)
+    config.generation.engine = "vllm"
+    estimate = estimate_memory(config)
+    assert estimate.parts["vLLM weights"] == plain.parts["policy weights"]
+    of_token = 4 * 2 * SIZES["num_hidden_layers"] * 2 * (128 // 4)  # float32 keys and values: layers, heads, width
+    blocks = config.sequences_at_once + 1  # of 128 tokens: a sequence has at most 50
+    assert estimate.parts["vLLM cache"] == blocks * 128 * of_token
+    added = estimate.parts["vLLM weights"] + estimate.parts["vLLM cache"]
+    assert estimate.phases["policy"] == plain.phases["policy"] + added
+    assert estimate.phases["rollout"] < plain.phases["rollout"] + added

@@ -1,10 +1,12 @@
 """The policy objective and the advantages against formulas written out by hand."""
 
+import math
+
 import pytest
 import torch
 
 from r2m.algorithms import grpo_advantages, reinforce_plus_plus_advantages, rloo_advantages
-from r2m.policy.loss import policy_loss, sequence_kl, token_entropy, token_log_probs
+from r2m.policy.loss import importance_ratios, policy_loss, sequence_kl, token_entropy, token_log_probs
 
 
 def test_rloo_advantage_is_the_reward_minus_the_mean_of_the_others():
@@ -129,6 +131,31 @@ def test_a_clipped_sequence_has_no_gradient_and_is_counted(batch):
     assert log_probs.grad[:2].abs().sum() == 0  # above, where the advantage is positive, and below, where it is not
     assert log_probs.grad[2].abs().sum() > 0
     assert stats["clip_share"].tolist() == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("ratio_of", ["sequence", "token"])
+def test_weights_scale_each_tokens_gradient_in_the_objective_and_no_value(batch, ratio_of):
+    weights = torch.tensor([[0.5, 2.0, 1.0, 0.0], [1.5, 0.1, 1.0, 1.0], [0.7, 1.0, 1.0, 1.0]])
+
+    def run(beta, weights):
+        log_probs = batch["log_probs"].clone().requires_grad_()
+        settings = {"ratio_of": ratio_of, "clip_range": 0.2, "beta": beta, "estimator": "k3", "weights": weights}
+        loss, stats = policy_loss(**(batch | {"log_probs": log_probs}), **settings)
+        loss.sum().backward()
+        return loss.detach(), stats, log_probs.grad
+
+    loss, stats, objective = run(0.0, None)
+    kl = run(0.1, None)[2] - objective
+    weighted_loss, weighted_stats, weighted = run(0.0, weights)
+    torch.testing.assert_close(weighted, objective * weights)
+    assert torch.equal(weighted_loss, loss) and all(torch.equal(stats[k], weighted_stats[k]) for k in stats)
+    torch.testing.assert_close(run(0.1, weights)[2], objective * weights + kl)
+
+
+def test_importance_ratios_are_of_the_responses_tokens():
+    log_probs, sampled = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.5, -1.0, 0.0]])
+    ratios = importance_ratios(log_probs, sampled, torch.tensor([[True, True, False]]))
+    torch.testing.assert_close(ratios, torch.tensor([[math.exp(0.5), math.exp(-1.0), 1.0]]))
 
 
 def test_sequence_kl_sums_the_valid_tokens():

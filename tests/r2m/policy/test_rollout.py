@@ -129,15 +129,15 @@ def test_generation_runs_in_eval_mode_and_restores_the_mode(tokenizer):
     assert not any(modes)
 
 
-def test_another_generator_can_take_over(policy, tokenizer):
-    r = sample(policy, tokenizer, ["a", "b"], 2, Generation(), rollout_fn=lambda ids, k: [[7, 1], [7, 8, 9], [7], [1]])
+def test_a_function_can_take_over(policy, tokenizer):
+    r = sample(policy, tokenizer, ["a", "b"], 2, Generation(), generator=lambda ids, k: [[7, 1], [7, 8, 9], [7], [1]])
     assert r.prompts == ["a", "a", "b", "b"]
     assert r.finished.tolist() == [True, False, False, True]
 
 
-def test_a_generator_that_returns_too_few_is_an_error(policy, tokenizer):
-    with pytest.raises(ValueError, match="rollout_fn returned 3 responses; expected 2 prompts x 2"):
-        sample(policy, tokenizer, ["a", "b"], 2, Generation(), rollout_fn=lambda ids, k: [[7]] * 3)
+def test_a_function_that_returns_too_few_is_an_error(policy, tokenizer):
+    with pytest.raises(ValueError, match="generator returned 3 responses; expected 2 prompts x 2"):
+        sample(policy, tokenizer, ["a", "b"], 2, Generation(), generator=lambda ids, k: [[7]] * 3)
 
 
 # ---- prompts are read once ----

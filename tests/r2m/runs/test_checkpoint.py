@@ -54,7 +54,7 @@ def make(reward_checkpoint, tmp_path):
     """A trainer on fresh tiny models; keywords that the trainer does not know are keys of the config."""
 
     def build(*, policy=None, folder="run", prompts=PROMPTS, reward=None, **other):
-        trainer_keys = ("rollout_fn", "sample_metrics", "eval_prompts", "judge")
+        trainer_keys = ("generator", "sample_metrics", "eval_prompts", "judge")
         options = {key: other.pop(key) for key in trainer_keys if key in other}
         policy = tiny.policy(num_hidden_layers=1) if policy is None else policy
         return R2MTrainer(

@@ -28,7 +28,7 @@ K = 3
 def make(reward_checkpoint, tmp_path):
     """A trainer on fresh tiny models; keywords are keys of the config."""
 
-    def build(folder="run", rollout_fn=None, **overrides):
+    def build(folder="run", generator=None, **overrides):
         values = {
             "rounds": 4, "prompts_per_round": 2, "num_generations": K, "micro_batch_size": K, "precision": "float32",
             "learning_rate": 1e-3, "output_dir": str(tmp_path / folder),
@@ -41,7 +41,7 @@ def make(reward_checkpoint, tmp_path):
         reward_model = tiny.reward_model(reward_checkpoint, policy)
         prompts = ["hello ", "a  b\n", "xyz"]
         return R2MTrainer(
-            policy, reward_model, tiny.tokenizer(), prompts, config_from_dict(values), rollout_fn=rollout_fn
+            policy, reward_model, tiny.tokenizer(), prompts, config_from_dict(values), generator=generator
         )
 
     return build
@@ -68,7 +68,7 @@ def test_degenerate_groups_are_warned_about_whenever_they_become_most(caplog):
 
 
 def test_a_run_whose_responses_are_all_alike_says_so_once(make, caplog):
-    make(rollout_fn=lambda prompt_ids, count: [[100, 101]] * (len(prompt_ids) * count), rounds=3).train()
+    make(generator=lambda prompt_ids, count: [[100, 101]] * (len(prompt_ids) * count), rounds=3).train()
     lines = [line for line in messages(caplog, logging.WARNING) if "same reward" in line]
     assert lines == [
         "round 1: in 100 % of the groups all responses get the same reward; nothing can be learned from them"
@@ -183,7 +183,7 @@ def test_a_run_looks_for_both_in_every_round(make, monkeypatch):
 
 
 def test_a_table_shows_samples_from_all_over_the_round_each_on_one_line(make):
-    trainer = make(prompts_per_round=4, rollout_fn=lambda prompt_ids, _: [[100 + i] * 90 for i in range(4 * K)])
+    trainer = make(prompts_per_round=4, generator=lambda prompt_ids, _: [[100 + i] * 90 for i in range(4 * K)])
     rollout = trainer.sample(1)
     batch = tiny.apart(trainer).annotate(rollout, 1, {})
     titles, *lines = sample_table(rollout, batch, 3, judged=[float(i) for i in range(4 * K)]).splitlines()
