@@ -36,7 +36,8 @@ from r2m.config import config_from_dict
 from r2m.devices import compute_dtype, resolve_precision
 from r2m.method.reward_model import RewardModelConfig
 from r2m.policy.load import add_adapter
-from r2m.policy.rollout import MicroBatch, Part, Rollout, RolloutFn
+from r2m.policy.generate import GenerateFn
+from r2m.policy.rollout import MicroBatch, Part, Rollout
 from r2m_kernels.bench.measure import MemoryTracker, release, summarize
 from r2m_kernels.bench.results import OWN, Row, device_name, format_shape
 
@@ -351,7 +352,7 @@ def build(
     config: R2MConfig,
     device: torch.device,
     prompts: list[str] | None = None,
-    rollout_fn: RolloutFn | None = None,
+    generator: GenerateFn | None = None,
 ) -> R2MTrainer:
     """A trainer on models of random weights. prompts: by default each of the greatest length."""
     torch.manual_seed(0)
@@ -383,7 +384,7 @@ def build(
     )
     prompts = prompts or ["w0 " * config.generation.max_prompt_tokens] * config.prompts_per_round
     policy = make_policy(shape, config, device)
-    return R2MTrainer(policy, reward_model, tokenizer, list(prompts), config, rollout_fn=rollout_fn)
+    return R2MTrainer(policy, reward_model, tokenizer, list(prompts), config, generator=generator)
 
 
 def make_policy(shape: str, config: R2MConfig, device: torch.device) -> nn.Module:

@@ -46,6 +46,7 @@ class Rollout:
     finished: Tensor  # [B] bool: ended by itself
     lengths: list[int]  # tokens of each sequence, known to the host
     completion_lengths: list[int]  # of each response
+    pad_id: int
     sampled_log_probs: Tensor | None = None  # [B, R] float32, of each token as it was sampled, if the generator says so
     greedy: Rollout | None = None  # ReMax: the most likely response to each of the n prompts
 
@@ -62,10 +63,12 @@ class Rollout:
         o_column = width_p + length - width + torch.arange(width, device=index.device)  # [b, S] of the round's
         exists, o_column = o_column >= 0, o_column.clamp_min(0)
         o_token = response - length + torch.arange(self.completion_mask.shape[1], device=index.device)  # [b, R]
+        m_valid = self.attention_mask[index].gather(1, o_column) & exists
         return Part(
             rows=index,
-            input_ids=self.input_ids[index].gather(1, o_column),
-            attention_mask=self.attention_mask[index].gather(1, o_column) & exists,
+            # Padding, not any token: convolutions read what is masked, and models give padding an embedding of zero.
+            input_ids=self.input_ids[index].gather(1, o_column).masked_fill(~m_valid, self.pad_id),
+            attention_mask=m_valid,
             position_ids=self.position_ids[index].gather(1, o_column),
             feedback_mask=self.feedback_mask[index].gather(1, o_column) & exists,
             response=response,
@@ -272,6 +275,7 @@ def collate(
         finished=torch.tensor([bool(f) for f in finished or [False] * len(prompts)], device=device),
         lengths=[len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)],
         completion_lengths=[len(c) for c in completion_ids],
+        pad_id=pad_id,
     )
 
 

@@ -253,6 +253,8 @@ def test_a_part_is_as_wide_as_its_longest_sequence():
     assert part.feedback_mask.int().tolist() == [[1, 1, 1, 0]] * 2
     assert part.position_ids.tolist() == [[0, 1, 2, 3]] * 2
     assert part.to_rollout(torch.tensor([[1.0, 2, 3], [4, 5, 6]])).tolist() == [[1, 2, 3], [6, 0, 0]]
+    r = collate(["a"] * 3, [""] * 3, [[5, 6, 7], [5, 6, 7], [9]], [[10], [11, 12, 13], [14]], pad_id=1)
+    assert r.part([0, 1]).input_ids.tolist() == [[1, 1, 5, 6, 7, 10], [5, 6, 7, 11, 12, 13]]
     part = r.part([2, 0])
     assert part.attention_mask.int().tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert part.feedback_mask.int().tolist() == [[0, 0, 1, 0], [1, 1, 1, 0]]
