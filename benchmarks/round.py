@@ -35,8 +35,8 @@ from r2m.commands.doctor import free_memory
 from r2m.config import config_from_dict
 from r2m.devices import compute_dtype, resolve_precision
 from r2m.method.reward_model import RewardModelConfig
-from r2m.policy.load import add_adapter
 from r2m.policy.generate import GenerateFn
+from r2m.policy.load import add_adapter
 from r2m.policy.rollout import MicroBatch, Part, Rollout
 from r2m_kernels.bench.measure import MemoryTracker, release, summarize
 from r2m_kernels.bench.results import OWN, Row, device_name, format_shape

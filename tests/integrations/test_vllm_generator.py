@@ -81,7 +81,8 @@ def test_each_round_samples_from_the_policy_as_it_is(make, kind):
         assert row["generation/importance_ratio"] == pytest.approx(1, abs=5e-5)
         assert row["generation/truncated_share"] == 0
     trainer.policy, trainer.learner.policy = start, start
-    before = trainer.learner.log_probs(trainer.learner.logits(rollout, slice(None)), rollout, slice(None))
+    part = rollout.part(list(range(len(rollout.prompts))))
+    before = trainer.learner.log_probs(trainer.learner.logits(part), part)
     assert difference(trainer, rollout, before) > 0.05  # the weights of round 2 are not those of the start
 
 

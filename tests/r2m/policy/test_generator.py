@@ -154,10 +154,9 @@ def test_a_token_counts_by_what_the_policy_makes_of_it_up_to_the_cap(make, facto
     for sampled in (None, batch.log_probs - math.log(factor)):
         rollout.sampled_log_probs = sampled
         row |= describe_samples(rollout, batch, trainer.config)
-        rows = slice(None)
-        trainer.learner.backward(
-            trainer.learner.log_probs(trainer.learner.logits(rollout, rows), rollout, rows), rollout, batch, rows
-        )
+        part = rollout.part(list(range(len(rollout.prompts))))
+        log_probs = trainer.learner.log_probs(trainer.learner.logits(part), part)
+        trainer.learner.backward(log_probs, rollout, batch, part.rows)
         gradients.append([p.grad for p in trainer.learner.parameters])
         trainer.learner.optimizer.zero_grad()
     for plain, weighted in zip(*gradients, strict=True):
