@@ -148,5 +148,6 @@ class Session:
         if terminated or (every and (t % every == 0 or t == config.rounds or stopped or is_best)):
             save_checkpoint(self.run, t)
         if terminated:
+            processes.wait()  # a launcher ends all where one has left, and the first may still be writing
             raise SystemExit(_SIGTERM_STATUS)
         return stopped

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -151,6 +152,16 @@ def test_each_process_draws_its_own_samples(in_two):
     first, second = in_two[1]["sampled"]
     assert len(first["texts"]) == len(second["texts"]) == 8
     assert not set(first["texts"]) & set(second["texts"])
+
+
+def test_on_sigterm_none_leaves_before_the_checkpoint_is_written(reward_checkpoint, tmp_path):
+    started = start(
+        tmp_path, reward_checkpoint, {"run": {"rounds": 3, "terminated_in": 2, "checkpoints": {"every": 0}}}
+    )
+    for status, output in finish(started):
+        assert status == 128 + signal.SIGTERM, output
+    written = (tmp_path / "run" / "checkpoint-2").stat().st_ctime_ns  # when the finished folder got its name
+    assert written < (tmp_path / "run" / "left").stat().st_mtime_ns
 
 
 @pytest.mark.parametrize("settings", [{}, SHARDED], ids=["copies", "sharded"])

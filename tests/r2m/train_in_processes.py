@@ -3,6 +3,7 @@
 Arguments: a folder, the reward model's checkpoint, and {name: options of `train`} in JSON.
 """
 
+import atexit
 import json
 import os
 import random
@@ -35,10 +36,20 @@ def stochastic_gradient_descent(parameters, **_):
 
 
 def train(
-    folder, checkpoint, *, sgd=True, adapter=False, sampled=False, resume=None, killed_in=0, fails_in=None, **settings
+    folder,
+    checkpoint,
+    *,
+    sgd=True,
+    adapter=False,
+    sampled=False,
+    resume=None,
+    killed_in=0,
+    fails_in=None,
+    terminated_in=0,
+    **settings,
 ):
     """The metrics and weights of a run. killed_in: the round in which the second process dies; fails_in: round and
-    process of an error."""
+    process of an error; terminated_in: the round of a SIGTERM, after which the second process says when it left."""
     values = {
         "prompts_per_round": 4, "micro_batch_size": 4, "r2m": {"standardize": True},
         "evaluation": {"every": 1}, "checkpoints": {"every": 1, "keep": 9},
@@ -63,6 +74,10 @@ def train(
     def annotate_or_die(rollout, t, row):
         if t == killed_in and processes.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if t == terminated_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if processes.index() == 1:
+                atexit.register((folder / "left").touch)
         if fails_in is not None and [t, processes.index()] == fails_in:
             raise FloatingPointError("a reward is not finite")
         return annotate(rollout, t, row)
