@@ -196,7 +196,8 @@ class Placement:
     shard_policy: bool = False  # each of several processes holds a part of the policy, its optimizer and reference
     timeout: float = 30  # minutes after which a process that waits for the others stops
     quantize_reward_model: Literal["8bit", "4bit"] | None = None  # of its backbone, by bitsandbytes
-    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None  # None: what transformers chooses
+    # As transformers' attn_implementation: eager, sdpa, flash_attention_2, ..., a kernel of the hub; None: its choice
+    attention: str | None = None
 
 
 @_checked

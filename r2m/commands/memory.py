@@ -132,7 +132,8 @@ def _kept(config: R2MConfig, p: _Numbers) -> int:
     inputs = p.readers if narrow == 2 else min(2, p.readers)
     # A row of the mask, in numbers; eager attention has each head's probabilities, in float32 and as they multiply.
     eager = p.heads * (4 if narrow == 4 else 6)
-    row = {"flash_attention_2": 0, "eager": eager}.get(config.placement.attention or p.attention, narrow)
+    attention = config.placement.attention or p.attention
+    row = 0 if "flash" in attention else {"eager": eager}.get(attention, narrow)
     return (
         4 * p.norms  # their inputs in float32; these normalised, too, where an RMS norm's weight trains
         + narrow * p.width * inputs

@@ -183,7 +183,7 @@ class R2MRewardModel(nn.Module):
         device: of the trainable part, the policy's; `backbone_device`: of the backbone, by default the same.
         offload: the backbone waits in host memory and comes to its device for `embed` alone.
         quantization: of the backbone's linear layers by bitsandbytes; a quantised backbone stays where it was loaded.
-        attention: implementation in the backbone ("eager", "sdpa", "flash_attention_2"); None: transformers' choice.
+        attention: of the backbone, as transformers' attn_implementation ("eager", "sdpa", ...); None: its choice.
         rte_token: "checkpoint" reads the RTE where the checkpoint's own head does, the rightmost token that is not its
             padding token (where that is also the end-of-sequence token: the token before it); "last" reads the last
             token.

@@ -338,9 +338,10 @@ def test_the_policy_runs_with_the_attention_asked_for(checkpoint, attention):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
-def test_an_attention_that_is_not_installed_is_an_error_that_names_the_key(checkpoint):
-    config = R2MConfig(policy=str(checkpoint), placement=Placement(attention="flash_attention_2"))
-    with pytest.raises(ValueError, match=r"placement\.attention is 'flash_attention_2'; .* cannot use it here"):
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flash", "owner/kernel"])
+def test_an_attention_that_is_not_installed_is_an_error_that_names_the_key(checkpoint, attention):
+    config = R2MConfig(policy=str(checkpoint), placement=Placement(attention=attention))
+    with pytest.raises(ValueError, match=rf"placement\.attention is '{attention}'; .* cannot use it here"):
         load_policy(config)
 
 
