@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -273,12 +274,26 @@ def whole(value: Any) -> Any:
 
 
 def like(value: Tensor, p: Tensor) -> Tensor:
-    """`value`, whole and the same in all processes, sharded as `p` is."""
-    return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+    """`value`, whole and the same in all processes, sharded as `p` is. Only the part of this process is copied: of a
+    tensor that is mapped from a file, no more is read."""
+    if not isinstance(p, DTensor):
+        return value
+    shape, start = compute_local_shape_and_global_offset(value.shape, p.device_mesh, p.placements)
+    part = value[tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))].to(p.device, copy=True)
+    return DTensor.from_local(
+        part, p.device_mesh, p.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
 
 
-def shard_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """After `load_state_dict` with whole tensors: those of a parameter's shape are sharded as it is."""
-    for p in parameters:
-        state = optimizer.state[p]
-        state.update({name: like(v, p) for name, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape})
+def optimizer_state_like(state: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """An optimizer's state of whole tensors for `load_state_dict`: those of a parameter's shape sharded as it is."""
+
+    def of(value: Any, p: nn.Parameter) -> Any:
+        if isinstance(value, Tensor):  # counts are copied: a small tensor would keep a large file mapped
+            return like(value, p) if value.shape == p.shape else value.clone()
+        return value
+
+    of_parameters = {
+        i: {name: of(value, parameters[i]) for name, value in values.items()} for i, values in state["state"].items()
+    }
+    return state | {"state": of_parameters}

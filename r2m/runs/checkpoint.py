@@ -8,6 +8,7 @@ data and the random numbers are functions of the seed and the round and need no 
 
 from __future__ import annotations
 
+import copy
 import errno
 import fnmatch
 import hashlib
@@ -282,21 +283,22 @@ def load_checkpoint(run: RunState, folder: str | Path, *, to_train: bool = True,
     manifest = read_manifest(folder, key)
     _check_config(load_config(folder / "config.yaml"), run.config)
     _check_origin(folder, manifest, run.origin, key)
-    saved, own = load_file(folder / "policy.safetensors", device=str(learner.device)), learner.trained_weights()
+    # On the host the file is mapped, and read where it is used: of a sharded policy, a part by each process.
+    saved, own = load_file(folder / "policy.safetensors"), learner.trained_weights()
     if {name: p.shape for name, p in saved.items()} != {name: p.shape for name, p in own.items()}:
         raise ValueError(f"{key}: the trainable weights in {folder} are not those of this policy")
-    device = learner.device if to_train else "cpu"  # mapped on the host, a file is read where it is used
-    state = torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=not to_train)
+    mapped = not to_train or run.config.placement.shard_policy  # as above
+    device = "cpu" if mapped else learner.device
+    state = torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=mapped)
     part = load_file(folder / "reward_model" / WEIGHTS_FILE, device=str(learner.device))
     scorer.reward_model.load_state_dict(part)
     for name, value in saved.items():
         own[name].copy_(processes.like(value, own[name]))
     scorer.initial_head.load_state_dict(state["initial_head"])
-    scorer.updater.load_state_dict(state["updater"], to_train=to_train)
+    scorer.updater.load_state_dict(copy.deepcopy(state["updater"]), to_train=to_train)  # nothing keeps a file mapped
     if not to_train:
         return manifest["round"]
-    learner.optimizer.load_state_dict(state["optimizer"])
-    processes.shard_state(learner.optimizer, learner.parameters)
+    learner.optimizer.load_state_dict(processes.optimizer_state_like(state["optimizer"], learner.parameters))
     for schedule, values in zip(run.schedules, state["schedules"], strict=True):
         schedule.load_state_dict(values)
     return manifest["round"]
