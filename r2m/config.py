@@ -19,7 +19,7 @@ from pydantic_core import ArgsKwargs
 
 from r2m.algorithms import ALGORITHMS
 from r2m.batching import Tokens
-from r2m.names import check_columns, check_judge, check_model, check_scores, check_source, named
+from r2m.names import check_columns, check_function, check_labeller, check_model, check_scores, check_source, named
 
 _STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
 _Block = TypeVar("_Block")
@@ -46,7 +46,7 @@ def _checked(cls: type[_Block]) -> type[_Block]:
     return cls
 
 
-def _at_least(key: str, value: int, least: int) -> None:
+def _at_least(key: str, value: float, least: int) -> None:
     if value < least:
         raise ValueError(f"{key} is {value}; expected at least {least}")
 
@@ -152,6 +152,37 @@ class R2M:
 
 @_checked
 @dataclass
+class Preferences:
+    """Fresh labels: pairs of each round's responses, labelled while the run goes on (docs/labels.md)."""
+
+    __pydantic_config__ = _STRICT
+    # "module:function", "file.py:function", or a command that reads and writes JSON lines; None: nobody is asked
+    labeller: str | None = None
+    per_round: int = 12  # pairs, of as many prompts
+    # The pair of a prompt: its best and worst response by the reward, the margin nearest to zero, the margin that the
+    # policy feedback changes most, or any
+    choose: Literal["best_worst", "uncertain", "disagreement", "random"] = "best_worst"
+    weight: float = 1.0  # of the labels' Bradley-Terry loss
+    noise: float = 0.0  # share of labels that are taken to be the wrong way round
+    grebt: float = 1.0  # weight of GREBT beside it; 0: labels alone teach the reward model
+    reservoir: int = 256  # labelled pairs that are learned from again, the last ones
+    wait: float = 60.0  # seconds; a labeller that takes longer labels nothing in that round
+
+    def __post_init__(self) -> None:
+        _at_least("preferences.per_round", self.per_round, 1)
+        _at_least("preferences.reservoir", self.reservoir, 0)
+        for name in ("weight", "grebt"):
+            _at_least(f"preferences.{name}", getattr(self, name), 0)
+        if not 0 <= self.noise < 0.5:
+            raise ValueError(f"preferences.noise is {self.noise}; expected at least 0 and less than 0.5")
+        if not 0 < self.wait < float("inf"):
+            raise ValueError(f"preferences.wait is {self.wait}; expected seconds, more than 0")
+        if self.labeller is None and self.grebt != 1:
+            raise ValueError(f"preferences.grebt is {self.grebt} without preferences.labeller; expected a labeller")
+
+
+@_checked
+@dataclass
 class Evaluation:
     """Measurements on what training never sees, and samples in the log."""
 
@@ -244,6 +275,7 @@ class R2MConfig:
     kl: KL = field(default_factory=KL)
     lora: Lora | None = None
     r2m: R2M = field(default_factory=R2M)
+    preferences: Preferences = field(default_factory=Preferences)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     placement: Placement = field(default_factory=Placement)
@@ -284,6 +316,17 @@ class R2MConfig:
                 f"r2m.scale_anchor is true, and r2m.feedback {self.r2m.feedback!r} uses no hidden states; "
                 "expected feedback frozen or trained"
             )
+        if self.preferences.labeller is not None:
+            feedback, choose = self.r2m.feedback, self.preferences.choose
+            if not self.r2m.trains:
+                raise ValueError(
+                    f"preferences.labeller is set, and r2m.feedback {feedback!r} learns nothing; expected trained or head"
+                )
+            if choose == "disagreement" and not self.r2m.attends:
+                raise ValueError(
+                    f"preferences.choose is {choose!r}, and r2m.feedback {feedback!r} changes no margin; expected "
+                    "feedback trained, or another choice"
+                )
         if self.placement.shard_policy and self.placement.offload_reference:
             raise ValueError(
                 "placement.shard_policy and placement.offload_reference are both true; expected one of them"
@@ -411,7 +454,8 @@ def check_names(config: R2MConfig, *, data: bool = True, head: bool = True) -> N
     named("prompts", check_source, config.prompts)
     named("evaluation.prompts", check_source, measured.prompts)
     named("evaluation.pairs", check_source, measured.pairs, pairs=True)
-    named("evaluation.judge", check_judge, measured.judge)
+    named("evaluation.judge", functools.partial(check_function, "judge"), measured.judge)
+    named("preferences.labeller", check_labeller, config.preferences.labeller or "")
 
 
 def config_items(config: R2MConfig) -> dict[str, Any]:
@@ -461,7 +505,7 @@ def _field_paths() -> list[str]:
 
 
 _BLOCKS: dict[str, Any] = {
-    "generation": Generation, "kl": KL, "lora": Lora, "r2m": R2M,
+    "generation": Generation, "kl": KL, "lora": Lora, "r2m": R2M, "preferences": Preferences,
     "evaluation": Evaluation, "checkpoints": Checkpoints, "placement": Placement,
 }  # fmt: skip
 

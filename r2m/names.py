@@ -1,11 +1,17 @@
-"""Whether what a config or a command names is there: before torch is loaded, and before any hub is asked."""
+"""Whether what a config or a command names is there: before torch is loaded, and before any hub is asked.
+
+Functions that it names are loaded here, too.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import json
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,17 +102,62 @@ def check_source(source: str | Path, *, pairs: bool = False) -> None:
         )
 
 
-def check_judge(name: str) -> None:
-    """Raises what `load_judge` does for a name of another form, and for a file or module that is not there; runs
+def check_function(what: str, name: str) -> None:
+    """Raises what `load_function` does for a name of another form, and for a file or module that is not there; runs
     nothing of it."""
     source, _, function = name.rpartition(":")
     if not source or not function:
-        raise ValueError(f"judge is {name!r}; expected 'module:function' or 'file.py:function'")
+        raise ValueError(f"{what} is {name!r}; expected 'module:function' or 'file.py:function'")
     if source.endswith(".py") and not Path(source).is_file():
-        raise ValueError(f"judge is {name!r}; there is no file {source}")
+        raise ValueError(f"{what} is {name!r}; there is no file {source}")
     module = source.partition(".")[0]
     if not source.endswith(".py") and module not in sys.modules and importlib.util.find_spec(module) is None:
-        raise ImportError(f"judge is {name!r}; {source} cannot be imported: there is no module {module}")
+        raise ImportError(f"{what} is {name!r}; {source} cannot be imported: there is no module {module}")
+
+
+def load_function(what: str, name: str) -> Callable[..., Any]:
+    """The function that "module:function" or "folder/file.py:function" names; errors say `what` it is for.
+
+    Raises ValueError if the name has another form or is no function, ImportError if the module cannot be imported.
+    """
+    check_function(what, name)
+    source, _, function = name.rpartition(":")
+    if source.endswith(".py"):
+        spec: Any = importlib.util.spec_from_file_location(f"r2m_{what}_{Path(source).stem}", source)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where its dataclasses, for one, look it up
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(source)
+        except ImportError as error:
+            raise ImportError(f"{what} is {name!r}; {source} cannot be imported: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"{what} is {name!r}; {source} has no function {function}")
+    return found
+
+
+def is_function(name: str) -> bool:
+    """Whether a labeller's name has the form "module:function" or "file.py:function"; else it is a command."""
+    return re.fullmatch(r"(.+\.py|[\w.]+):\w+", name) is not None
+
+
+def check_labeller(name: str) -> None:
+    """Raises ValueError or ImportError for a function that `check_function` refuses, and for a command whose program is
+    not there; runs nothing of it."""
+    if is_function(name):
+        check_function("labeller", name)
+        return
+    try:
+        program = next(iter(shlex.split(name)), "")
+    except ValueError as error:  # a quote that does not end
+        raise ValueError(f"labeller is {name!r}; it is no command: {error}") from None
+    if shutil.which(program) is None:
+        raise ValueError(
+            f"labeller is {name!r}; there is no program {program!r}: expected 'module:function', 'file.py:function', "
+            "or a command"
+        )
 
 
 def named(key: str, load: Callable[..., Any], name: str, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ from r2m_kernels import attention_pool_dot, attention_pool_with_gradient, grebt_
 Rows = slice | list[int] | Tensor  # sequences of the round in one pass
 
 
+class Kept(NamedTuple):
+    """Of what later rewards of b sequences are made (`R2MUpdater.rewards`): float32, O(D) a sequence.
+
+    Without hidden states (settings.feedback "head") all but `rte` are empty: [b, 0].
+    """
+
+    rte: Tensor  # [b, D_rm]
+    pooled: Tensor  # c, [b, D_p] or [b, H, D_p]
+    slope: Tensor  # V / (1 - w), shape of c: d(g . c)/du at w = 0
+    level: Tensor  # slope . u when the pool was made, [b]
+    lse: Tensor  # [b] or [b, H]
+
+
 class R2MUpdater:
     """Steps 3 and 5 of a training round, on hidden states that are streamed and never kept.
 
@@ -25,6 +38,9 @@ class R2MUpdater:
         for rows in micro_batches:                          # last epoch of the policy
             updater.collect(rows, hidden, mask)
         metrics = updater.step(rewards)                     # pairs, GREBT, one optimizer step
+
+    Labels of pairs are learned from in the same step: `kept = updater.keep(rows)` before it, and then
+    `updater.step(rewards, labels_loss)` with a loss of `updater.rewards(kept)`, of this round or an earlier one.
 
     `hidden` [b, S, D_p] goes through one read in either pass; `collect` keeps two float32 vectors of width D_p a
     sequence.
@@ -67,8 +83,8 @@ class R2MUpdater:
     @torch.enable_grad()  # scoring runs without gradient; `step` needs the graph that is made here
     def begin_round(self, rte: Tensor, step: int) -> None:
         """Fix w(t) (equation 2) and absorb the weights for every sequence. rte [n * K, D_rm]; step t in 1..T."""
+        self._rte = rte
         if not self.settings.attends:
-            self._rte = rte
             return
         self.weight = time_weight(step, self.total_steps, self.settings.floor)
         self._absorbed = self.reward_model.absorb(rte, self.weight)
@@ -108,17 +124,42 @@ class R2MUpdater:
         self._pooled[rows], self._gradient[rows], self._lse[rows] = pooled, gradient, lse
         self._collected[rows] = True
 
-    def step(self, annotated: Tensor) -> dict[str, float]:
+    @torch.no_grad()
+    def keep(self, rows: Rows) -> Kept:
+        """What later rewards of the sequences `rows` need; all collected. Raises RuntimeError if one was not."""
+        if not self.settings.attends:
+            rte = self._rte[rows]
+            return Kept(rte, *[rte.new_empty(len(rte), 0)] * 4)
+        self._check_collected()
+        # V grows with 1 - w, which is near 0 in the first rounds; at w = 1 it is 0 in all.
+        slope = self._gradient[rows] / ((1 - self.weight) or 1.0)
+        level = (slope * self._query[rows]).flatten(1).sum(-1)
+        return Kept(self._rte[rows], self._pooled[rows], slope, level, self._lse[rows])
+
+    def rewards(self, kept: Kept) -> Tensor:
+        """Rewards [b] of kept sequences by the weights as they are now and this round's w, differentiable in them.
+
+        Exact in W_v, W_o, the head and w. What W_q and W_k have moved since the pool was made, moves u: the rewards
+        follow to first order, g . c + V . (u - u then), for V = d(g . c)/du (method of
+        `r2m_kernels.reward_from_pools`). Not multiplied by `scale`, as GREBT's are not.
+        """
+        if not self.settings.attends:
+            return self.reward_model.vanilla_score(kept.rte)
+        absorbed = self.reward_model.absorb(kept.rte, self.weight)
+        slope = (1 - self.weight) * kept.slope
+        moved = (slope * absorbed.query.detach()).flatten(1).sum(-1) - (1 - self.weight) * kept.level
+        return self.reward_model.reward(absorbed, kept.pooled, slope, self.weight, lse=kept.lse) + moved
+
+    def step(self, annotated: Tensor, labels_loss: Tensor | None = None, *, grebt: float = 1.0) -> dict[str, float]:
         """GREBT over the round (equations 4-6) on rewards recomputed from the collected pools; one optimizer step.
 
-        annotated [n * K]: the rewards the policy was trained with, which pick the pairs by default. Returns metrics.
-        Raises RuntimeError if a sequence was never collected, FloatingPointError if the loss is not finite.
+        annotated [n * K]: the rewards the policy was trained with, which pick the pairs by default. labels_loss: 0-dim,
+        added to `grebt` times GREBT; the same in all processes. Returns metrics. Raises RuntimeError if a sequence was
+        never collected, FloatingPointError if a loss is not finite.
         """
         metrics = {}
         if self.settings.attends:
-            missing = int((~self._collected).sum())
-            if missing:
-                raise RuntimeError(f"{missing} of {len(self._collected)} sequences of this round were never collected")
+            self._check_collected()
             metrics["rm/attended_tokens"] = self._attended_tokens().item()
             if self.num_generations == 1:  # frozen; GREBT measures groups
                 return metrics
@@ -145,7 +186,7 @@ class R2MUpdater:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"GREBT loss is {loss.item()}: a reward of this round is not finite")
         if self.settings.trains:
-            metrics["rm/grad_norm"] = self._optimize(loss)
+            metrics["rm/grad_norm"] = self._optimize(grebt * loss if labels_loss is None else grebt * loss + labels_loss)
         return metrics
 
     def alignment(self, vanilla: Tensor) -> Tensor:
@@ -167,6 +208,11 @@ class R2MUpdater:
             self.optimizer.load_state_dict(state["optimizer"])
         if self.settings.scale_anchor:
             self.scale, self._initial_weight = state["scale"], state["initial_weight"]
+
+    def _check_collected(self) -> None:
+        missing = int((~self._collected).sum())
+        if missing:
+            raise RuntimeError(f"{missing} of {len(self._collected)} sequences of this round were never collected")
 
     def _feedback(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return noise_like(hidden, mask) if self.settings.source == "noise" else hidden

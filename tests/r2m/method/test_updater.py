@@ -406,3 +406,75 @@ def test_the_weight_follows_equation_2(reward_checkpoint, policy):
     for step in (0, 8):
         with pytest.raises(ValueError, match=f"1 <= step <= total_steps = 7, got {step}"):
             updater.begin_round(data.rte, step)
+
+
+# ---- rewards of kept pools ----
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_kept_pools_give_this_rounds_rewards_in_later_rounds(reward_checkpoint, policy, model):
+    """Exact in W_v, W_o, the head and w; what W_q and W_k move leaves an error of second order."""
+    updater, data = make_updater(reward_checkpoint, policy, model=model), Round()
+    updater.begin_round(data.rte, 1)  # where w is nearly 1, and V nearly 0
+    data.collect(updater)
+    kept = updater.keep(slice(None))
+    attention, head = updater.reward_model.attention, updater.reward_model.head
+
+    def errors():
+        updater.begin_round(data.rte, 8)
+        expected = expected_rewards(updater.reward_model, data.rte, data.valid(), updater.weight)
+        return (updater.rewards(kept) - expected).abs().max().item()
+
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in (attention.w_v, attention.w_o, head.weight, head.bias):
+            p += 0.3 * torch.randn_like(p)
+    assert errors() < 1e-9
+    updater.begin_round(data.rte, 8)
+    data.collect(updater)
+    kept = updater.keep(slice(None))
+    moves = [1e-3 * torch.randn_like(attention.w_q), 1e-3 * torch.randn_like(attention.w_k)]
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            attention.w_q += moves[0]
+            attention.w_k += moves[1]
+        found.append(errors())
+    assert 0 < found[1] < 4.5 * found[0]  # twice as far, four times the error
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_of_kept_rewards_are_those_of_projected_keys_and_values(reward_checkpoint, policy, model):
+    updater, data = make_updater(reward_checkpoint, policy, model=model), Round()
+    updater.begin_round(data.rte, 8)
+    data.collect(updater)
+    rows, weights = [2, 7, 5], torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    trained = list(updater.reward_model.parameters())
+    rewards = updater.rewards(updater.keep(rows))
+    expected = expected_rewards(updater.reward_model, data.rte, data.valid(), updater.weight)[rows]
+    torch.testing.assert_close(rewards, expected)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), trained) for x in (rewards, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_without_feedback_what_is_kept_are_the_embeddings(reward_checkpoint, policy):
+    updater, data = make_updater(reward_checkpoint, policy, feedback="head"), Round()
+    updater.begin_round(data.rte, 1)
+    kept = updater.keep([1, 3])
+    assert sum(x.numel() for x in kept) == 2 * 24
+    assert torch.equal(updater.rewards(kept), updater.reward_model.vanilla_score(data.rte[[1, 3]]))
+
+
+def test_labels_are_learned_from_beside_grebt_or_in_its_place(reward_checkpoint, policy):
+    data, moved = Round(), {}
+    for grebt, labelled in ((1.0, False), (1.0, True), (0.0, True), (0.0, False)):
+        updater = make_updater(reward_checkpoint, policy)
+        before = updater.reward_model.head.weight.clone()
+        updater.begin_round(data.rte, 8)
+        scores = data.score(updater)
+        data.collect(updater)
+        margin = updater.rewards(updater.keep([0, 1])).diff()
+        updater.step(scores, margin.sum() if labelled else None, grebt=grebt)
+        moved[grebt, labelled] = updater.reward_model.head.weight - before
+    assert torch.count_nonzero(moved[0, False]) == 0
+    assert len({tuple(x.tolist()) for x in moved.values()}) == 4
