@@ -320,7 +320,8 @@ class R2MConfig:
             feedback, choose = self.r2m.feedback, self.preferences.choose
             if not self.r2m.trains:
                 raise ValueError(
-                    f"preferences.labeller is set, and r2m.feedback {feedback!r} learns nothing; expected trained or head"
+                    f"preferences.labeller is set, and r2m.feedback {feedback!r} learns nothing; expected trained or "
+                    "head"
                 )
             if choose == "disagreement" and not self.r2m.attends:
                 raise ValueError(

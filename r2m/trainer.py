@@ -5,6 +5,7 @@ for t in 1..T:
     scorer.prepare       the reward model's queries (equations 1-3 absorbed), the reference's log-probabilities
     run_epoch            steps 2 to 4: rewards with policy feedback and advantages; k epochs, the last of which
                          refreshes the feedback
+    labels.ask           fresh labels of a few pairs, where there is a labeller (not in the paper)
     align_reward_model   step 5: pairs, GREBT, one step on the reward model's small part (equations 4-6)
 """
 
@@ -38,6 +39,7 @@ from r2m.policy.generate import GenerateFn, Generator
 from r2m.policy.learner import Learner
 from r2m.policy.load import check_tokens
 from r2m.policy.rollout import Annotations, Rollout
+from r2m.preferences.store import FreshLabels
 from r2m.progress import track
 from r2m.runs.checkpoint import RunState
 from r2m.runs.evaluator import Evaluator
@@ -126,12 +128,13 @@ class R2MTrainer:
         self.updater = R2MUpdater(
             reward_model, config.r2m, total_steps=config.rounds, num_generations=config.num_generations
         )
+        self.labels = None if config.preferences.labeller is None else FreshLabels(self.updater, config)
         processes.keep_equal(reward_model)
         self.scorer = Scorer(self.learner, reward_model, self.updater, config)
         stepping = [self.learner.optimizer, self.updater.optimizer][: 2 if config.r2m.trains else 1]
         factor = partial(lr_factor, config.lr_schedule, config.warmup_rounds, config.rounds)
         schedules = [LambdaLR(optimizer, factor) for optimizer in stepping]
-        self.run = RunState(config, self.scorer, schedules, self.prompts, self.prompt_ids)
+        self.run = RunState(config, self.scorer, schedules, self.prompts, self.prompt_ids, self.labels)
         self.evaluator = Evaluator(self.scorer, config, prompts=eval_prompts, pairs=held_out_pairs, judge=judge)
         self.session = Session(self.run, self.evaluator, sample_metrics)
         self.first_epoch = config.first_epoch
@@ -157,7 +160,8 @@ class R2MTrainer:
         return self.history
 
     def round(self, t: int) -> tuple[dict[str, float], Rollout, Annotations]:
-        """Round t of 1..T; returns its measures, its samples and what is known of them. Nothing is written."""
+        """Round t of 1..T; returns its measures, its samples and what is known of them. Nothing is written
+        but labels."""
         row: dict[str, float] = {"round": t}
         device = self.learner.device
         processes.seed(round_seed(self.config.seed, t))
@@ -168,6 +172,8 @@ class R2MTrainer:
                 batch = self.annotate(rollout, t, row)
         with phase("policy", row, device):
             self.optimize_policy(rollout, batch, t, row)
+        if self.labels is not None:
+            row |= self.labels.ask(rollout.prompts, rollout.completions, batch.rewards, t)
         with phase("reward_model", row, device):
             self.align_reward_model(batch, t, row)
         return row, rollout, batch
@@ -233,11 +239,13 @@ class R2MTrainer:
                 scorer.assign_credit(rollout, batch)
 
     def align_reward_model(self, batch: Annotations, t: int, row: dict[str, float]) -> None:
-        """Step 5: GREBT on rewards recomputed from the refreshed feedback; the backbone and the policy do not run."""
+        """Step 5: GREBT on rewards recomputed from the refreshed feedback, beside it the labels; the backbone and the
+        policy do not run."""
         if self.config.r2m.feedback == "none":
             return
+        labels_loss = None if self.labels is None else self.labels.loss()
         try:
-            row |= processes.mean(self.updater.step(batch.scores))
+            row |= processes.mean(self.updater.step(batch.scores, labels_loss, grebt=self.config.preferences.grebt))
         except FloatingPointError as error:
             raise FloatingPointError(f"phase reward_model, round {t}: {error}") from None
 

@@ -186,7 +186,9 @@ class R2MUpdater:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"GREBT loss is {loss.item()}: a reward of this round is not finite")
         if self.settings.trains:
-            metrics["rm/grad_norm"] = self._optimize(grebt * loss if labels_loss is None else grebt * loss + labels_loss)
+            metrics["rm/grad_norm"] = self._optimize(
+                grebt * loss if labels_loss is None else grebt * loss + labels_loss
+            )
         return metrics
 
     def alignment(self, vanilla: Tensor) -> Tensor:

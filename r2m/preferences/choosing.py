@@ -56,6 +56,8 @@ def choose_pairs(
     for start in starts:
         pairs = [(i, j) for i, j in combinations(range(start, start + group), 2) if texts[i] != texts[j]]
         if pairs and len(chosen) < count:
-            i, j = max(pairs, key=lambda ij: worth(rewards[ij[0]] - rewards[ij[1]], vanilla[ij[0]] - vanilla[ij[1]], rng))
+            i, j = max(
+                pairs, key=lambda ij: worth(rewards[ij[0]] - rewards[ij[1]], vanilla[ij[0]] - vanilla[ij[1]], rng)
+            )
             chosen.append((i, j) if rng.random() < 0.5 else (j, i))
     return chosen

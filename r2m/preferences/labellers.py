@@ -58,7 +58,14 @@ def run_command(arguments: list[str], pairs: list[Pair], *, wait: float) -> list
         raise TimeoutError(_too_long(wait)) from None
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}: {done.stderr.strip()[-500:] or 'nothing on stderr'}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [_parsed(line) for line in done.stdout.splitlines() if line.strip()]
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise ValueError(f"it wrote {line!r:.80}; expected a number between 0 and 1 a line, or null") from None
 
 
 def checked(returned: Any, pairs: list[Pair]) -> tuple[list[Label], str]:
@@ -95,8 +102,8 @@ def _within(wait: float, labeller: Labeller, calls: list[threading.Thread], pair
     def call() -> None:
         try:
             outcome.extend([labeller(pairs), None])
-        except BaseException as error:
-            outcome.extend([None, error])
+        except BaseException as error:  # sys.exit, too, ends no run
+            outcome.extend([None, error if isinstance(error, Exception) else RuntimeError(repr(error))])
 
     calls[:] = [threading.Thread(target=call, daemon=True)]  # one that never returns does not keep the run from ending
     calls[0].start()

@@ -38,6 +38,7 @@ from r2m.config import R2MConfig, config_items, config_to_yaml, load_config
 from r2m.data.sources import Prompt
 from r2m.devices import resolve_precision
 from r2m.method.reward_model import WEIGHTS_FILE
+from r2m.preferences.store import FreshLabels
 from r2m.progress import waiting
 from r2m.runs.folder import MANIFEST, METRICS, best_round, checkpoints, read_manifest, read_metrics
 from r2m.scoring import Scorer
@@ -51,7 +52,7 @@ UNFINISHED = ".unfinished-"  # prefix of a folder that is being written or remov
 MAY_CHANGE = [
     "policy", "policy_revision", "reward_model", "reward_model_revision", "prompts", "columns", "skip_invalid",
     "output_dir", "trust_remote_code", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "trackers",
-    "generation.batch_size", "evaluation.*", "checkpoints.*", "placement.*",
+    "generation.batch_size", "evaluation.*", "checkpoints.*", "placement.*", "preferences.wait",
 ]  # fmt: skip
 
 
@@ -64,6 +65,7 @@ class RunState:
     schedules: list[LambdaLR]  # of the policy's learning rate and, where it is trained, the reward model's
     prompts: list[Prompt]
     prompt_ids: list[list[int]]  # their tokens
+    labels: FreshLabels | None = None
     history: list[dict[str, float]] = field(default_factory=list)  # metrics.jsonl's rows, one a round
 
     @property
@@ -207,6 +209,7 @@ def save_checkpoint(run: RunState, t: int) -> Path:
             "updater": scorer.updater.state_dict(),
             "schedules": [schedule.state_dict() for schedule in run.schedules],
             "initial_head": scorer.initial_head.state_dict(),
+            "labels": None if run.labels is None else run.labels.state_dict(),
         }
     )
     origin = run.origin
@@ -298,6 +301,8 @@ def load_checkpoint(run: RunState, folder: str | Path, *, to_train: bool = True,
     scorer.updater.load_state_dict(copy.deepcopy(state["updater"]), to_train=to_train)  # nothing keeps a file mapped
     if not to_train:
         return manifest["round"]
+    if run.labels is not None:
+        run.labels.load_state_dict(state["labels"])
     learner.optimizer.load_state_dict(processes.optimizer_state_like(state["optimizer"], learner.parameters))
     for schedule, values in zip(run.schedules, state["schedules"], strict=True):
         schedule.load_state_dict(values)

@@ -33,6 +33,7 @@ DEGENERATE_SHARE = 0.5  # of one round's groups, which are few
 REWARD_RISE = 0.5  # of the run's own reward, in standard deviations of the rewards at the start
 INITIAL_SHARE = 0.2  # of that rise; an initial reward model that rises by less does not agree with it
 CLIPPED_SHARE = 0.25  # of the importance ratios; those of the first epoch are 1 and never clipped
+AGREEMENT, AGREEMENT_LABELS = 0.5, 50  # of the rewards with the fresh labels, over the last rounds with so many labels
 
 EXPLOITATION_ROUNDS = 3  # the mean over so many, where a run goes on: one round's samples are few
 
@@ -289,6 +290,28 @@ def warn_about_clipping(history: list[dict[str, float]]) -> None:
         logger.warning(
             "round %d: %.0f %% of the importance ratios are clipped: in a round the policy moves further than "
             "clip_range allows. Lower learning_rate, or set fewer epochs or minibatches",
+            history[-1]["round"],
+            100 * now,
+        )
+
+
+def warn_about_labels(history: list[dict[str, float]]) -> None:
+    """Said when the rewards begin to agree with fresh labels less often than chance would."""
+
+    def agreement(rows: list[dict[str, float]]) -> float:
+        seen, agreed = 0.0, 0.0
+        for row in reversed(rows):
+            seen += row.get("labels/given", 0)
+            agreed += row.get("labels/given", 0) * row.get("labels/agreement", 0)
+            if seen >= AGREEMENT_LABELS:
+                return agreed / seen
+        return 1.0
+
+    now = agreement(history)
+    if now < AGREEMENT <= agreement(history[:-1]):
+        logger.warning(
+            "round %d: rewards agree with %.0f %% of the last labels, before learning from them: the policy exploits "
+            "the reward model. Raise kl.beta or preferences.per_round, or take an earlier checkpoint",
             history[-1]["round"],
             100 * now,
         )

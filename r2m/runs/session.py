@@ -38,6 +38,7 @@ from r2m.runs.monitor import (
     warn_about_degenerate_groups,
     warn_about_drift,
     warn_about_exploitation,
+    warn_about_labels,
 )
 from r2m.runs.sigterm import Sigterm, Terminated, on_sigterm
 
@@ -133,6 +134,7 @@ class Session:
         warn_about_degenerate_groups(history)
         warn_about_exploitation(history)
         warn_about_clipping(history)
+        warn_about_labels(history)
         return self._is_last(t, row)
 
     def _is_last(self, t: int, row: dict[str, float]) -> bool:

@@ -26,6 +26,7 @@ SCRIPT = Path(__file__).with_name("train_in_processes.py")
 SHARDED = {"placement": {"shard_policy": True}}
 # Room for the greatest group, 4 x 20 tokens, and little for padding: micro-batches take several passes.
 BUDGET = {"micro_batch_size": None, "micro_batch_tokens": 80, "generation": {"max_prompt_tokens": 15}}
+LABELS = {"labeller": "train_in_processes:verifier", "per_round": 3}
 # With rounds scored by a pass of their own, and, where groups of four fit, by the first epoch's.
 CASES = {
     "copies": {},
@@ -35,6 +36,8 @@ CASES = {
     "head": {"r2m": {"feedback": "head"}},
     "reference": {"r2m": {"standardize": True, "source": "reference"}},
     "anchored": {"r2m": {"standardize": True, "scale_anchor": True}},
+    "labels": {"r2m": {"standardize": True}, "preferences": LABELS},
+    "labels, head": {"r2m": {"feedback": "head"}, "preferences": LABELS},
     "adapter": {"adapter": True},
     "sharded": SHARDED,
     "budget": BUDGET,

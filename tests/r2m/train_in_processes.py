@@ -31,6 +31,10 @@ def judge(prompts, responses):
     return [float(len(prompt) + 3 * len(set(response))) for prompt, response in zip(prompts, responses, strict=True)]
 
 
+def verifier(pairs):
+    return [float(len(set(pair.first)) > len(set(pair.second))) for pair in pairs]
+
+
 def stochastic_gradient_descent(parameters, **_):
     return torch.optim.SGD(parameters, lr=0.02)
 

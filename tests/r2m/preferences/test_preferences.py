@@ -1,0 +1,335 @@
+"""Fresh labels: who gives them, which pairs are asked for, what is kept and learned, and what a run survives."""
+
+import json
+import logging
+import math
+import random
+import sys
+import threading
+from typing import get_args, get_type_hints
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from r2m import R2MTrainer
+from r2m.config import Preferences, config_from_dict
+from r2m.preferences.choosing import CHOICES, choose_pairs
+from r2m.preferences.labellers import Pair, checked, load_labeller
+from r2m.preferences.store import LABELS, append_labels, read_labels
+from r2m.runs.monitor import warn_about_labels
+
+PROMPTS = ["hello ", "what is it? ", "a b", "xyz", [{"role": "user", "content": "hi"}]]
+K = 4
+PAIRS = [Pair("a", "long", "x", 3), Pair([{"role": "user", "content": "b"}], "y", "\u2028 é", 3)]
+
+asked = []  # pairs that `verifier` was asked about
+
+
+def verifier(pairs):
+    asked.extend(pairs)
+    return [
+        None if len(pair.first) == len(pair.second) else float(len(pair.first) > len(pair.second)) for pair in pairs
+    ]
+
+
+def broken(pairs):
+    raise OSError("the judge is down")
+
+
+def settings(folder, **overrides):
+    values = {
+        "rounds": 3, "prompts_per_round": 4, "num_generations": K, "micro_batch_size": K, "precision": "float32",
+        "learning_rate": 1e-3, "output_dir": str(folder),
+        "generation": {"max_new_tokens": 5, "max_prompt_tokens": 40, "eos_token_ids": list(range(1, 50))},
+        "r2m": {"learning_rate": 1e-3, "inner_width": 16},
+        "preferences": {"labeller": f"{__name__}:verifier", "per_round": 3},
+        "checkpoints": {"every": 1, "keep": 100},
+    }  # fmt: skip
+    for key, value in overrides.items():
+        values[key] = values[key] | value if isinstance(values.get(key), dict) else value
+    return values
+
+
+@pytest.fixture
+def make(reward_checkpoint, tmp_path):
+    """A trainer on fresh tiny models; keywords are keys of the config."""
+    asked.clear()
+
+    def build(folder="run", **other):
+        policy = tiny.policy(num_hidden_layers=1)
+        config = config_from_dict(settings(tmp_path / folder, **other))
+        reward_model = tiny.reward_model(reward_checkpoint, policy)
+        return R2MTrainer(policy, reward_model, tiny.tokenizer(), PROMPTS, config)
+
+    return build
+
+
+def measured(rows):
+    return [{key: x for key, x in row.items() if not key.startswith(("seconds/", "memory/"))} for row in rows]
+
+
+def weights(trainer):
+    parameters = [*trainer.policy.parameters(), *trainer.reward_model.parameters()]
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+# ---- who gives labels ----
+
+
+def test_functions_and_commands_are_labellers(tmp_path):
+    file = tmp_path / "judge.py"
+    file.write_text(
+        "import json, sys\n"
+        "def label(pairs):\n"
+        "    return [float(len(pair.first) > len(pair.second)) for pair in pairs]\n"
+        "if __name__ == '__main__':\n"
+        "    for row in map(json.loads, sys.stdin.readlines()):\n"
+        "        print('null' if row['prompt'] == 'a' else row['round'] / 4 * (row['second'] == '\\u2028 é'))\n"
+    )
+    assert load_labeller(f"{file}:label", 60)(PAIRS) == [1.0, 0.0]
+    assert load_labeller(f"{__name__}:verifier", 60)(PAIRS) == [1.0, 0.0]
+    assert load_labeller(f"{sys.executable} {file}", 60)(PAIRS) == [None, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("no_such_module:label", ImportError, "labeller is 'no_such_module:label'.*there is no module no_such_module"),
+        ("missing.py:label", ValueError, "labeller is 'missing.py:label'; there is no file missing.py"),
+        ("math:no", ValueError, "labeller is 'math:no'; math has no function no"),
+        ("no-such-program --fast", ValueError, "there is no program 'no-such-program': expected 'module:function'"),
+        ("sh 'open", ValueError, "it is no command: No closing quotation"),
+    ],
+)
+def test_a_labeller_that_is_not_there_is_an_error(name, error, message):
+    with pytest.raises(error, match=message):
+        load_labeller(name, 60)
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "message"),
+    [
+        ("sh -c 'echo no key >&2; exit 3'", RuntimeError, "exit status 3: no key"),
+        ("echo better", ValueError, r"it wrote 'better'; expected a number between 0 and 1 a line, or null"),
+        ("sleep 9", TimeoutError, "it took longer than preferences.wait = 0.1 seconds"),
+    ],
+)
+def test_a_command_that_fails_says_how(command, error, message):
+    with pytest.raises(error, match=message):
+        load_labeller(command, 0.1 if error is TimeoutError else 60)(PAIRS)
+
+
+def test_a_function_that_takes_too_long_is_left_alone_until_it_is_back(tmp_path, monkeypatch):
+    may_go_on = threading.Event()
+    monkeypatch.setattr(sys.modules[__name__], "verifier", lambda pairs: may_go_on.wait(60) and [1.0] * len(pairs))
+    labeller = load_labeller(f"{__name__}:verifier", 0.05)
+    with pytest.raises(TimeoutError, match=r"it took longer than preferences.wait = 0.05 seconds"):
+        labeller(PAIRS)
+    with pytest.raises(TimeoutError, match="it has not come back from an earlier round"):
+        labeller(PAIRS)
+    (call,) = labeller.args[2]
+    may_go_on.set()
+    call.join(60)
+    assert labeller(PAIRS) == [1.0, 1.0]
+
+
+def test_labels_are_probabilities_or_none():
+    assert checked([True, 0.25], PAIRS) == ([1.0, 0.25], "")
+    assert checked((None, 0), PAIRS) == ([None, 0.0], "")
+    for wrong in (math.nan, 1.5, -1, "first"):
+        labels, problem = checked([1, wrong], PAIRS)
+        assert labels == [1.0, None]
+        assert problem == f"it returned {wrong!r} for a pair; expected a number between 0 and 1, or None"
+    for wrong, message in (([1], "it returned 1 labels for 2 pairs"), (None, "it returned None; expected a label")):
+        with pytest.raises(ValueError, match=message):
+            checked(wrong, PAIRS)
+
+
+# ---- which pairs ----
+
+REWARDS, VANILLA = [0.0, 3.0, 1.0, 1.5], [0.0, 3.1, 1.1, -4.0]
+
+
+@pytest.mark.parametrize(("choose", "pair"), [("best_worst", {0, 1}), ("uncertain", {2, 3}), ("disagreement", {1, 3})])
+def test_a_choice_takes_the_pair_of_a_prompt_that_is_worth_most(choose, pair):
+    ((i, j),) = choose_pairs(choose, REWARDS, VANILLA, "abcd", group=4, count=2, seed=0, t=1)
+    assert {i, j} == pair
+
+
+def test_pairs_have_distinct_texts_and_each_another_prompt():
+    texts = ["a", "a", "b", "a", "same", "same", "same", "same", "c", "d", "e", "f", "g", "h", "g", "h"]
+    rng = random.Random(0)
+    rewards = [rng.random() for _ in texts]
+    for choose in CHOICES:
+        rows = choose_pairs(choose, rewards, rewards, texts, group=4, count=9, seed=1, t=2)
+        assert sorted(i // 4 for i, _ in rows) == sorted(j // 4 for _, j in rows) == [0, 2, 3]
+        assert all(texts[i] != texts[j] for i, j in rows)
+
+
+def test_prompts_and_order_are_drawn_by_seed_and_round():
+    def rows(seed, t):
+        return choose_pairs("best_worst", REWARDS * 9, VANILLA * 9, "abcd" * 9, group=4, count=6, seed=seed, t=t)
+
+    assert rows(0, 1) == rows(0, 1)
+    assert len({str(rows(seed, t)) for seed in (0, 1) for t in (1, 2)}) == 4
+    assert {i % 4 for i, _ in rows(0, 1)} == {0, 1}  # the better one comes first, or second
+
+
+def test_the_config_names_the_choices():
+    assert get_args(get_type_hints(Preferences)["choose"]) == tuple(CHOICES)
+
+
+# ---- what is kept ----
+
+
+def test_answers_are_read_back_and_a_line_cut_short_is_taken_out(tmp_path):
+    file = tmp_path / "run" / LABELS
+    append_labels(file, PAIRS, [1.0, None])
+    whole = file.read_text()
+    file.write_text(whole + whole[:20])
+    answers = read_labels(file)
+    assert list(answers.values()) == [1.0, None]
+    assert file.read_text() == whole
+    file.write_text(whole + "{}\n")
+    with pytest.raises(
+        ValueError, match=r"labels.jsonl, line 3 is no label \(KeyError\('label'\)\); expected an object"
+    ):
+        read_labels(file)
+
+
+def test_the_loss_is_bradley_terry_of_fresh_labels_and_of_the_last_ones(make):
+    trainer = make(preferences={"reservoir": 4, "noise": 0.1, "weight": 2.0})
+    labels, updater = trainer.labels, trainer.updater
+    assert labels.loss() is None
+    told = []
+    for t in (1, 2, 3):
+        row, *_ = trainer.round(t)
+        told.append(labels.labels[-labels.fresh :] if labels.fresh else labels.labels[:0])
+        assert len(told[-1]) == row["labels/given"]
+    older = torch.cat(told[:2])[-4:]
+    assert torch.equal(labels.labels, torch.cat([older, told[2]]))
+    margins = updater.rewards(labels.kept).view(-1, 2)
+    p = 0.9 * labels.labels + 0.1 * (1 - labels.labels)
+    losses = -p * F.logsigmoid(margins[:, 0] - margins[:, 1]) - (1 - p) * F.logsigmoid(margins[:, 1] - margins[:, 0])
+    torch.testing.assert_close(labels.loss(), 2 * (losses[: len(older)].mean() + losses[len(older) :].mean()))
+
+
+# ---- runs ----
+
+
+def test_a_run_asks_counts_and_writes(make):
+    trainer = make()
+    rows = trainer.train()
+    written = [json.loads(line) for line in (trainer.run.folder / LABELS).read_text().splitlines()]
+    assert [(row["first"], row["second"], row["round"]) for row in written] == [
+        (pair.first, pair.second, pair.round) for pair in asked
+    ]
+    for row in rows:
+        own = [line["label"] for line in written if line["round"] == row["round"]]
+        assert row["labels/asked"] == len(own) > 0
+        assert row["labels/skipped"] == own.count(None)
+        assert row["labels/given"] == len(own) - own.count(None)
+        assert row["labels/failed"] == 0
+    seen = sum(row["labels/given"] for row in rows)
+    agreed = sum(row["labels/given"] * row.get("labels/agreement", 0) for row in rows)
+    assert rows[-1]["labels/agreement_so_far"] == pytest.approx(agreed / seen)
+
+
+@pytest.mark.parametrize("feedback", ["trained", "head"])
+def test_labels_change_the_reward_model(make, feedback):
+    r2m = {"feedback": feedback, "learning_rate": 1e-2}
+    runs = [
+        make(f"run-{name}", rounds=1, r2m=r2m, preferences=preferences)
+        for name, preferences in (("without", {"labeller": None}), ("with", {}), ("alone", {"grebt": 0.0}))
+    ]
+    for trainer in runs:
+        trainer.train()
+    heads = [trainer.reward_model.head.weight.tolist() for trainer in runs]
+    assert heads[0] != heads[1] != heads[2] != heads[0]
+
+
+def test_agreement_is_that_of_the_weights_before_they_learn(make):
+    trainer = make(rounds=1, preferences={"per_round": 9})
+    before = trainer.reward_model.head.weight.clone()
+    row, rollout, batch = trainer.round(1)
+    assert not torch.equal(before, trainer.reward_model.head.weight)
+    lines = read_labels(trainer.labels.file)
+    index = {
+        (str(json.dumps(p)), c): i for i, (p, c) in enumerate(zip(rollout.prompts, rollout.completions, strict=True))
+    }
+    right = [
+        (batch.initial[index[prompt, first]] > batch.initial[index[prompt, second]]).item() == (label == 1)
+        for (_, prompt, first, second), label in lines.items()
+        if label is not None
+    ]
+    assert row["labels/agreement_vanilla"] == pytest.approx(sum(right) / len(right))
+
+
+def test_a_resumed_run_has_the_same_bits_and_asks_nothing_twice(make):
+    straight = make("straight")
+    expected = straight.train()
+    stopped = make("stopped")
+    stopped.train()
+    folder = stopped.run.folder
+    for t in (2, 3):  # as a kill leaves it after the labels of round 3 were written, and the last checkpoint in round 1
+        (folder / f"checkpoint-{t}").rename(folder / f".unfinished-checkpoint-{t}")
+    with (folder / LABELS).open("a") as file:
+        file.write('{"prompt": "cut sh')
+    asked.clear()
+    resumed = make("stopped")
+    assert measured(resumed.train("last")) == measured(expected)
+    assert torch.equal(weights(resumed), weights(straight))
+    assert asked == []
+
+
+def test_a_labeller_that_fails_costs_no_round(make, caplog):
+    failing = make("failing", preferences={"labeller": f"{__name__}:broken"})
+    without = make("without", preferences={"labeller": None})
+    with caplog.at_level(logging.WARNING, "r2m.preferences"):
+        rows = failing.train()
+    own = [{key: x for key, x in row.items() if not key.startswith("labels/")} for row in measured(rows)]
+    assert own == measured(without.train())
+    assert torch.equal(weights(failing), weights(without))
+    assert [row["labels/failed"] for row in rows] == [1, 1, 1]
+    assert all(row["labels/given"] == 0 and row["labels/skipped"] == row["labels/asked"] > 0 for row in rows)
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("r2m.preferences")]
+    assert warnings == [
+        f"round 1: labeller {__name__}:broken: OSError: the judge is down. The run goes on without these labels; "
+        "labels/failed counts such rounds"
+    ]
+
+
+def test_labels_that_cannot_be_written_stop_the_run(make):
+    trainer = make(rounds=1)
+    (trainer.run.folder / LABELS).mkdir(parents=True)
+    with pytest.raises(OSError, match=r"\d labels cannot be written to .*labels.jsonl"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"r2m": {"feedback": "frozen"}}, "r2m.feedback 'frozen' learns nothing; expected trained or head"),
+        ({"r2m": {"feedback": "head"}, "preferences": {"choose": "disagreement"}}, "'head' changes no margin"),
+        ({"preferences": {"noise": 0.5}}, "preferences.noise is 0.5; expected at least 0 and less than 0.5"),
+        ({"preferences": {"per_round": 0}}, "preferences.per_round is 0; expected at least 1"),
+        ({"preferences": {"wait": 0}}, "preferences.wait is 0.0; expected seconds, more than 0"),
+        ({"preferences": {"labeller": None, "grebt": 0.5}}, "preferences.grebt is 0.5 without preferences.labeller"),
+    ],
+)
+def test_settings_that_cannot_be_are_an_error(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(settings(tmp_path, **overrides))
+
+
+def test_a_warning_when_rewards_disagree_with_the_last_labels(caplog):
+    agreements = [0.8, 0.9, 0.3, 0.3, 0.3, 0.4, 0.9]
+    history = [{"round": t, "labels/given": 25, "labels/agreement": x} for t, x in enumerate(agreements, 1)]
+    with caplog.at_level(logging.WARNING, "r2m.runs.monitor"):
+        for t in range(1, len(history) + 1):
+            warn_about_labels(history[:t])
+    assert [record.getMessage()[:55] for record in caplog.records] == [
+        "round 4: rewards agree with 30 % of the last labels, be"
+    ]
