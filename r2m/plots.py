@@ -55,6 +55,8 @@ RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
             "weight": "fusion weight w",
             "reward/correlation": "corr. with initial",
             "rm/pair_accuracy": "pair accuracy",
+            "labels/agreement": "agreement with labels",
+            "labels/agreement_so_far": "the same, so far",
         },
     ),
     ("Tokens", "tokens", {"length/mean": "response length", "rm/attended_tokens": "attended by RM"}),
@@ -63,7 +65,7 @@ RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
         "Time",
         "seconds / round",
         {f"seconds/{phase}": phase.replace("_", " ") for phase in PHASES}
-        | {"seconds/first_epoch": "first epoch (in annotate)"},
+        | {"seconds/first_epoch": "first epoch (in annotate)", "seconds/labeller": "labeller"},
     ),
     ("Peak memory", "MiB", {f"memory/{phase}": phase.replace("_", " ") for phase in PHASES}),
 ]

@@ -102,7 +102,12 @@ def _small_part(config: R2MConfig, p: _Numbers, rm: _Numbers, inner: int, heads:
     # RTE, W_q RTE, u, its pool and the pool's gradient; ids, positions and masks; three log-probabilities a token.
     vectors = rm.width + (inner + 3 * heads * p.width) * config.r2m.attends
     sequence = 4 * vectors + 20 * _length(config) + 12 * config.generation.max_new_tokens
-    return 4 * weights + 12 * trained + config.prompts_per_round * config.num_generations * sequence
+    asked = config.preferences
+    labelled = (
+        0 if asked.labeller is None else 2 * (asked.reservoir + asked.per_round)
+    )  # kept, with their W_q RTE and u
+    sequences = config.prompts_per_round * config.num_generations
+    return 4 * weights + 12 * trained + sequences * sequence + 4 * labelled * vectors
 
 
 def _training(config: R2MConfig, p: _Numbers) -> list[Terms]:

@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import random
+import re
 import sys
 import threading
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -91,6 +93,13 @@ def test_functions_and_commands_are_labellers(tmp_path):
     assert load_labeller(f"{file}:label", 60)(PAIRS) == [1.0, 0.0]
     assert load_labeller(f"{__name__}:verifier", 60)(PAIRS) == [1.0, 0.0]
     assert load_labeller(f"{sys.executable} {file}", 60)(PAIRS) == [None, 0.75]
+
+
+def test_the_pages_verifier_is_a_labeller(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "labels.md").read_text()
+    (tmp_path / "verifier.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    pairs = [Pair("2 + 3 =", "5", "It is 6.", 1), Pair("2 + 3 =", "no", "2 + 3 = 5.", 1), Pair("1 + 1", "2", "= 2", 1)]
+    assert load_labeller(f"{tmp_path}/verifier.py:label", 60)(pairs) == [1.0, 0.0, None]
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,13 @@ def judge(prompts, responses):
     return [len(response) % 7 for response in responses]
 
 
+def label(pairs):
+    return [len(pair.first) / (len(pair.first) + len(pair.second)) for pair in pairs]
+
+
 @pytest.fixture
 def run_file(tmp_path, reward_checkpoint):
-    """A run from files, with a judge and adapters left out: every kind of state is in its checkpoints."""
+    """A run from files, with a judge and a labeller, adapters left out: every kind of state is in its checkpoints."""
     tiny.policy(num_hidden_layers=1).save_pretrained(tmp_path / "policy")
     tiny.tokenizer().save_pretrained(tmp_path / "policy")
     lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS]
@@ -107,6 +111,7 @@ def run_file(tmp_path, reward_checkpoint):
         warmup_rounds=2,
         checkpoints={"every": 2, "keep": 2},
         evaluation={"every": 3, "prompts": str(tmp_path / "prompts.jsonl"), "judge": f"{__file__}:judge"},
+        preferences={"labeller": f"{__file__}:label", "reservoir": 5},
         placement={"device": "cpu"},
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
