@@ -377,7 +377,8 @@ class R2MConfig:
         return size % self.num_generations == 0
 
     def check_processes(self, number: int) -> None:
-        """Raises ValueError unless whole groups can be dealt to so many processes, the same to each."""
+        """Raises ValueError unless whole groups can be dealt to so many processes, the same to each, and none waits for
+        a labeller longer than for another process."""
         share, rest = divmod(self.prompts_per_round, number)
         if rest:
             raise ValueError(
@@ -387,6 +388,15 @@ class R2MConfig:
             raise ValueError(
                 f"minibatches is {self.minibatches} on {number} processes; expected a divisor of the "
                 f"{share * self.num_generations} sequences of each"
+            )
+        if (
+            number > 1
+            and self.preferences.labeller is not None
+            and self.preferences.wait >= 60 * self.placement.timeout
+        ):
+            raise ValueError(
+                f"preferences.wait is {self.preferences.wait:g} seconds on {number} processes, which wait for one "
+                f"another placement.timeout = {self.placement.timeout:g} minutes; expected less than that"
             )
 
 

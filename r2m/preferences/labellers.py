@@ -79,13 +79,14 @@ def checked(returned: Any, pairs: list[Pair]) -> tuple[list[Label], str]:
         raise ValueError(f"it returned {returned!r:.80}; expected a label for each pair") from None
     if len(labels) != len(pairs):
         raise ValueError(f"it returned {len(labels)} labels for {len(pairs)} pairs; expected one for each")
-    kept = [_number(label) for label in labels]
+    kept = [probability(label) for label in labels]
     wrong = [label for label, own in zip(labels, kept, strict=True) if own is None and label is not None]
     problem = f"it returned {wrong[0]!r:.80} for a pair; expected a number between 0 and 1, or None" if wrong else ""
     return kept, problem
 
 
-def _number(label: Any) -> Label:
+def probability(label: Any) -> Label:
+    """The label as a number from 0 to 1; None for anything else."""
     try:
         number = float(label)
     except (TypeError, ValueError):

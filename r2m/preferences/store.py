@@ -20,7 +20,7 @@ from r2m.config import R2MConfig
 from r2m.data.sources import Prompt
 from r2m.method.updater import Kept, R2MUpdater
 from r2m.preferences.choosing import choose_pairs
-from r2m.preferences.labellers import Label, Pair, checked, load_labeller
+from r2m.preferences.labellers import Label, Pair, checked, load_labeller, probability
 from r2m.progress import waiting
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,10 @@ def read_labels(file: Path) -> dict[tuple[Any, ...], Label]:
     for number, line in enumerate(content[:complete].splitlines(), 1):
         try:
             row = json.loads(line)
-            answers[_key(Pair(*(row[name] for name in ("prompt", "first", "second", "round"))))] = row["label"]
+            label = row.pop("label")
+            answers[_key(Pair(**row))] = probability(label)
+            if label is not None and probability(label) is None:
+                raise ValueError(label)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{file}, line {number} is no label ({error!r}); expected an object with prompt, first, second, round "

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from r2m import R2MTrainer
-from r2m.config import Preferences, config_from_dict
+from r2m.config import Preferences, check_names, config_from_dict
 from r2m.preferences.choosing import CHOICES, choose_pairs
 from r2m.preferences.labellers import Pair, checked, load_labeller
 from r2m.preferences.store import LABELS, append_labels, read_labels
@@ -201,11 +201,11 @@ def test_answers_are_read_back_and_a_line_cut_short_is_taken_out(tmp_path):
     answers = read_labels(file)
     assert list(answers.values()) == [1.0, None]
     assert file.read_text() == whole
-    file.write_text(whole + "{}\n")
-    with pytest.raises(
-        ValueError, match=r"labels.jsonl, line 3 is no label \(KeyError\('label'\)\); expected an object"
-    ):
-        read_labels(file)
+    for line, reason in (("{}", "KeyError('label')"), (whole.splitlines()[0].replace("1.0", "7"), "ValueError(7)")):
+        file.write_text(f"{whole}{line}\n")
+        message = f"labels.jsonl, line 3 is no label ({reason}); expected an object with prompt, first"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_labels(file)
 
 
 def test_the_loss_is_bradley_terry_of_fresh_labels_and_of_the_last_ones(make):
@@ -331,6 +331,19 @@ def test_labels_that_cannot_be_written_stop_the_run(make):
 def test_settings_that_cannot_be_are_an_error(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         config_from_dict(settings(tmp_path, **overrides))
+
+
+def test_a_labeller_that_is_not_there_is_told_before_a_model_is_loaded(tmp_path):
+    config = config_from_dict(settings(tmp_path, preferences={"labeller": "missing.py:label"}))
+    with pytest.raises(ValueError, match=r"preferences.labeller: labeller is 'missing.py:label'; there is no file"):
+        check_names(config)
+
+
+def test_processes_wait_for_one_another_longer_than_for_the_labeller(tmp_path):
+    config = config_from_dict(settings(tmp_path, preferences={"wait": 120}, placement={"timeout": 2}))
+    config.check_processes(1)
+    with pytest.raises(ValueError, match=r"preferences.wait is 120 seconds on 2 processes.* placement.timeout = 2 min"):
+        config.check_processes(2)
 
 
 def test_a_warning_when_rewards_disagree_with_the_last_labels(caplog):
