@@ -142,7 +142,8 @@ class FreshLabels:
         }
 
     def _answers(self, pairs: list[Pair]) -> tuple[list[Label], bool]:
-        """A label for each pair, and whether anything of the labeller's answer was wrong.
+        """A label for each pair, and whether the labeller failed as a whole: then nothing is written, and a resumed run
+        asks again.
 
         It is asked about the pairs that the run's folder has no answer to. Answers are on the disk before they are
         used.
@@ -162,13 +163,13 @@ class FreshLabels:
             self.answered |= dict(zip(map(_key, unknown), labels, strict=True))
         if problem and not self.failing:
             logger.warning(
-                "round %d: labeller %s: %s. The run goes on without these labels; labels/failed counts such rounds",
+                "round %d: labeller %s: %s. The run goes on without; labels/skipped and labels/failed count on",
                 pairs[0].round,
                 self.settings.labeller,
                 problem,
             )
         self.failing = bool(problem)
-        return [self.answered.get(_key(pair)) for pair in pairs], bool(problem)
+        return [self.answered.get(_key(pair)) for pair in pairs], bool(unknown) and not labels
 
 
 def margins_of_pairs(rewards: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ def broken(pairs):
     raise OSError("the judge is down")
 
 
+def doubtful(pairs):
+    return [1.0, *[math.nan] * (len(pairs) - 1)]
+
+
 def settings(folder, **overrides):
     values = {
         "rounds": 3, "prompts_per_round": 4, "num_generations": K, "micro_batch_size": K, "precision": "float32",
@@ -305,9 +309,18 @@ def test_a_labeller_that_fails_costs_no_round(make, caplog):
     assert all(row["labels/given"] == 0 and row["labels/skipped"] == row["labels/asked"] > 0 for row in rows)
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("r2m.preferences")]
     assert warnings == [
-        f"round 1: labeller {__name__}:broken: OSError: the judge is down. The run goes on without these labels; "
-        "labels/failed counts such rounds"
+        f"round 1: labeller {__name__}:broken: OSError: the judge is down. The run goes on without; "
+        "labels/skipped and labels/failed count on"
     ]
+
+
+def test_what_is_no_label_is_skipped_alone(make, caplog):
+    trainer = make(preferences={"labeller": f"{__name__}:doubtful"})
+    with caplog.at_level(logging.WARNING, "r2m.preferences"):
+        rows = trainer.train()
+    assert [(row["labels/given"], row["labels/failed"]) for row in rows] == [(1, 0)] * 3
+    assert list(read_labels(trainer.labels.file).values()).count(None) == sum(row["labels/skipped"] for row in rows) > 0
+    assert "it returned nan for a pair; expected a number between 0 and 1, or None" in caplog.text
 
 
 def test_labels_that_cannot_be_written_stop_the_run(make):
