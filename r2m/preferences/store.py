@@ -108,8 +108,10 @@ class FreshLabels:
         return {"kept": kept, "labels": self.labels, "seen": self.seen, "agreed": self.agreed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.kept = Kept(*state["kept"]) if state["kept"] else None
-        self.labels, self.seen, self.agreed = state["labels"], state["seen"], state["agreed"]
+        device = self.updater.reward_model.head.weight.device
+        kept = [x.to(device, copy=True) for x in state["kept"]]  # nothing keeps a file mapped
+        self.kept, self.labels = Kept(*kept) if kept else None, state["labels"].to(device, copy=True)
+        self.seen, self.agreed = state["seen"], state["agreed"]
 
     def _add(self, kept: Kept, labels: list[float]) -> None:
         self._age()

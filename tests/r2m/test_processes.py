@@ -167,7 +167,7 @@ def test_on_sigterm_none_leaves_before_the_checkpoint_is_written(reward_checkpoi
     assert written < (tmp_path / "run" / "left").stat().st_mtime_ns
 
 
-@pytest.mark.parametrize("settings", [{}, SHARDED], ids=["copies", "sharded"])
+@pytest.mark.parametrize("settings", [{"preferences": LABELS}, SHARDED], ids=["copies, labels", "sharded"])
 def test_a_killed_process_ends_the_others_and_the_run_resumes(reward_checkpoint, tmp_path, settings):
     options = {"sgd": False, "rounds": 3, **settings}
     (status, output), (killed, _) = finish(
