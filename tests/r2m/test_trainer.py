@@ -317,7 +317,7 @@ def test_the_kl_enters_advantages_only_where_it_is_part_of_the_reward_and_never_
     penalised = batch.scores - 0.5 * kl if placement == "reward" else batch.scores
     torch.testing.assert_close(batch.advantages, rloo_advantages(penalised.view(N, K)).flatten())
     picking = []
-    monkeypatch.setattr(trainer.updater, "step", lambda annotated: picking.append(annotated) or {})
+    monkeypatch.setattr(trainer.updater, "step", lambda annotated, *_, **__: picking.append(annotated) or {})
     trainer.align_reward_model(batch, 1, row)
     assert torch.equal(picking[0], batch.scores)
 
