@@ -103,9 +103,8 @@ def _small_part(config: R2MConfig, p: _Numbers, rm: _Numbers, inner: int, heads:
     vectors = rm.width + (inner + 3 * heads * p.width) * config.r2m.attends
     sequence = 4 * vectors + 20 * _length(config) + 12 * config.generation.max_new_tokens
     asked = config.preferences
-    labelled = (
-        0 if asked.labeller is None else 2 * (asked.reservoir + asked.per_round)
-    )  # kept, with their W_q RTE and u
+    # Of labelled pairs the same is kept, and made again, as of a sequence.
+    labelled = 0 if asked.labeller is None else 2 * (asked.reservoir + asked.per_round)
     sequences = config.prompts_per_round * config.num_generations
     return 4 * weights + 12 * trained + sequences * sequence + 4 * labelled * vectors
 
