@@ -167,6 +167,11 @@ def head(width: int, head_weight: Tensor, head_bias: Tensor | None = None) -> tu
     return head_weight if head_weight.ndim == 1 else head_weight.reshape(width), head_bias
 
 
+def constant(tensor: Tensor) -> Tensor:
+    """Without autograd history. Where there is none, `detach` would make another tensor for nothing."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def accumulate_dtype(tensor: Tensor) -> torch.dtype:
     """float64 for float64 tensors, else float32."""
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32

@@ -109,8 +109,8 @@ def attention_pool_dot(
     the results carry no gradient. With a group the ranks exchange 2 B H numbers each.
     """
     name, scale, checked = _check(query, hidden, cu_seqlens, mask, scale, impl, group, direction=direction)
-    scaled, directions = _scaled(checks.accumulated(_constant(query)), scale), _directions(direction, query)
-    value, lse = ops.attention_pool_dot(scaled, _constant(hidden), directions, cu_seqlens, mask, name, checked)
+    scaled, directions = _scaled(checks.accumulated(checks.constant(query)), scale), _directions(direction, query)
+    value, lse = ops.attention_pool_dot(scaled, checks.constant(hidden), directions, cu_seqlens, mask, name, checked)
     if group is not None:
         value, lse = sharded.merge(value[..., None], lse, group)
         value = value.squeeze(-1)
@@ -184,10 +184,6 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if isinstance(scale, (int, float)) and scale == 1 else tensor * scale
 
 
-def _constant(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
 def _directions(direction: Tensor, query: Tensor) -> Tensor:
     """direction as a constant in the shape of query (what is shared stays shared: strides of 0), arithmetic dtype."""
-    return checks.accumulated(_constant(direction)).expand(*query.shape)  # faster than of a shape
+    return checks.accumulated(checks.constant(direction)).expand(*query.shape)  # faster than of a shape

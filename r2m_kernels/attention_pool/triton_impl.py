@@ -75,8 +75,7 @@ def grad_hidden(
     """As torch_impl.grad_hidden."""
     scores, max_sum, value = kept
     result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    B, *heads, D = query.shape
-    H = heads[0] if heads else 1
+    (_, B, H), D = max_sum.shape, query.shape[-1]
     if hidden.numel():
         blocks = _chunks(hidden, cu_seqlens, B, OUTER["BS"])
         blocks += 0 if cu_seqlens is None else 2  # rows before the first sequence, and behind the last one

@@ -86,8 +86,9 @@ def grebt_loss(
     too_wide = f"K = {k} exceeds 1024 rewards a group" if "triton" in names and k > 1024 else None
     name = dispatch.choose(impl, rewards, op=ops.OP, triton=too_wide)
     forbid_transforms("grebt_loss", rewards)
-    pair_scores = pair_scores.detach() if pair_scores.requires_grad else pair_scores
-    loss, statistics, pair, _ = ops.grebt_loss(rewards, pair_scores, float(alpha), float(eps), reduction, name)
+    loss, statistics, pair, _ = ops.grebt_loss(
+        rewards, checks.constant(pair_scores), float(alpha), float(eps), reduction, name
+    )
     if not return_stats:
         return loss
     return loss, dict(zip(("bt", "entropy", "std", "winner", "loser"), (*statistics, *pair), strict=True))
