@@ -128,7 +128,9 @@ class R2MTrainer:
         self.updater = R2MUpdater(
             reward_model, config.r2m, total_steps=config.rounds, num_generations=config.num_generations
         )
-        self.labels = None if config.preferences.labeller is None else FreshLabels(self.updater, config)
+        self.labels: FreshLabels | None = None
+        if config.preferences.labeller is not None:
+            self.labels = FreshLabels(self.updater, config.preferences, folder=config.output_dir, seed=config.seed)
         processes.keep_equal(reward_model)
         self.scorer = Scorer(self.learner, reward_model, self.updater, config)
         stepping = [self.learner.optimizer, self.updater.optimizer][: 2 if config.r2m.trains else 1]

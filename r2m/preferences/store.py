@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r2m import processes
-from r2m.config import R2MConfig
+from r2m.config import Preferences
 from r2m.data.sources import Prompt
 from r2m.method.updater import Kept, R2MUpdater
 from r2m.preferences.choosing import choose_pairs
@@ -37,15 +37,16 @@ class FreshLabels:
     A pair is learned from in the round that asked, and then again in every round in which it is among the last
     `preferences.reservoir` labelled ones. What is kept of it is `updater.keep`'s: O(D), no hidden states.
 
+    folder: the run's. seed: of the random choices among a round's pairs.
+
     Of several processes the first asks, and all keep the pairs of all. Raises ValueError or ImportError for a labeller
     that is not there.
     """
 
-    def __init__(self, updater: R2MUpdater, config: R2MConfig):
-        settings = config.preferences
+    def __init__(self, updater: R2MUpdater, settings: Preferences, *, folder: Path | str, seed: int):
         assert settings.labeller is not None
-        self.updater, self.settings, self.seed = updater, settings, config.seed
-        self.file = Path(config.output_dir) / LABELS
+        self.updater, self.settings, self.seed = updater, settings, seed
+        self.file = Path(folder) / LABELS
         self.labeller = load_labeller(settings.labeller, settings.wait)
         self.answered: dict[tuple[Any, ...], Label] | None = None  # what the file says, once it has been read
         self.failing = False  # whether the last call went wrong, which is said once
