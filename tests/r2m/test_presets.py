@@ -1,12 +1,17 @@
 """The presets: they load, they hold the paper's numbers, and they come with the package."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from architectures import tiny_config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from r2m.cli import app
@@ -41,7 +46,7 @@ def test_every_preset_is_listed_with_its_description():
     assert [preset.name for preset in presets] == NAMES
     for preset in presets:
         assert all(preset)
-        assert ("Not run yet" in preset.status) == preset.name.startswith("paper-")
+        assert ("Not run at its size" in preset.status) == preset.name.startswith("paper-")
         assert ("estimate" in preset.hardware) == preset.name.startswith("paper-")
 
 
@@ -73,6 +78,31 @@ def test_every_number_of_a_paper_preset_says_whose_it_is(name):
     keys = [line for line in lines if line and not line.startswith("#") and not line.endswith(":")]
     unmarked = [line.strip() for line in keys if "# paper" not in line and "# decision" not in line]
     assert unmarked == [f"output_dir: runs/{name}", "keep: 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_setups_run_on_tiny_models_of_their_architectures(name, tmp_path):
+    types = {"pythia": "gpt_neox", "llama": "llama", "qwen": "qwen2"}
+    places = {}
+    for key, model in zip(("policy", "reward_model"), PAPER[name][-2:], strict=True):
+        config = tiny_config(next(kind for word, kind in types.items() if word in model.lower()))
+        config.max_position_embeddings = 1024
+        config.num_labels = 1
+        places[key] = tmp_path / key
+        torch.manual_seed(0)
+        auto = AutoModelForCausalLM if key == "policy" else AutoModelForSequenceClassification
+        auto.from_config(config).save_pretrained(places[key])
+        tiny.tokenizer(pad="</s>").save_pretrained(places[key])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "who "}\n{"prompt": "what is it? "}\n')
+    smaller = ["rounds=1", "prompts_per_round=2", "generation.max_new_tokens=8", "generation.batch_size=3"]
+    files = [f"{key}={place}" for key, place in places.items()]
+    files += [f"prompts={tmp_path / 'prompts.jsonl'}", f"output_dir={tmp_path / 'run'}"]
+    result = CliRunner().invoke(app, ["train", "--config", name, *files, *smaller])
+    assert result.exit_code == 0, result.output
+    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["weight"] == PAPER[name][5]  # Omega, in the last round
+    assert row["grebt/loss"] > 0 and row["policy/grad_norm"] > 0
 
 
 def test_the_demo_preset_is_the_demos_config():
