@@ -53,10 +53,10 @@ _IN_MEMORY = Path("/dev/shm")
 _NOT_NARROWED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-def check_answers(server: str, timeout: float = _CONNECT) -> None:
+def check_answers(server: str) -> None:
     """Raises GeneratorFailed where `server` does not answer, and for another release than the tested one."""
     with waiting(f"asking {server}"):
-        release = _answer(_ask(server, "GET", "/version", timeout=timeout)).get("version")
+        release = _answer(_ask(server, "GET", "/version", timeout=_CONNECT)).get("version")
     if not str(release).startswith(f"{RELEASE}."):
         raise GeneratorFailed(f"generation.server {server} runs vLLM {release}; expected {RELEASE}")
 
@@ -105,7 +105,7 @@ class VLLMServer:
             if processes.index() == 0:
                 reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
                 _answer(
-                    _ask(self.server, "POST", "/collective_rpc", reload, self.timeout),
+                    _ask(self.server, "POST", "/collective_rpc", reload, timeout=self.timeout),
                     {500: f"expected a server that reads {folder} and runs the policy's model; start it again"},
                 )
         # Keys and values that the server has kept are found by the salt as well, so those of other weights are not.
@@ -127,7 +127,7 @@ class VLLMServer:
                 if len(in_flight) == _AT_ONCE:
                     choices += _choices(in_flight.popleft())
                 body = shared | {"prompt": ids, "seed": seeds.getrandbits(32)}  # vLLM adds 0 to K - 1 to it
-                in_flight.append(_ask(self.server, "POST", "/v1/completions", body, self.timeout))
+                in_flight.append(_ask(self.server, "POST", "/v1/completions", body, timeout=self.timeout))
             while in_flight:
                 choices += _choices(in_flight.popleft())
         finally:
@@ -166,7 +166,7 @@ def _made(folder: Path) -> Iterator[Path]:
 _HEADERS = {"Content-Type": "application/json"}
 
 
-def _ask(server: str, method: str, path: str, body: Any = None, timeout: float = _CONNECT) -> HTTPConnection:
+def _ask(server: str, method: str, path: str, body: Any = None, *, timeout: float) -> HTTPConnection:
     """Sends a request and does not wait for its answer. timeout: seconds to wait for that."""
     address = urlsplit(server)
     assert address.hostname is not None
@@ -177,7 +177,7 @@ def _ask(server: str, method: str, path: str, body: Any = None, timeout: float =
         connection.request(method, path, None if body is None else json.dumps(body), _HEADERS)
     except OSError as error:
         connection.close()
-        raise GeneratorFailed(f"generation.server {server} does not answer: {_said(error)}") from error
+        raise _silent(server, error) from error
     return connection
 
 
@@ -189,7 +189,7 @@ def _answer(connection: HTTPConnection, hints: dict[int, str] | None = None) -> 
             response = connection.getresponse()
             text = response.read().decode(errors="replace")
         except (OSError, HTTPException) as error:
-            raise GeneratorFailed(f"generation.server {server} does not answer: {_said(error)}") from error
+            raise _silent(server, error) from error
     try:
         answer = json.loads(text)
     except ValueError:
@@ -208,5 +208,7 @@ def _choices(connection: HTTPConnection) -> list[dict[str, Any]]:
     return sorted(_answer(connection)["choices"], key=lambda choice: choice["index"])
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _silent(server: str, error: Exception) -> GeneratorFailed:
+    return GeneratorFailed(
+        f"generation.server {server} does not answer: {type(error).__name__}: {error}; expected a vLLM server there"
+    )
