@@ -19,6 +19,7 @@ from small_run import write_config
 
 from r2m import R2MTrainer
 from r2m.commands.build import load_data
+from r2m.commands.memory import estimate_memory
 from r2m.config import config_from_dict, load_config
 from r2m.integrations import vllm_server
 from r2m.policy.generate import GeneratorFailed, Sampling
@@ -193,6 +194,13 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     with vllm_server._made(tmp_path / "left") as folder:
         assert not list(folder.iterdir())
     assert not folder.exists()
+
+
+def test_the_trainers_memory_has_no_engine(checkpoint, tmp_path):
+    config = write_config(tmp_path, checkpoint)
+    estimate = estimate_memory(load_config(config, ["generation.engine=vllm", "generation.server=http://other:80"]))
+    assert not [name for name in estimate.parts if "vLLM" in name]
+    assert estimate.phases["rollout"] < estimate_memory(load_config(config)).phases["rollout"]
 
 
 # ---- what goes wrong ----
