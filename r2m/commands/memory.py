@@ -64,7 +64,9 @@ def estimate_memory(config: R2MConfig) -> MemoryEstimate:
         "optimizer state": 8 * p.trained,  # AdamW's two moments in float32
     }
     training, scoring, generation = _training(config, p), _scoring(config, p), _generation(config, p)
-    if config.generation.engine == "vllm":  # which keeps its own throughout
+    if config.generation.server is not None:  # on GPUs of its own
+        generation = [{}]
+    elif config.generation.engine == "vllm":  # which keeps its own throughout
         model = causal_lm(policy)
         throughout["vLLM weights"] = model.num_parameters() * _narrow(config)
         throughout["vLLM cache"], generation = cache_bytes(model.config, config), [{}]
