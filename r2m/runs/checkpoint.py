@@ -78,7 +78,7 @@ class RunState:
         config, learner, backbone = self.config, self.scorer.learner, self.scorer.reward_model.backbone
         trained = {id(p) for p in learner.parameters}
         with learner.reference() as reference:
-            frozen = [(name, p) for name, p in reference.named_parameters() if id(p) not in trained]
+            frozen = [(name, p) for name, p in processes.named_parameters(reference) if id(p) not in trained]
             policy = fingerprint(frozen)
         models = {
             "policy": {"name": config.policy, "commit": _commit(learner.policy)},
