@@ -280,40 +280,38 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole(value: Any) -> Any:
-    """Tensors, in nested dicts and lists, without sharding. All processes take part; a sharded one comes to the host,
-    and only in the first process."""
-    if isinstance(value, DTensor):
-        gathered = full(value)
-        return gathered.cpu() if index() == 0 else gathered.new_empty(0)
-    if isinstance(value, dict):
-        return {key: whole(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [whole(inner) for inner in value]
-    return value
+def part(value: Tensor) -> Tensor:
+    """Of a tensor that may be sharded, what this process holds."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without sharding. All processes take part; sharded ones come to the host, and only in the first."""
+    gathered = {}
+    for name, value in weights.items():
+        gathered[name] = full(value)
+        if isinstance(value, DTensor):
+            gathered[name] = gathered[name].cpu() if index() == 0 else gathered[name].new_empty(0)
+    return gathered
 
 
 def like(value: Tensor, p: Tensor) -> Tensor:
-    """`value`, whole and the same in all processes, sharded as `p` is. Only the part of this process is copied: of a
-    tensor that is mapped from a file, no more is read."""
-    if not isinstance(p, DTensor):
-        return value
+    """A copy of `value`, whole and the same in all processes, where `p` lies, and, with its shape, sharded as it is.
+    Only the part of this process is copied: of a tensor that is mapped from a file, no more is read."""
+    if not isinstance(p, DTensor) or value.shape != p.shape:
+        return value.to(p.device, copy=True)
     shape, start = compute_local_shape_and_global_offset(value.shape, p.device_mesh, p.placements)
-    part = value[tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))].to(p.device, copy=True)
+    own = value[tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))].to(p.device, copy=True)
     return DTensor.from_local(
-        part, p.device_mesh, p.placements, run_check=False, shape=value.shape, stride=value.stride()
+        own, p.device_mesh, p.placements, run_check=False, shape=value.shape, stride=value.stride()
     )
 
 
 def optimizer_state_like(state: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """An optimizer's state of whole tensors for `load_state_dict`: those of a parameter's shape sharded as it is."""
-
-    def of(value: Any, p: nn.Parameter) -> Any:
-        if isinstance(value, Tensor):  # counts are copied: a small tensor would keep a large file mapped
-            return like(value, p) if value.shape == p.shape else value.clone()
-        return value
-
+    """An optimizer's state of whole tensors for `load_state_dict`: copies, those of a parameter's shape sharded as it
+    is."""
     of_parameters = {
-        i: {name: of(value, parameters[i]) for name, value in values.items()} for i, values in state["state"].items()
+        i: {name: like(value, parameters[i]) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for i, values in state["state"].items()
     }
     return state | {"state": of_parameters}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ def _sharded_copy(policy: Any, narrow: bool) -> Any:
     processes.shard(model, policy.device, narrow=narrow)
     model.to_empty(device=policy.device)
     model.tie_weights()
-    own = {name: value for name, value in (*processes.named_parameters(policy), *policy.named_buffers())}
+    own = dict((*processes.named_parameters(policy), *policy.named_buffers()))
     with torch.no_grad():
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             value.copy_(own[name])
