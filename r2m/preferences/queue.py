@@ -90,9 +90,9 @@ def questions(folder: str | Path) -> dict[str, Row]:
 
 def answers(folder: str | Path) -> dict[str, float | None]:
     """What the answers say now, {id: label}, None for a skip. Raises what `new_answers` does."""
-    said: dict[str, float | None] = {}
+    said: dict[str, Row] = {}
     new_answers(folder, said, questions(folder))
-    return said
+    return {id: row["label"] for id, row in said.items()}
 
 
 def new_questions(folder: str | Path, asked: dict[str, Row], offset: int = 0) -> int:
@@ -108,11 +108,9 @@ def new_questions(folder: str | Path, asked: dict[str, Row], offset: int = 0) ->
     return end
 
 
-def new_answers(
-    folder: str | Path, said: dict[str, float | None], asked: Container[str], offset: int = 0
-) -> tuple[int, int]:
-    """Bring `said`, {id: label}, up to date with the answers from byte `offset` of the file on; returns the offset to
-    go on from, and how many answers were left out because their id is not in `asked`, which is warned about.
+def new_answers(folder: str | Path, said: dict[str, Row], asked: Container[str], offset: int = 0) -> tuple[int, int]:
+    """Bring `said`, {id: its answer's row}, the newest last, up to date with the file from byte `offset` on; returns
+    the offset to go on from, and how many answers were left out, with a warning: their id is not in `asked`.
 
     An id has its last answer, or none if that was taken back. Raises ValueError, naming the line, for one that is no
     answer.
@@ -123,10 +121,10 @@ def new_answers(
     if unknown:
         logger.warning("%s: %d answers are left out: %s was never asked", file, len(unknown), unknown[0])
     for row in rows:
-        if row.get("undo"):
+        if row["id"] in asked:
             said.pop(row["id"], None)
-        elif row["id"] in asked:
-            said[row["id"]] = row["label"]
+            if not row.get("undo"):
+                said[row["id"]] = row
     return end, len(unknown)
 
 
@@ -168,4 +166,4 @@ def _is_question(row: Row) -> bool:
 
 def _is_answer(row: Row) -> bool:
     right = row.get("undo") is True or ("label" in row and row["label"] in (None, 0, 0.5, 1))
-    return isinstance(row.get("id"), str) and right
+    return isinstance(row.get("id"), str) and isinstance(row.get("by"), str) and right
