@@ -134,7 +134,7 @@ function textParts(text) {
     if (!part.startsWith("```")) return document.createTextNode(part);
     const block = document.createElement("code");
     block.className = "block";
-    block.textContent = part.trimEnd();
+    block.textContent = part;
     return block;
   });
 }
