@@ -65,7 +65,9 @@ def serving(folder, port=0, file_limit=None):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limit if file_limit else None)
     try:
         line = process.stderr.readline()
-        yield process, re.search(r"http://\S+", line + process.stderr.read() if "http" not in line else line)[0]
+        address = re.search(r"http://\S+", line)
+        assert address, line + process.stderr.read()
+        yield process, address[0]
     finally:
         process.kill()
         process.wait()
@@ -110,9 +112,8 @@ def test_ten_pairs_by_the_keyboard(browser, folder):
         assert len(labels(folder)) == 8 and "Taken back" in text(browser, "status")
         assert text(browser, "prompt") == "prompt 8"
         assert browser.switch_to.active_element.get_attribute("id") == "prompt-title"
-        for _ in range(3):  # from there by tab alone: prompt, A, B, and then the first button
+        for _ in range(4):  # from there by tab alone: prompt, A, B, and then the first button
             browser.switch_to.active_element.send_keys("\t")
-        browser.switch_to.active_element.send_keys("\t")
         press(browser, Keys.ENTER)
         assert len(labels(folder)) == 9
     rows = [json.loads(line) for line in (folder / queue.ANSWERS).read_text().splitlines()]
@@ -222,10 +223,8 @@ def test_it_fits_a_phone(browser, folder):
 def test_a_screen_reader_finds_names_and_what_changes(browser, folder):
     with serving(folder) as (_, address):
         open_page(browser, address)
-        named = {
-            element.accessible_name: element.aria_role
-            for element in browser.find_elements(By.CSS_SELECTOR, "[tabindex], button, input")
-        }
+        elements = browser.find_elements(By.CSS_SELECTOR, "[tabindex='0'], button, input")
+        named = {element.accessible_name: element.aria_role for element in elements}
         assert named == {
             "Your name": "textbox", "Prompt, round 1": "region", "Response A": "region", "Response B": "region",
             "A is better ←": "button", "Tie T": "button", "B is better →": "button", "Skip S": "button",
