@@ -238,6 +238,18 @@ def plot(run: Annotated[Path, typer.Argument(help="The output_dir of a run.")]) 
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a run.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the run's folder.")] = None,
+) -> None:
+    """Write one HTML file of a run: curves, warnings, best and worst samples a round, labels."""
+    with _clear_errors():
+        from r2m.commands.report import report_run
+
+        typer.echo(f"{report_run(run, output)}")
+
+
+@app.command()
 def label(
     run: Annotated[Path, typer.Argument(help="The output_dir of a run with preferences.labeller: queue.")],
     host: Annotated[
