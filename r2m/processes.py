@@ -163,7 +163,7 @@ def gather(rows: Tensor, group: int = 1) -> Tensor:
 
 
 def own_rows(rows: Sequence[int], group: int) -> tuple[list[int], list[int]]:
-    """Of rows as `gather` orders them those that lie in this process: their places in `rows`, and their numbers here."""
+    """Of rows as `gather` orders them those that this process has: their places in `rows`, and their numbers here."""
     size, rank = number(), index()
     where = [k for k, row in enumerate(rows) if row // group % size == rank]
     return where, [rows[k] // group // size * group + rows[k] % group for k in where]

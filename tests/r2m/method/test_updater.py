@@ -462,7 +462,9 @@ def test_gradients_of_kept_margins_are_those_of_projected_keys_and_values(reward
     exact = [attention.w_v, attention.w_o, updater.reward_model.head.weight]
     by_slope = [attention.w_q, attention.w_k]
     for trained, error in ((exact, 1e-7), (by_slope, 4e-3)):
-        ours, theirs = (torch.autograd.grad((x * weights).sum(), trained, retain_graph=True) for x in (margins, expected))
+        ours, theirs = (
+            torch.autograd.grad((x * weights).sum(), trained, retain_graph=True) for x in (margins, expected)
+        )
         for own, other in zip(ours, theirs, strict=True):
             assert (own - other).norm() <= error * other.norm()
 
@@ -483,7 +485,9 @@ def test_a_pair_with_a_sequence_without_feedback(reward_checkpoint, policy):
     scores[0] = updater.score([0], torch.zeros(1, 3, 32, dtype=torch.float64), empty)
     updater.collect([0], torch.zeros(1, 3, 32, dtype=torch.float64), empty)
     margins = updater.margins(updater.keep([(0, 1), (1, 0), (1, 2)]))
-    torch.testing.assert_close(margins, torch.stack([scores[0] - scores[1], scores[1] - scores[0], scores[1] - scores[2]]))
+    torch.testing.assert_close(
+        margins, torch.stack([scores[0] - scores[1], scores[1] - scores[0], scores[1] - scores[2]])
+    )
 
 
 def test_without_feedback_what_is_kept_are_the_embeddings(reward_checkpoint, policy):
