@@ -329,8 +329,9 @@ def warn_about_labels(history: list[dict[str, float]]) -> None:
     def agreement(rows: list[dict[str, float]]) -> float:
         seen, agreed = 0.0, 0.0
         for row in reversed(rows):
-            seen += row.get("labels/given", 0)
-            agreed += row.get("labels/given", 0) * row.get("labels/agreement", 0)
+            fresh = row.get("labels/given", 0) + row.get("labels/late", 0)
+            seen += fresh
+            agreed += fresh * row.get("labels/agreement", 0)
             if seen >= AGREEMENT_LABELS:
                 return agreed / seen
         return 1.0
