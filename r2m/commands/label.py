@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from r2m.names import QUEUE
 from r2m.preferences.queue import QUESTIONS
 from r2m.runs.folder import read_run
 
@@ -65,10 +66,10 @@ def _rounds(folder: Path) -> int | None:
     if not (folder / "config.yaml").is_file() and (folder / QUESTIONS).is_file():
         return None
     config = read_run(folder)
-    if config.preferences.labeller != "queue" and not (folder / QUESTIONS).is_file():
+    if config.preferences.labeller != QUEUE and not (folder / QUESTIONS).is_file():
         raise ValueError(
             f"{folder}: preferences.labeller is {config.preferences.labeller!r}, so the run asks no person; expected "
-            "'queue'"
+            f"{QUEUE!r}"
         )
     return config.rounds
 

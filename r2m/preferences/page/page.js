@@ -4,7 +4,7 @@ const byId = (id) => document.getElementById(id);
 const buttons = [...document.querySelectorAll("button")];
 const keys = { ArrowLeft: "left", ArrowRight: "right", t: "tie", s: "skip", u: "undo" };
 const said = { left: "A is better", right: "B is better", tie: "a tie", skip: "skipped" };
-const refresh = 3000; // ms between looks at what is new
+const refresh = 2000; // ms between looks at what is new
 
 // A tab holds a pair, also after it was loaded again; a name answers, and takes its answers back.
 const kept = (storage, key) => {

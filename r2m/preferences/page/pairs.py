@@ -34,6 +34,7 @@ class Pairs:
         self.said: dict[str, queue.Row] = {}  # the newest last
         self.taken: set[str] = set()  # by the trainer
         self.leases: dict[str, tuple[str, float]] = {}  # holder -> id, and until when
+        self._newest_first: list[str] = []
         self._ends = {queue.QUESTIONS: 0, queue.ANSWERS: 0, queue.LABELS: 0}
         self._read()
 
@@ -42,13 +43,12 @@ class Pairs:
         self._read()
         now = time.monotonic()
         self.leases = {who: lease for who, lease in self.leases.items() if lease[1] > now}
-        own, _ = self.leases.pop(holder, (None, 0))
+        own, _ = self.leases.pop(holder, ("", 0))
+        if self._waits(own):
+            return self._shown(own, holder)
         elsewhere = {id for id, _ in self.leases.values()}
-        free = [question for question in self._waiting() if question["id"] not in elsewhere]
-        if not free:
-            return None
-        question = max(free, key=lambda question: (question["id"] == own, question["round"]))  # the first of equals
-        return self._shown(question, holder)
+        id = next((id for id in self._newest_first if id not in elsewhere and self._waits(id)), None)
+        return None if id is None else self._shown(id, holder)
 
     def answer(self, id: str, choice: str, *, left: str, by: str) -> None:
         """Write an answer. choice: left, right, tie or skip; left: "first" or "second", what was shown there.
@@ -58,7 +58,7 @@ class Pairs:
         self._read()
         if id not in self.asked:
             raise Refused(f"pair {id} was never asked: this page shows another run")
-        if id in self.said or id in self.taken:
+        if not self._waits(id):
             raise Refused("this pair has been answered already")
         label = {"left": float(left == "first"), "right": float(left == "second"), "tie": 0.5, "skip": None}[choice]
         queue.answer(self.folder, id, label, by=by, left=left)
@@ -75,7 +75,7 @@ class Pairs:
         if id in self.taken:
             raise Refused("the run has learned from your last answer: it cannot be taken back")
         queue.undo(self.folder, id, by=by)
-        return self._shown(self.asked[id], holder)
+        return self._shown(id, holder)
 
     def counts(self) -> dict[str, Any]:
         """waiting: pairs without an answer; answered, agreed: answers that are no skip, and the share of them that the
@@ -87,7 +87,7 @@ class Pairs:
             if row["label"] is not None
         ]
         return {
-            "waiting": sum(1 for _ in self._waiting()),
+            "waiting": len(self.asked.keys() - self.said.keys() - self.taken),
             "answered": len(agreed),
             "agreed": sum(agreed) / len(agreed) if agreed else None,
             "round": _last_round(self.folder / "metrics.jsonl"),
@@ -100,14 +100,16 @@ class Pairs:
         ends[queue.ANSWERS], _ = queue.new_answers(self.folder, self.said, self.asked, ends[queue.ANSWERS])
         labels, ends[queue.LABELS] = queue.read(self.folder / queue.LABELS, ends[queue.LABELS])
         self.taken.update(row["id"] for row in labels if "id" in row)
+        if len(self.asked) > len(self._newest_first):
+            self._newest_first = sorted(self.asked, key=lambda id: -self.asked[id]["round"])
 
-    def _waiting(self) -> list[queue.Row]:
-        return [row for id, row in self.asked.items() if id not in self.said and id not in self.taken]
+    def _waits(self, id: str) -> bool:
+        return id in self.asked and id not in self.said and id not in self.taken
 
-    def _shown(self, question: queue.Row, holder: str) -> dict[str, Any]:
+    def _shown(self, id: str, holder: str) -> dict[str, Any]:
         """Without the reward, which would sway the labeller. The order is the same after a reload."""
-        self.leases[holder] = question["id"], time.monotonic() + LEASE
-        left, right = random.Random(f"{question['id']} {holder}").sample(["first", "second"], 2)
+        question, self.leases[holder] = self.asked[id], (id, time.monotonic() + LEASE)
+        left, right = random.Random(f"{id} {holder}").sample(["first", "second"], 2)
         texts = {"left": question[left], "right": question[right], "left_is": left}
         return {key: question[key] for key in ("id", "round", "prompt")} | texts
 

@@ -14,8 +14,10 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
+from small_run import write_config
 
 from r2m.preferences import queue
+from r2m.runs.folder import read_metrics
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -74,8 +76,8 @@ def serving(folder, port=0, file_limit=None):
         process.stderr.close()
 
 
-def until(browser, condition):
-    return WebDriverWait(browser, 10, poll_frequency=0.05).until(lambda _: condition())
+def until(browser, condition, seconds=10):
+    return WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda _: condition())
 
 
 def text(browser, id):
@@ -231,3 +233,53 @@ def test_a_screen_reader_finds_names_and_what_changes(browser, folder):
             "Undo U": "button",
         }  # fmt: skip
         assert [browser.find_element(By.ID, id).aria_role for id in ("status", "alert")] == ["status", "alert"]
+
+
+@contextmanager
+def training(config, *arguments):
+    """`r2m train`; yields its process."""
+    command = [sys.executable, "-m", "r2m.cli", "train", "--config", str(config), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_person_labels_while_a_run_trains_is_killed_and_goes_on(browser, tmp_path, reward_checkpoint):
+    config, folder = write_config(tmp_path, reward_checkpoint), tmp_path / "out"
+    keys = ["rounds=5", "generation.eos_token_ids=[1]", "preferences.labeller=queue", "preferences.per_round=2"]
+    keys += ["preferences.wait=60"]
+
+    def answer(*choices):
+        """A pair each, as they are asked about."""
+        for choice in choices:
+            until(browser, browser.find_element(By.ID, "pair").is_displayed, seconds=60)
+            press(browser, choice)
+
+    with training(config, *keys) as run:
+        until(browser, lambda: queue.questions(folder) or run.poll(), seconds=60)
+        assert run.poll() is None, run.stderr.read()
+        with serving(folder) as (_, address):
+            open_page(browser, address)
+            answer(Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.ARROW_RIGHT)
+            until(browser, lambda: len(queue.questions(folder)) == 6, seconds=60)
+            run.kill()
+            run.wait()
+            press(browser, "u")
+            assert text(browser, "alert").startswith("Not taken back: the run has learned from your last answer")
+            answer("t", Keys.ARROW_LEFT)  # while nobody trains
+            with training(config, *keys, "--resume") as again:
+                answer("s", Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+                _, said = again.communicate(timeout=60)
+                assert again.returncode == 0, said
+            until(browser, lambda: "the run has ended" in text(browser, "counts"))
+            shown = text(browser, "counts")
+    asked, rows = queue.questions(folder), read_metrics(folder)
+    taken, _ = queue.read(folder / queue.LABELS)
+    assert [row["id"] for row in taken] == list(asked) == [f"{t}-{i}" for t in range(1, 6) for i in range(2)]
+    assert {row["id"]: row["label"] for row in taken} == queue.answers(folder)
+    assert [row["labels/given"] for row in rows] == [2, 2, 2, 1, 2] and "round 5 of 5" in shown
+    agreement = [row["labels/agreement_so_far"] for row in rows]
+    assert len(set(agreement)) > 1 and f"agreed with {round(100 * agreement[-1])} % of 9 answers" in shown
