@@ -238,6 +238,33 @@ def plot(run: Annotated[Path, typer.Argument(help="The output_dir of a run.")]) 
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a run.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the run's folder.")] = None,
+) -> None:
+    """Write one HTML file of a run: curves, warnings, best and worst samples a round, labels."""
+    with _clear_errors():
+        from r2m.commands.report import report_run
+
+        typer.echo(f"{report_run(run, output)}")
+
+
+@app.command()
+def label(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a run with preferences.labeller: queue.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; all but this machine's own ask for a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8765,
+) -> None:
+    """Open a web page on which people label a run's pairs, while it trains or later."""
+    with _clear_errors():
+        from r2m.commands.label import label as serve
+
+        typer.echo(serve(run, host, port))
+
+
+@app.command()
 def diagnose(
     source: Annotated[str, typer.Argument(help="YAML file or preset of a run to come, or output_dir of one that ran.")],
     overrides: Annotated[

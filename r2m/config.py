@@ -164,7 +164,8 @@ class Preferences:
     """Fresh labels: pairs of each round's responses, labelled while the run goes on (docs/labels.md)."""
 
     __pydantic_config__ = _STRICT
-    # "module:function", "file.py:function", or a command that reads and writes JSON lines; None: nobody is asked
+    # "module:function", "file.py:function", a command that reads and writes JSON lines, or "queue", a person by
+    # `r2m label`; None: nobody is asked
     labeller: str | None = None
     per_round: int = 12  # pairs, of as many prompts
     # The pair of a prompt: its best and worst response by the reward, the margin nearest to zero, the margin that the
@@ -174,7 +175,7 @@ class Preferences:
     noise: float = 0.0  # share of labels that are taken to be the wrong way round
     grebt: float = 1.0  # weight of GREBT beside it; 0: labels alone teach the reward model
     reservoir: int = 256  # labelled pairs that are learned from again, the last ones
-    wait: float = 60.0  # seconds; a labeller that takes longer labels nothing in that round
+    wait: float = 60.0  # seconds; labels that take longer are learned from in a later round
 
     def __post_init__(self) -> None:
         _at_least("preferences.per_round", self.per_round, 1)
@@ -183,8 +184,8 @@ class Preferences:
             _at_least(f"preferences.{name}", getattr(self, name), 0)
         if not 0 <= self.noise < 0.5:
             raise ValueError(f"preferences.noise is {self.noise}; expected at least 0 and less than 0.5")
-        if not 0 < self.wait < float("inf"):
-            raise ValueError(f"preferences.wait is {self.wait}; expected seconds, more than 0")
+        if not 0 <= self.wait < float("inf"):
+            raise ValueError(f"preferences.wait is {self.wait}; expected seconds, 0 or more")
         if self.labeller is None and self.grebt != 1:
             raise ValueError(f"preferences.grebt is {self.grebt} without preferences.labeller; expected a labeller")
 

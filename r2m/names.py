@@ -138,6 +138,9 @@ def load_function(what: str, name: str) -> Callable[..., Any]:
     return found
 
 
+QUEUE = "queue"  # the labeller that is a person
+
+
 def is_function(name: str) -> bool:
     """Whether a labeller's name has the form "module:function" or "file.py:function"; else it is a command."""
     return re.fullmatch(r"(.+\.py|[\w.]+):\w+", name) is not None
@@ -146,6 +149,8 @@ def is_function(name: str) -> bool:
 def check_labeller(name: str) -> None:
     """Raises ValueError or ImportError for a function that `check_function` refuses, and for a command whose program is
     not there; runs nothing of it."""
+    if name == QUEUE:
+        return
     if is_function(name):
         check_function("labeller", name)
         return
@@ -156,7 +161,7 @@ def check_labeller(name: str) -> None:
     if shutil.which(program) is None:
         raise ValueError(
             f"labeller is {name!r}; there is no program {program!r}: expected 'module:function', 'file.py:function', "
-            "or a command"
+            f"a command, or {QUEUE!r}"
         )
 
 

@@ -55,8 +55,25 @@ RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
             "weight": "fusion weight w",
             "reward/correlation": "corr. with initial",
             "rm/pair_accuracy": "pair accuracy",
-            "labels/agreement": "agreement with labels",
-            "labels/agreement_so_far": "the same, so far",
+        },
+    ),
+    (
+        "Agreement with fresh labels",
+        "share",
+        {
+            "labels/agreement": "of the round",
+            "labels/agreement_so_far": "so far, 95 %",
+            "labels/agreement_vanilla_so_far": "so far, w = 1",
+        },
+    ),
+    (
+        "Fresh labels",
+        "pairs",
+        {
+            "labels/given": "given",
+            "labels/late": "late",
+            "labels/skipped": "skipped",
+            "labels/waiting": "waiting",
         },
     ),
     ("Tokens", "tokens", {"length/mean": "response length", "rm/attended_tokens": "attended by RM"}),
@@ -69,6 +86,9 @@ RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
     ),
     ("Peak memory", "MiB", {f"memory/{phase}": phase.replace("_", " ") for phase in PHASES}),
 ]
+
+# Intervals drawn around lines of these panels: key -> keys of the lower and the upper end.
+BANDS = {"labels/agreement_so_far": ("labels/agreement_low", "labels/agreement_high")}
 
 # Panels of a comparison: title, x key and label, y key and label.
 ROUND = ("round", "round")
@@ -96,14 +116,17 @@ def plot_run(metrics_path: str | Path, out_png: str | Path) -> None:
     rows = _read(metrics_path)
     panels = []
     for title, unit, labels in RUN_PANELS:
-        lines = {label: _series(rows, "round", key) for key, label in labels.items()}
+        lines = {key: _series(rows, "round", key) for key in labels}
         if any(x for x, _ in lines.values()):
-            panels.append((title, unit, lines))
+            panels.append((title, unit, labels, lines))
     figure, axes = _grid(len(panels))
-    for ax, (title, unit, lines) in zip(axes, panels, strict=True):
-        for number, (label, (x, y)) in enumerate(lines.items()):
+    for ax, (title, unit, labels, lines) in zip(axes, panels, strict=True):
+        for number, (key, (x, y)) in enumerate(lines.items()):
             if x:
-                ax.plot(x, y, label=label, **_style(number))
+                ax.plot(x, y, label=labels[key], **_style(number))
+            if key in BANDS:
+                (ends, low), (_, high) = (_series(rows, "round", end) for end in BANDS[key])
+                ax.fill_between(ends, low, high, color=COLORS[number % len(COLORS)], alpha=0.15, linewidth=0)
         dress(ax, title, "round", unit)
         if len(lines) > 1:
             # Above the axes, where it hides no data.

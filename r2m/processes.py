@@ -163,6 +163,20 @@ def gather(rows: Tensor, group: int = 1) -> Tensor:
     return torch.stack([part.unflatten(0, (-1, group)) for part in parts], 1).flatten(0, 2)
 
 
+def own_rows(rows: Sequence[int], group: int) -> tuple[list[int], list[int]]:
+    """Of rows as `gather` orders them those that this process has: their places in `rows`, and their numbers here."""
+    size, rank = number(), index()
+    where = [k for k, row in enumerate(rows) if row // group % size == rank]
+    return where, [rows[k] // group // size * group + rows[k] % group for k in where]
+
+
+def merge_rows(own: Tensor, where: list[int], count: int) -> Tensor:
+    """`count` rows, each in one process: `own` [b, ...] at the places `where` of this one (see `own_rows`)."""
+    rows = own.new_zeros(count, *own.shape[1:])
+    rows[where] = own
+    return total(rows)
+
+
 def gather_items(items: list[T], group: int = 1) -> list[T]:
     """The items of all processes, ordered as `gather` orders rows."""
     parts = _all(items)

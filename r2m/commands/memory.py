@@ -21,6 +21,7 @@ from r2m.method.hidden_states import causal_lm, policy_backbone
 from r2m.method.reward_model import saved_config
 from r2m.models import check_no_adapter, sequence_classifier
 from r2m.policy.load import add_adapter
+from r2m.preferences.store import WAITING
 
 Terms = dict[str, int]  # name -> bytes
 
@@ -105,8 +106,8 @@ def _small_part(config: R2MConfig, p: _Numbers, rm: _Numbers, inner: int, heads:
     vectors = rm.width + (inner + 3 * heads * p.width) * config.r2m.attends
     sequence = 4 * vectors + 20 * _length(config) + 12 * config.generation.max_new_tokens
     asked = config.preferences
-    # Of labelled pairs the same is kept, and made again, as of a sequence.
-    labelled = 0 if asked.labeller is None else 2 * (asked.reservoir + asked.per_round)
+    # Of pairs about as much is kept, and made again, as of two sequences.
+    labelled = 0 if asked.labeller is None else 2 * (asked.reservoir + asked.per_round + WAITING)
     sequences = config.prompts_per_round * config.num_generations
     return 4 * weights + 12 * trained + sequences * sequence + 4 * labelled * vectors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +18,17 @@ Rows = slice | list[int] | Tensor  # sequences of the round in one pass
 
 
 class Kept(NamedTuple):
-    """Of what later rewards of b sequences are made (`R2MUpdater.rewards`): float32, O(D) a sequence.
+    """Of what later margins of m pairs are made (`R2MUpdater.margins`): 2 (D_rm + D_p) float32 a pair, for one head.
 
-    Without hidden states (settings.feedback "head") all but `rte` are empty: [b, 0].
+    The pools of a pair enter its margin by their difference. The slopes enter by what W_q and W_k have moved since, so
+    bfloat16 will do. Without hidden states (settings.feedback "head") all but `rte` are empty: [m, 0].
     """
 
-    rte: Tensor  # [b, D_rm]
-    pooled: Tensor  # c, [b, D_p] or [b, H, D_p]
-    slope: Tensor  # V / (1 - w), shape of c: d(g . c)/du at w = 0
-    level: Tensor  # slope . u when the pool was made, [b]
-    lse: Tensor  # [b] or [b, H]
+    rte: Tensor  # [m, 2, D_rm] float32: of the first response, of the second
+    pooled: Tensor  # c of the first less that of the second, [m, D_p] or [m, H, D_p] float32
+    slope: Tensor  # V / (1 - w) of either, [m, 2, D_p] or [m, 2, H, D_p] bfloat16: d(g . c)/du at w = 0
+    level: Tensor  # slope . u when the pools were made, the first's less the second's, [m] float32
+    offset: Tensor  # 1, 0 or -1, [m]: whether the first has hidden states, less whether the second has
 
 
 class R2MUpdater:
@@ -39,8 +41,8 @@ class R2MUpdater:
             updater.collect(rows, hidden, mask)
         metrics = updater.step(rewards)                     # pairs, GREBT, one optimizer step
 
-    Labels of pairs are learned from in the same step: `kept = updater.keep(rows)` before it, and then
-    `updater.step(rewards, labels_loss)` with a loss of `updater.rewards(kept)`, of this round or an earlier one.
+    Labels of pairs are learned from in the same step: `kept = updater.keep(pairs)` before it, and then
+    `updater.step(rewards, labels_loss)` with a loss of `updater.margins(kept)`, of this round or an earlier one.
 
     `hidden` [b, S, D_p] goes through one read in either pass; `collect` keeps two float32 vectors of width D_p a
     sequence.
@@ -125,30 +127,51 @@ class R2MUpdater:
         self._collected[rows] = True
 
     @torch.no_grad()
-    def keep(self, rows: Rows) -> Kept:
-        """What later rewards of the sequences `rows` need; all collected. Raises RuntimeError if one was not."""
-        if not self.settings.attends:
-            rte = self._rte[rows]
-            return Kept(rte, *[rte.new_empty(len(rte), 0)] * 4)
-        self._check_collected()
-        # V grows with 1 - w, which is near 0 in the first rounds; at w = 1 it is 0 in all.
-        slope = self._gradient[rows] / ((1 - self.weight) or 1.0)
-        level = (slope * self._query[rows]).flatten(1).sum(-1)
-        return Kept(self._rte[rows], self._pooled[rows], slope, level, self._lse[rows])
+    def keep(self, pairs: Sequence[tuple[int, int]]) -> Kept:
+        """What later margins of pairs of the round need, all collected: (first, second), rows of one prompt.
 
-    def rewards(self, kept: Kept) -> Tensor:
-        """Rewards [b] of kept sequences by the weights as they are now and this round's w, differentiable in them.
-
-        Exact in W_v, W_o, the head and w. What W_q and W_k have moved since the pool was made, moves u: the rewards
-        follow to first order, g . c + V . (u - u then), for V = d(g . c)/du (method of
-        `r2m_kernels.reward_from_pools`). Not multiplied by `scale`, as GREBT's are not.
+        Of several processes each gives the same pairs, by rows as `processes.gather` orders them, and gets all of them;
+        nothing else is sent. Raises RuntimeError if a sequence was not collected.
         """
+        rows = [row for pair in pairs for row in pair]
+        where, own = processes.own_rows(rows, self.num_generations)
+        parts = [self._rte[own]]
+        if self.settings.attends:
+            self._check_collected()
+            # V grows with 1 - w, which is near 0 in the first rounds; at w = 1 it is 0 in all.
+            slope = (self._gradient[own] / ((1 - self.weight) or 1.0)).bfloat16().float()
+            level = (slope * self._query[own]).flatten(1).sum(-1)
+            parts += [self._pooled[own], slope, level, (~without_feedback(self._lse[own])).to(level)]
+        parts = [processes.merge_rows(part, where, len(rows)).unflatten(0, (-1, 2)) for part in parts]
         if not self.settings.attends:
-            return self.reward_model.vanilla_score(kept.rte)
-        absorbed = self.reward_model.absorb(kept.rte, self.weight)
-        slope = (1 - self.weight) * kept.slope
-        moved = (slope * absorbed.query.detach()).flatten(1).sum(-1) - (1 - self.weight) * kept.level
-        return self.reward_model.reward(absorbed, kept.pooled, slope, self.weight, lse=kept.lse) + moved
+            return Kept(parts[0], *[parts[0].new_empty(len(pairs), 0)] * 4)
+        rte, pooled, slope, level, attended = parts
+        return Kept(rte, _difference(pooled), slope.bfloat16(), _difference(level), _difference(attended))
+
+    def margins(self, kept: Kept) -> Tensor:
+        """Rewards [m] of the first of kept pairs less those of the second, by the weights as they are now and this
+        round's w, differentiable in them.
+
+        Exact in W_v, W_o, the head and w. What W_q and W_k have moved since the pools were made, moves u: the margins
+        follow to first order, g . c + V . (u - u then), for V = d(g . c)/du (method of
+        `r2m_kernels.reward_from_pools`). Not multiplied by `scale`, as GREBT's rewards are not.
+        """
+        model, (rte, pooled, slope, level, offset) = self.reward_model, kept
+        if not self.settings.attends:
+            return self.vanilla_margins(kept)
+        absorbed = model.absorb(rte.flatten(0, 1), self.weight)
+        moved = _difference((slope * absorbed.query.view_as(slope)).flatten(2).sum(-1)) - level
+        vanilla = _difference(absorbed.rte.view_as(rte)) @ model.head.weight
+        value = (pooled * absorbed.direction).flatten(1).sum(-1) + offset * (absorbed.bias - model.head.bias)
+        return value + self.weight * vanilla + (1 - self.weight) * moved
+
+    def vanilla_margins(self, kept: Kept) -> Tensor:
+        """The margins [m] at w = 1, without policy feedback."""
+        return _difference(self.reward_model.standardized(kept.rte)) @ self.reward_model.head.weight
+
+    def vanilla(self) -> Tensor:
+        """The rewards [n * K] of this round at w = 1, without policy feedback."""
+        return self.reward_model.vanilla_score(self._rte)
 
     def step(self, annotated: Tensor, labels_loss: Tensor | None = None, *, grebt: float = 1.0) -> dict[str, float]:
         """GREBT over the round (equations 4-6) on rewards recomputed from the collected pools; one optimizer step.
@@ -247,3 +270,8 @@ class R2MUpdater:
     def _attended_tokens(self) -> Tensor:
         """exp of the attention's entropy, `lse - E[score]` with `E[score] = u . c`: from what is already at hand."""
         return (self._lse - (self._query * self._pooled).sum(-1)).exp().mean()
+
+
+def _difference(pairs: Tensor) -> Tensor:
+    """[m, ...] of [m, 2, ...]: the first less the second."""
+    return pairs[:, 0] - pairs[:, 1]

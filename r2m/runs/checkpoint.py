@@ -39,7 +39,7 @@ from r2m.devices import resolve_precision
 from r2m.method.reward_model import WEIGHTS_FILE
 from r2m.preferences.store import FreshLabels
 from r2m.progress import waiting
-from r2m.runs.folder import MANIFEST, METRICS, best_round, checkpoints, read_manifest, read_metrics
+from r2m.runs.folder import MANIFEST, METRICS, SAMPLES, WARNINGS, best_round, checkpoints, read_manifest, read_rows
 from r2m.scoring import Scorer
 
 logger = logging.getLogger(__name__)
@@ -160,25 +160,26 @@ def new_folder(folder: Path, key: str = "output") -> Iterator[None]:
 
 
 def cut_back(folder: Path, first_round: int) -> list[dict[str, Any]]:
-    """Take the rounds from `first_round` on out of the folder, to be run again; returns the rows of those before."""
+    """Take the rounds from `first_round` on out of the folder, to be run again; returns the measures of the others."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for t, checkpoint in checkpoints(folder).items():
         if t >= first_round:
             logger.info("round %d is run again: %s is removed", t, checkpoint)
             _remove(checkpoint)
-    rows = [row for row in read_metrics(folder) if row["round"] < first_round]
-    scratch = folder / f"{UNFINISHED}{METRICS}"
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    scratch.replace(folder / METRICS)
+    for name in (SAMPLES, WARNINGS, METRICS):
+        rows = [row for row in read_rows(folder / name) if row["round"] < first_round]
+        scratch = folder / f"{UNFINISHED}{name}"
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        scratch.replace(folder / name)
     return rows
 
 
-def append_metrics(folder: Path, row: dict[str, Any]) -> None:
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # on disk before a checkpoint that counts on it
+def append_row(file: Path, row: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())  # on disk before a checkpoint that counts on it
 
 
 def how_to_go_on(folder: Path) -> str:

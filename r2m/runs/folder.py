@@ -11,7 +11,7 @@ from typing import Any
 from r2m.config import R2MConfig, check_names, load_config
 
 MANIFEST = "manifest.json"  # written last: file sizes, and what identifies models and prompts
-METRICS = "metrics.jsonl"
+METRICS, SAMPLES, WARNINGS = "metrics.jsonl", "samples.jsonl", "warnings.jsonl"  # rows of JSON, each with its round
 
 
 def read_run(folder: str | Path) -> R2MConfig:
@@ -31,8 +31,12 @@ def check_unused(folder: str | Path) -> None:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run, one a round. A last line that the disk or a kill cut short is left out."""
-    file = Path(folder) / METRICS
+    """The measures of a run, a row for each round."""
+    return read_rows(Path(folder) / METRICS)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, none if it is not there. A last line that the disk or a kill cut short is left out."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -7,10 +7,11 @@ import math
 import resource
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +35,8 @@ REWARD_RISE = 0.5  # of the run's own reward, in standard deviations of the rewa
 INITIAL_SHARE = 0.2  # of that rise; an initial reward model that rises by less does not agree with it
 CLIPPED_SHARE = 0.25  # of the importance ratios; those of the first epoch are 1 and never clipped
 AGREEMENT, AGREEMENT_LABELS = 0.5, 50  # of the rewards with the fresh labels, over the last rounds with so many labels
+
+SAMPLES_KEPT = 2  # of a round's responses, the best so many and the worst, in the run's folder
 
 EXPLOITATION_ROUNDS = 3  # the mean over so many, where a run goes on: one round's samples are few
 
@@ -125,6 +128,19 @@ def sample_table(rollout: Rollout, batch: Annotations, count: int = 4, judged: S
     return "\n".join(lines)
 
 
+def best_and_worst(rollout: Rollout, batch: Annotations) -> dict[str, list[dict[str, Any]]]:
+    """The `SAMPLES_KEPT` responses of all processes with the highest rewards, and those with the lowest, each with
+    prompt, response, reward and the initial reward model's score; the utmost first."""
+    rewards, initial = batch.rewards.tolist(), batch.initial.tolist()
+    order = sorted(range(len(rewards)), key=rewards.__getitem__)
+    own = [
+        {"prompt": rollout.prompts[i], "response": rollout.completions[i], "reward": rewards[i], "initial": initial[i]}
+        for i in sorted({*order[:SAMPLES_KEPT], *order[-SAMPLES_KEPT:]})
+    ]
+    ordered = sorted(processes.gather_items(own), key=lambda sample: sample["reward"])
+    return {"best": ordered[: -SAMPLES_KEPT - 1 : -1], "worst": ordered[:SAMPLES_KEPT]}
+
+
 def _one_line(text: str, width: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
@@ -158,6 +174,18 @@ def timed(name: str, row: dict[str, float], device: torch.device) -> Iterator[No
     start = now()
     yield
     row[f"seconds/{name}"] = now() - start
+
+
+@contextmanager
+def on_warning(keep: Callable[[str], None]) -> Iterator[None]:
+    """Hands the text of every warning of this package, until the block ends, to `keep`, too."""
+    handler, package = logging.Handler(logging.WARNING), logging.getLogger("r2m")
+    handler.emit = lambda record: keep(record.getMessage())  # type: ignore[method-assign]
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
 
 
 def warn_about_settings(config: R2MConfig, *, has_adapter: bool = False) -> None:
@@ -301,8 +329,9 @@ def warn_about_labels(history: list[dict[str, float]]) -> None:
     def agreement(rows: list[dict[str, float]]) -> float:
         seen, agreed = 0.0, 0.0
         for row in reversed(rows):
-            seen += row.get("labels/given", 0)
-            agreed += row.get("labels/given", 0) * row.get("labels/agreement", 0)
+            fresh = row.get("labels/given", 0) + row.get("labels/late", 0)
+            seen += fresh
+            agreed += fresh * row.get("labels/agreement", 0)
             if seen >= AGREEMENT_LABELS:
                 return agreed / seen
         return 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from r2m.policy.rollout import Annotations, Rollout
 from r2m.policy.self_check import check_policy
 from r2m.runs.checkpoint import (
     RunState,
-    append_metrics,
+    append_row,
     checkpoint_to_resume,
     claim,
     cut_back,
@@ -29,8 +29,10 @@ from r2m.runs.checkpoint import (
     save_checkpoint,
 )
 from r2m.runs.evaluator import Evaluator
-from r2m.runs.folder import best_round, check_unused, checkpoints
+from r2m.runs.folder import METRICS, SAMPLES, WARNINGS, best_round, check_unused, checkpoints
 from r2m.runs.monitor import (
+    best_and_worst,
+    on_warning,
     report_start,
     sample_table,
     start_trackers,
@@ -55,6 +57,7 @@ class Session:
         self.run, self.evaluator, self.sample_metrics = run, evaluator, sample_metrics
         self.accelerator = Accelerator(log_with=run.config.trackers or None, project_dir=run.folder)
         self.sigterm = Sigterm()
+        self.t = 0  # the round that runs
 
     @contextmanager
     def open(self, resume_from: str | Path | None) -> Iterator[tqdm]:
@@ -69,9 +72,13 @@ class Session:
                 unit="round",
                 disable=processes.index() > 0,
             )
-            yield self.bar
+            with on_warning(self._keep_warning) if processes.index() == 0 else nullcontext():
+                yield self.bar
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+
+    def _keep_warning(self, message: str) -> None:
+        append_row(self.run.folder / WARNINGS, {"round": self.t, "message": message})
 
     def _restore(self, resume_from: str | Path | None) -> int:
         """Restore the checkpoint, if any, and cut the folder back to the rounds before; returns the first to run."""
@@ -97,6 +104,7 @@ class Session:
     @contextmanager
     def saved_if_stopped(self, t: int) -> Iterator[None]:
         """Round t - 1 is what counts if round t is interrupted or fails."""
+        self.t = t
         try:
             yield
         except Terminated:
@@ -121,8 +129,10 @@ class Session:
             row |= self.evaluator.held_out()
         row |= processes.from_first(row)
         history.append(row)
+        samples = best_and_worst(rollout, batch)
         if processes.index() == 0:
-            append_metrics(self.run.folder, row)
+            append_row(self.run.folder / SAMPLES, {"round": t} | samples)
+            append_row(self.run.folder / METRICS, row)
         self.accelerator.log(row, step=t)
         shown = {"reward": "reward/mean", "kl": "policy/kl", "entropy": "policy/entropy"}
         self.bar.set_postfix({name: f"{row[key]:.3f}" for name, key in shown.items()})

@@ -5,11 +5,12 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
-from r2m.plots import COMPARISON_PANELS, RUN_PANELS, dress, plot_calibration, plot_comparison, plot_run
+from r2m.plots import BANDS, COMPARISON_PANELS, RUN_PANELS, dress, plot_calibration, plot_comparison, plot_run
 
 
 def rows(count, leave_out=()):
-    keys = {key for _, _, labels in RUN_PANELS for key in labels} - set(leave_out)
+    keys = {key for _, _, labels in RUN_PANELS for key in labels} | {end for ends in BANDS.values() for end in ends}
+    keys -= set(leave_out)
     return [{"round": t} | {key: math.sin(t + len(key)) for key in sorted(keys)} for t in range(1, count + 1)]
 
 

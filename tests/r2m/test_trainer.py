@@ -18,7 +18,7 @@ from r2m.fitting.bradley_terry import pair_accuracy
 from r2m.fitting.pairs import embed_pairs, score_rollout, tokenize_pairs
 from r2m.policy.load import add_adapter
 from r2m.policy.loss import sequence_kl
-from r2m.runs.folder import checkpoints
+from r2m.runs.folder import WARNINGS, checkpoints, read_rows
 from r2m.runs.monitor import sample_table, warn_about_drift
 
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz", [{"role": "user", "content": "hi"}]]
@@ -792,7 +792,9 @@ def test_training_ends_with_the_round_whose_kl_is_above_the_limit_and_is_saved_t
     rows = trainer.train()
     assert [row["policy/kl"] for row in rows] == [row["policy/kl"] for row in written_rows(trainer)] == kl[:last]
     assert list(checkpoints(trainer.run.folder)) == [last]
-    assert f"round {last}: KL {kl[last - 1]:.3f} is above evaluation.stop_at_kl {limit:g}; training ends" in caplog.text
+    warning = f"round {last}: KL {kl[last - 1]:.3f} is above evaluation.stop_at_kl {limit:g}; training ends"
+    assert warning in caplog.text
+    assert {"round": last, "message": warning} in read_rows(trainer.run.folder / WARNINGS)
 
 
 @pytest.mark.parametrize(("every", "shown"), [(2, [2, 4]), (0, []), (5, [])])

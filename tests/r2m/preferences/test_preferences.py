@@ -5,8 +5,10 @@ import logging
 import math
 import random
 import re
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -17,9 +19,10 @@ import torch.nn.functional as F
 
 from r2m import R2MTrainer
 from r2m.config import Preferences, check_names, config_from_dict
+from r2m.preferences import queue, store
 from r2m.preferences.choosing import CHOICES, choose_pairs
 from r2m.preferences.labellers import Pair, checked, load_labeller
-from r2m.preferences.store import LABELS, append_labels, read_labels
+from r2m.preferences.store import LABELS, append_labels, read_labels, wilson
 from r2m.runs.monitor import warn_about_labels
 
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz", [{"role": "user", "content": "hi"}]]
@@ -38,6 +41,10 @@ def verifier(pairs):
 
 def broken(pairs):
     raise OSError("the judge is down")
+
+
+def leaves(pairs):
+    raise SystemExit(1)
 
 
 def doubtful(pairs):
@@ -63,11 +70,11 @@ def make(reward_checkpoint, tmp_path):
     """A trainer on fresh tiny models; keywords are keys of the config."""
     asked.clear()
 
-    def build(folder="run", **other):
+    def build(folder="run", sample_metrics=None, **other):
         policy = tiny.policy(num_hidden_layers=1)
         config = config_from_dict(settings(tmp_path / folder, **other))
         reward_model = tiny.reward_model(reward_checkpoint, policy)
-        return R2MTrainer(policy, reward_model, tiny.tokenizer(), PROMPTS, config)
+        return R2MTrainer(policy, reward_model, tiny.tokenizer(), PROMPTS, config, sample_metrics=sample_metrics)
 
     return build
 
@@ -79,6 +86,15 @@ def measured(rows):
 def weights(trainer):
     parameters = [*trainer.policy.parameters(), *trainer.reward_model.parameters()]
     return torch.cat([p.detach().flatten() for p in parameters])
+
+
+def told(name, pairs):
+    """Labels, problem and failure of a labeller, asked once."""
+    labeller = load_labeller(name, None)
+    labeller.ask(pairs, {})
+    answers, problem, failed = labeller.answers(pairs, 60)
+    assert [pair for pair, _ in answers] == pairs
+    return [label for _, label in answers], problem, failed
 
 
 # ---- who gives labels ----
@@ -94,16 +110,16 @@ def test_functions_and_commands_are_labellers(tmp_path):
         "    for row in map(json.loads, sys.stdin.readlines()):\n"
         "        print('null' if row['prompt'] == 'a' else row['round'] / 4 * (row['second'] == '\\u2028 é'))\n"
     )
-    assert load_labeller(f"{file}:label", 60)(PAIRS) == [1.0, 0.0]
-    assert load_labeller(f"{__name__}:verifier", 60)(PAIRS) == [1.0, 0.0]
-    assert load_labeller(f"{sys.executable} {file}", 60)(PAIRS) == [None, 0.75]
+    assert told(f"{file}:label", PAIRS) == ([1.0, 0.0], "", False)
+    assert told(f"{__name__}:verifier", PAIRS) == ([1.0, 0.0], "", False)
+    assert told(f"{sys.executable} {file}", PAIRS) == ([None, 0.75], "", False)
 
 
 def test_the_pages_verifier_is_a_labeller(tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "labels.md").read_text()
     (tmp_path / "verifier.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
     pairs = [Pair("2 + 3 =", "5", "It is 6.", 1), Pair("2 + 3 =", "no", "2 + 3 = 5.", 1), Pair("1 + 1", "2", "= 2", 1)]
-    assert load_labeller(f"{tmp_path}/verifier.py:label", 60)(pairs) == [1.0, 0.0, None]
+    assert told(f"{tmp_path}/verifier.py:label", pairs) == ([1.0, 0.0, None], "", False)
 
 
 @pytest.mark.parametrize(
@@ -118,34 +134,33 @@ def test_the_pages_verifier_is_a_labeller(tmp_path):
 )
 def test_a_labeller_that_is_not_there_is_an_error(name, error, message):
     with pytest.raises(error, match=message):
-        load_labeller(name, 60)
+        load_labeller(name, None)
 
 
 @pytest.mark.parametrize(
-    ("command", "error", "message"),
+    ("labeller", "problem"),
     [
-        ("sh -c 'echo no key >&2; exit 3'", RuntimeError, "exit status 3: no key"),
-        ("echo better", ValueError, r"it wrote 'better'; expected a number between 0 and 1 a line, or null"),
-        ("sleep 9", TimeoutError, "it took longer than preferences.wait = 0.1 seconds"),
+        ("sh -c 'echo no key >&2; exit 3'", "RuntimeError: exit status 3: no key"),
+        ("echo better", "ValueError: it wrote 'better'; expected a number between 0 and 1 a line, or null"),
+        (f"{__name__}:broken", "OSError: the judge is down"),
+        (f"{__name__}:leaves", "RuntimeError: SystemExit(1)"),
     ],
 )
-def test_a_command_that_fails_says_how(command, error, message):
-    with pytest.raises(error, match=message):
-        load_labeller(command, 0.1 if error is TimeoutError else 60)(PAIRS)
+def test_a_labeller_that_fails_says_how(labeller, problem):
+    assert told(labeller, PAIRS) == ([None, None], problem, True)
 
 
-def test_a_function_that_takes_too_long_is_left_alone_until_it_is_back(tmp_path, monkeypatch):
-    may_go_on = threading.Event()
-    monkeypatch.setattr(sys.modules[__name__], "verifier", lambda pairs: may_go_on.wait(60) and [1.0] * len(pairs))
-    labeller = load_labeller(f"{__name__}:verifier", 0.05)
-    with pytest.raises(TimeoutError, match=r"it took longer than preferences.wait = 0.05 seconds"):
-        labeller(PAIRS)
-    with pytest.raises(TimeoutError, match="it has not come back from an earlier round"):
-        labeller(PAIRS)
-    (call,) = labeller.args[2]
-    may_go_on.set()
-    call.join(60)
-    assert labeller(PAIRS) == [1.0, 1.0]
+def test_a_command_ends_with_the_process_that_asked(tmp_path):
+    code = (
+        "import sys\n"
+        "from r2m.preferences.labellers import Pair, load_labeller\n"
+        "labeller = load_labeller('sh -c \"echo $$; exec sleep 60\"', None)\n"
+        "labeller.ask([Pair('a', 'b', 'c', 1)], {})\n"
+        "assert not labeller.answers([], 0.2).answers\n"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert time.monotonic() - started < 50
 
 
 def test_labels_are_probabilities_or_none():
@@ -197,18 +212,16 @@ def test_the_config_names_the_choices():
 # ---- what is kept ----
 
 
-def test_answers_are_read_back_and_a_line_cut_short_is_taken_out(tmp_path):
+def test_answers_are_read_back_without_a_line_that_is_cut_short(tmp_path):
     file = tmp_path / "run" / LABELS
-    append_labels(file, PAIRS, [1.0, None])
+    append_labels(file, list(zip(PAIRS, [1.0, None], strict=True)), 5, {PAIRS[1].key: "3-1"})
     whole = file.read_text()
+    assert [json.loads(line).get("id") for line in whole.splitlines()] == [None, "3-1"]
     file.write_text(whole + whole[:20])
-    answers = read_labels(file)
-    assert list(answers.values()) == [1.0, None]
-    assert file.read_text() == whole
-    for line, reason in (("{}", "KeyError('label')"), (whole.splitlines()[0].replace("1.0", "7"), "ValueError(7)")):
+    assert read_labels(file) == {PAIRS[0].key: (1.0, 5), PAIRS[1].key: (None, 5)}
+    for line in ("{}", whole.splitlines()[0].replace("1.0", "7")):
         file.write_text(f"{whole}{line}\n")
-        message = f"labels.jsonl, line 3 is no label ({reason}); expected an object with prompt, first"
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match=r"labels.jsonl, line 3: .* is no row of this file"):
             read_labels(file)
 
 
@@ -223,9 +236,9 @@ def test_the_loss_is_bradley_terry_of_fresh_labels_and_of_the_last_ones(make):
         assert len(told[-1]) == row["labels/given"]
     older = torch.cat(told[:2])[-4:]
     assert torch.equal(labels.labels, torch.cat([older, told[2]]))
-    margins = updater.rewards(labels.kept).view(-1, 2)
+    margins = updater.margins(labels.kept)
     p = 0.9 * labels.labels + 0.1 * (1 - labels.labels)
-    losses = -p * F.logsigmoid(margins[:, 0] - margins[:, 1]) - (1 - p) * F.logsigmoid(margins[:, 1] - margins[:, 0])
+    losses = -p * F.logsigmoid(margins) - (1 - p) * F.logsigmoid(-margins)
     torch.testing.assert_close(labels.loss(), 2 * (losses[: len(older)].mean() + losses[len(older) :].mean()))
 
 
@@ -274,7 +287,7 @@ def test_agreement_is_that_of_the_weights_before_they_learn(make):
     }
     right = [
         (batch.initial[index[prompt, first]] > batch.initial[index[prompt, second]]).item() == (label == 1)
-        for (_, prompt, first, second), label in lines.items()
+        for (_, prompt, first, second), (label, _) in lines.items()
         if label is not None
     ]
     assert row["labels/agreement_vanilla"] == pytest.approx(sum(right) / len(right))
@@ -309,8 +322,8 @@ def test_a_labeller_that_fails_costs_no_round(make, caplog):
     assert all(row["labels/given"] == 0 and row["labels/skipped"] == row["labels/asked"] > 0 for row in rows)
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("r2m.preferences")]
     assert warnings == [
-        f"round 1: labeller {__name__}:broken: OSError: the judge is down. The run goes on without; "
-        "labels/skipped and labels/failed count on"
+        f"round 1: labeller {__name__}:broken: OSError: the judge is down. The run goes on; "
+        "labels/skipped, waiting and failed count on"
     ]
 
 
@@ -319,15 +332,123 @@ def test_what_is_no_label_is_skipped_alone(make, caplog):
     with caplog.at_level(logging.WARNING, "r2m.preferences"):
         rows = trainer.train()
     assert [(row["labels/given"], row["labels/failed"]) for row in rows] == [(1, 0)] * 3
-    assert list(read_labels(trainer.labels.file).values()).count(None) == sum(row["labels/skipped"] for row in rows) > 0
+    assert (
+        [label for label, _ in read_labels(trainer.labels.file).values()].count(None)
+        == sum(row["labels/skipped"] for row in rows)
+        > 0
+    )
     assert "it returned nan for a pair; expected a number between 0 and 1, or None" in caplog.text
 
 
 def test_labels_that_cannot_be_written_stop_the_run(make):
     trainer = make(rounds=1)
     (trainer.run.folder / LABELS).mkdir(parents=True)
-    with pytest.raises(OSError, match=r"\d labels cannot be written to .*labels.jsonl"):
+    with pytest.raises(OSError, match=r"labels.jsonl cannot be written: Is a directory"):
         trainer.train()
+
+
+# ---- labels that come late ----
+
+
+def test_late_labels_are_learned_from_in_a_later_round(make, monkeypatch, caplog):
+    may_go_on = [threading.Event(), threading.Event()]
+    calls = iter(may_go_on)
+    monkeypatch.setattr(sys.modules[__name__], "verifier", lambda pairs: next(calls).wait(60) and [1.0] * len(pairs))
+    trainer = make(preferences={"wait": 0.01})
+    labels = trainer.labels
+
+    def round_of(t):
+        row = trainer.round(t)[0]
+        return [row[f"labels/{name}"] for name in ("asked", "given", "late", "skipped", "waiting", "failed")]
+
+    with caplog.at_level(logging.WARNING, "r2m.preferences"):
+        assert round_of(1) == [3, 0, 0, 0, 3, 0]
+        assert round_of(2) == [0, 0, 0, 0, 3, 0]  # nobody else is asked
+    assert labels.loss() is None
+    (warning,) = caplog.records
+    assert "it takes longer than preferences.wait = 0.01 seconds" in warning.getMessage()
+    may_go_on[0].set()
+    labels.labeller._outcome.put(labels.labeller._outcome.get(timeout=60))  # it has answered in between
+    assert round_of(3) == [3, 0, 3, 0, 3, 0]
+    assert labels.fresh == 3 and len(labels.labels) == 3
+    assert [taken for _, taken in read_labels(labels.file).values()] == [3, 3, 3]
+    may_go_on[1].set()
+
+
+def test_of_too_many_pairs_without_an_answer_the_oldest_are_dropped(make, monkeypatch):
+    monkeypatch.setattr(store, "WAITING", 4)
+    trainer = make(preferences={"labeller": "queue", "wait": 0})
+    dropped = [trainer.round(t)[0]["labels/dropped"] for t in (1, 2)]
+    assert dropped == [0, 2]
+    assert [pair.round for pair in trainer.labels.waiting] == [1, 2, 2, 2]
+    assert len(trainer.labels.kept_waiting.rte) == 4
+
+
+class Person:
+    """Answers, after each round, what was asked in the rounds before it."""
+
+    def __init__(self, folder):
+        self.folder, self.rounds = folder, 0
+
+    def __call__(self, prompts, completions):
+        self.rounds += 1
+        answers = queue.answers(self.folder)
+        for id, row in queue.questions(self.folder).items():
+            if row["round"] < self.rounds and id not in answers:
+                (label,) = verifier([Pair(row["prompt"], row["first"], row["second"], row["round"])])
+                queue.answer(self.folder, id, label, by="test", left="first")
+        return {}
+
+
+def test_a_person_answers_late_and_a_resumed_run_has_the_same_bits(make, tmp_path):
+    queued = {"rounds": 4, "preferences": {"labeller": "queue", "wait": 0}}
+    straight = make("straight", Person(tmp_path / "straight"), **queued)
+    expected = straight.train()
+    assert [row["labels/late"] + row["labels/skipped"] > 0 for row in expected] == [False, False, True, True]
+    assert [row["labels/given"] for row in expected] == [0] * 4
+    stopped = make("stopped", Person(tmp_path / "stopped"), **queued)
+    stopped.train()
+    folder = stopped.run.folder
+    for t in (2, 3, 4):  # as a kill leaves it once round 4 has asked and been told, and the last checkpoint in round 1
+        (folder / f"checkpoint-{t}").rename(folder / f".unfinished-checkpoint-{t}")
+    asked, taken = (folder / name for name in (queue.QUESTIONS, LABELS))
+    before = asked.read_text(), taken.read_text()
+    resumed = make("stopped", **queued)
+    assert measured(resumed.train("last")) == measured(expected)
+    assert torch.equal(weights(resumed), weights(straight))
+    assert (asked.read_text(), taken.read_text()) == before
+    assert {row["id"] for row in map(json.loads, before[1].splitlines())} < queue.questions(folder).keys()
+
+
+def test_an_answer_given_while_the_run_was_down_is_learned_from(make, tmp_path):
+    queued = {"rounds": 2, "preferences": {"labeller": "queue", "wait": 0}}
+    stopped = make(**queued)
+    stopped.train()
+    folder = stopped.run.folder
+    (folder / "checkpoint-2").rename(folder / ".unfinished-checkpoint-2")
+    queue.answer(folder, "1-0", 1, by="test", left="first")
+    queue.answer(folder, "2-1", 0.5, by="test", left="second")
+    _, row = make(**queued).train("last")
+    assert (row["labels/given"], row["labels/late"], row["labels/waiting"]) == (1, 1, 4)
+
+
+def test_the_questions_say_what_the_reward_model_thinks(make):
+    trainer = make(rounds=1, preferences={"labeller": "queue", "wait": 0})
+    _, rollout, batch = trainer.round(1)
+    rewards = dict(
+        zip(zip(map(json.dumps, rollout.prompts), rollout.completions, strict=True), batch.rewards, strict=True)
+    )
+    for row in queue.questions(trainer.run.folder).values():
+        first, second = (rewards[json.dumps(row["prompt"]), row[name]] for name in ("first", "second"))
+        assert row["reward"] == pytest.approx(torch.sigmoid(first - second).item())
+
+
+def test_wilsons_interval():
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # table in Brown, Cai and DasGupta (2001)
+    assert wilson(1, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+# ---- settings ----
 
 
 @pytest.mark.parametrize(
@@ -337,7 +458,7 @@ def test_labels_that_cannot_be_written_stop_the_run(make):
         ({"r2m": {"feedback": "head"}, "preferences": {"choose": "disagreement"}}, "'head' changes no margin"),
         ({"preferences": {"noise": 0.5}}, "preferences.noise is 0.5; expected at least 0 and less than 0.5"),
         ({"preferences": {"per_round": 0}}, "preferences.per_round is 0; expected at least 1"),
-        ({"preferences": {"wait": 0}}, "preferences.wait is 0.0; expected seconds, more than 0"),
+        ({"preferences": {"wait": -1}}, "preferences.wait is -1.0; expected seconds, 0 or more"),
         ({"preferences": {"labeller": None, "grebt": 0.5}}, "preferences.grebt is 0.5 without preferences.labeller"),
     ],
 )

@@ -23,7 +23,7 @@ from r2m.commands.build import build_trainer
 from r2m.config import Lora, config_from_dict
 from r2m.policy.load import add_adapter
 from r2m.runs.checkpoint import MAY_CHANGE, claim, cut_back, load_checkpoint, save_checkpoint
-from r2m.runs.folder import checkpoints, find_checkpoint, read_metrics
+from r2m.runs.folder import SAMPLES, checkpoints, find_checkpoint, read_metrics, read_rows
 
 PROMPTS = ["hello ", "what is it? ", "a b", "xyz", [{"role": "user", "content": "hi"}]]
 K = 4
@@ -444,7 +444,10 @@ def test_a_folder_that_holds_a_run_is_not_started_over(make):
 def test_rounds_after_the_checkpoint_are_taken_out_with_their_checkpoints_and_run_again(make):
     expected = measured(make().train())
     trainer = make()
+    samples = read_rows(trainer.run.folder / SAMPLES)
+    assert [row["round"] for row in samples] == [1, 2, 3, 4]
     assert measured(trainer.train(trainer.run.folder / "checkpoint-2")) == expected
+    assert read_rows(trainer.run.folder / SAMPLES) == samples
     assert list(checkpoints(trainer.run.folder)) == [1, 2, 3, 4]
 
 

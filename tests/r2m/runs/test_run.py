@@ -22,7 +22,7 @@ from r2m.commands.train import dry_run, run
 from r2m.data.sources import Preference
 from r2m.fitting import pairs as fitting
 from r2m.runs.checkpoint import load_checkpoint
-from r2m.runs.folder import best_round, checkpoints, read_metrics, run_to_evaluate
+from r2m.runs.folder import SAMPLES, best_round, checkpoints, read_metrics, read_rows, run_to_evaluate
 
 
 def other_judge(prompts, responses):
@@ -187,6 +187,15 @@ def test_what_a_saved_reward_model_has_decided_is_in_the_resolved_config(run_fil
     assert "inner_width: 16" in dry_run(load_config(run_file, saved))
     with pytest.raises(ValueError, match=r"r2m.zero_output is true, and reward_model .* brings its cross-attention"):
         build_trainer(load_config(run_file, [*saved, "r2m.zero_output=true"]))
+
+
+def test_a_run_keeps_its_best_and_worst_samples(finished):
+    rows, means = read_rows(finished / SAMPLES), [row["reward/mean"] for row in read_metrics(finished)]
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    for row, mean in zip(rows, means, strict=True):
+        (best, second), (worst, other) = ([sample["reward"] for sample in row[kind]] for kind in ("best", "worst"))
+        assert best >= second >= other >= worst and best >= mean >= worst
+        assert all(sample["prompt"] in PROMPTS for sample in row["best"] + row["worst"])
 
 
 def reported(text):
