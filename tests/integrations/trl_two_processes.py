@@ -1,4 +1,4 @@
-"""One process of two, started by test_trl_adapter.py: a rollout with a group each, then the same update by hand."""
+"""One process of two, started by test_trl_adapter.py: a rollout with a group each and labels, then it by hand."""
 
 import copy
 import sys
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_trl_adapter import K, Run, tiny
+from test_trl_adapter import LABELLED, K, Run, loss_of, measured, tiny
 
 from r2m.method.updater import R2MUpdater
 
 folder, checkpoint = map(Path, sys.argv[1:])
 args = {"gradient_accumulation_steps": 1, "num_iterations": 1, "max_steps": 1, "ddp_backend": "gloo"}
-run = Run(folder / "run", checkpoint, **args)
+run = Run(folder / "run", checkpoint, preferences=LABELLED, **args)
 by_hand, rank = copy.deepcopy(run.reward_model), dist.get_rank()
 with torch.no_grad():
     run.reward_model.attention.w_q.add_(rank)  # as if drawn from another seed
@@ -25,7 +25,13 @@ updater.begin_round(torch.cat([by_hand.embed(call.prompts, call.texts) for call 
 hidden = [states for call in calls for states in run.hidden(call, tiny.policy())]  # the refresh is before the only step
 for row, states in enumerate(hidden):
     updater.collect([row], states[None], torch.ones(1, len(states), dtype=torch.bool))
-updater.step(torch.tensor([reward for call in calls for reward in call.rewards]))
-result = {"texts": calls[rank].texts, "weights": run.weights(), "by_hand": by_hand.state_dict()}
+labels_loss = loss_of(run.labels, updater, [text for call in calls for text in call.texts])
+updater.step(torch.tensor([reward for call in calls for reward in call.rewards]), labels_loss)
+result = {
+    "texts": calls[rank].texts,
+    "weights": run.weights(),
+    "by_hand": by_hand.state_dict(),
+    "history": measured(run.callback.history),
+}
 torch.save(result, folder / f"{rank}.pt")
 dist.destroy_process_group()

@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
+from r2m.config import Preferences
 from r2m.data.sources import Prompt
 from r2m.integrations.trl.passes import passes_a_rollout
 from r2m.policy.passes import dropout_rates
@@ -134,6 +135,14 @@ def check_arguments(args: Any, num_generations: int) -> None:
     if (args.generation_kwargs or {}).get("use_cache") is False:
         raise ValueError(
             "generation_kwargs has use_cache=False, which makes generation look like scoring; expected True"
+        )
+
+
+def check_wait(args: Any, preferences: Preferences) -> None:
+    if args.world_size > 1 and preferences.labeller is not None and preferences.wait >= args.ddp_timeout:
+        raise ValueError(
+            f"preferences.wait is {preferences.wait:g} seconds on {args.world_size} processes, which wait for one "
+            f"another ddp_timeout = {args.ddp_timeout:g} seconds; expected less than that"
         )
 
 
