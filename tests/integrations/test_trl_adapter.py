@@ -205,6 +205,7 @@ CASES = {
     "uneven micro-batches": ("rloo", {"per_device_train_batch_size": 6, "steps_per_generation": 2}),
     "bfloat16 autocast": ("rloo", {"bf16": True, "tolerance": 0.1}),
     "bfloat16 autocast, forward": ("rloo", {"bf16": True, "tolerance": 0.1, "capture": "forward"}),
+    "GRPO, bfloat16 autocast": ("grpo", {"bf16": True, "tolerance": 0.1}),
     "padded to a multiple": ("rloo", {"pad_to_multiple_of": 16}),
 }
 
@@ -348,20 +349,30 @@ def test_metrics_reach_the_trainers_log(run):
 # ---- adapters ----
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("reference", ["adapter off", "an adapter called ref"])
-def test_a_reference_pass_through_the_policy_is_not_the_policys(run, reference):
+def test_a_reference_pass_through_the_policy_is_not_the_policys(run, kind, reference):
     if reference == "adapter off":
-        one = run(beta=0.1, trainer={"peft_config": LORA})
+        one = run(kind, beta=0.1, trainer={"peft_config": LORA})
     else:
         model = get_peft_model(tiny.policy(), LORA)
         torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
-        one = run(beta=0.1, model=model)
+        one = run(kind, beta=0.1, model=model)
     one.train()  # compares every reward, after the adapter has moved
     assert len(one.callback.history) == 2
     call = one.calls[-1]
     with_adapter = one.hidden(call)
     with one.model_in_trainer.disable_adapter():
         assert max((a - b).abs().max() for a, b in zip(with_adapter, one.hidden(call), strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_pass_of_a_separate_reference_model_is_not_the_policys(run, kind, tmp_path):
+    tiny.policy().save_pretrained(tmp_path / "policy")  # TRL loads the reference by the policy's name
+    one = run(kind, beta=0.1, model=type(tiny.policy()).from_pretrained(tmp_path / "policy"))
+    assert one.trainer.ref_model is not None
+    one.train()  # compares every reward, after the policy has moved
+    assert len(one.callback.history) == 2
 
 
 def test_only_a_reference_pass_is_no_scoring_pass(run):
@@ -396,13 +407,13 @@ def test_held_out_batches_of_grpo(run):
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize("preferences", [None, LABELLED], ids=["no labels", "labels"])
-def test_a_resumed_run_ends_where_the_whole_one_does_and_asks_nothing_twice(run, tmp_path, preferences):
+@pytest.mark.parametrize(("kind", "preferences"), [("rloo", None), ("rloo", LABELLED), ("grpo", LABELLED)])
+def test_a_resumed_run_ends_where_the_whole_one_does_and_asks_nothing_twice(run, tmp_path, kind, preferences):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "preferences": preferences}
     asked.clear()
-    whole = run(folder=tmp_path / "run", **saving).train()
+    whole = run(kind, folder=tmp_path / "run", **saving).train()
     told = len(asked)
-    resumed = run(folder=tmp_path / "run", **saving)
+    resumed = run(kind, folder=tmp_path / "run", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert [call.texts for call in resumed.calls] == [call.texts for call in whole.calls[1:]]
     assert measured(resumed.callback.history) == measured(whole.callback.history) and len(whole.callback.history) == 3
@@ -716,10 +727,13 @@ def test_reward_models_that_cannot_be_used(reward_checkpoint):
 # ---- several processes, and the example ----
 
 
-def test_two_processes_keep_one_reward_model(tmp_path, reward_checkpoint):
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_two_processes_keep_one_reward_model(tmp_path, reward_checkpoint, kind):
     script = Path(__file__).parent / "trl_two_processes.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*launch, str(tmp_path), str(reward_checkpoint)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, str(tmp_path), str(reward_checkpoint), kind], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["history"] == second["history"] and first["history"][0]["labels/given"] == 2

@@ -1,18 +1,36 @@
 """One process of two, started by test_trl_adapter.py: a rollout with a group each and labels, then it by hand."""
 
 import copy
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
 from test_trl_adapter import LABELLED, K, Run, loss_of, measured, tiny
 
+from r2m import processes
 from r2m.method.updater import R2MUpdater
 
-folder, checkpoint = map(Path, sys.argv[1:])
+
+class RunOfOneOfTwo(Run):
+    @property
+    def model_in_trainer(self):
+        """The policy as it is, whole: it may be sharded."""
+        model = tiny.policy()
+        own = super().model_in_trainer.state_dict()
+        model.load_state_dict({name: processes.full(value) for name, value in own.items()})
+        return model
+
+
+folder, checkpoint, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    # accelerate shards on no CPU; its FSDP2 itself runs there.
+    PartialState(cpu=True, backend="gloo")._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 args = {"gradient_accumulation_steps": 1, "num_iterations": 1, "max_steps": 1, "ddp_backend": "gloo"}
-run = Run(folder / "run", checkpoint, preferences=LABELLED, **args)
+capture = "forward" if kind == "grpo" else "scoring"
+run = RunOfOneOfTwo(folder / "run", checkpoint, kind, capture=capture, preferences=LABELLED, **args)
 by_hand, rank = copy.deepcopy(run.reward_model), dist.get_rank()
 with torch.no_grad():
     run.reward_model.attention.w_q.add_(rank)  # as if drawn from another seed
