@@ -33,6 +33,7 @@ from r2m.data.sources import Prompt
 from r2m.data.tokenization import response_texts
 from r2m.integrations.trl.checks import (
     check_arguments,
+    check_backbone,
     check_noise,
     check_positions,
     check_text,
@@ -335,6 +336,7 @@ class R2MCallback(TrainerCallback):
         self.reward_model.check_prompts(known_prompts(batches.dataset))
         check_noise(self._model, self._backbone, args)
         check_wait(args, self.preferences)
+        check_backbone(self.reward_model)
         # TRL counts optimizer steps, of which a rollout may take several or less than one.
         length, accumulated = passes_a_rollout(args), args.gradient_accumulation_steps
         epoch = len(batches) if has_length(batches) else None
