@@ -489,6 +489,14 @@ def test_groups_that_straddle_processes(run):
         checks.check_arguments(args, K)
 
 
+def test_a_backbone_that_some_processes_have_not_loaded(run, monkeypatch):
+    reward_model = run().reward_model
+    checks.check_backbone(reward_model)
+    monkeypatch.setattr(checks.processes, "gather_items", lambda items: [*items, "of empty weights"])
+    with pytest.raises(ValueError, match=r"other weights in some processes; .* fsdp_cpu_ram_efficient_loading: false"):
+        checks.check_backbone(reward_model)
+
+
 def test_processes_wait_for_one_another_longer_than_for_the_labeller():
     args = types.SimpleNamespace(world_size=2, ddp_timeout=1800)
     checks.check_wait(args, Preferences(wait=1800.0))
