@@ -1,7 +1,10 @@
 """Real runs of TRL's trainers on tiny models: rewards and the reward model's step against plain computations."""
 
 import copy
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import types
@@ -735,20 +738,51 @@ def test_reward_models_that_cannot_be_used(reward_checkpoint):
 # ---- several processes, and the example ----
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
-def test_two_processes_keep_one_reward_model(tmp_path, reward_checkpoint, kind):
+def run_two_processes(launch, folder, reward_checkpoint, kind):
+    """trl_two_processes.py; returns whether the policy was sharded."""
     script = Path(__file__).parent / "trl_two_processes.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
-        [*launch, str(tmp_path), str(reward_checkpoint), kind], capture_output=True, text=True, timeout=300
+        [sys.executable, *launch, str(script), str(folder), str(reward_checkpoint), kind],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     assert first["history"] == second["history"] and first["history"][0]["labels/given"] == 2
     assert first["texts"] != second["texts"]
     assert not moved(first["weights"], second["weights"])
     # One step on the groups of both, from the first one's weights.
     torch.testing.assert_close(first["weights"], first["by_hand"], rtol=0, atol=2e-5)
+    return first["is_sharded"]
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_two_processes_keep_one_reward_model(tmp_path, reward_checkpoint, kind):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert not run_two_processes(launch, tmp_path, reward_checkpoint, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "kind"), [("fsdp2", "rloo"), ("fsdp2", "grpo"), ("zero2", "rloo"), ("zero3", "rloo"), ("zero3", "grpo")]
+)
+def test_two_processes_of_a_sharded_policy_by_the_pages_configs(tmp_path, reward_checkpoint, config, kind):
+    if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    page = (ROOT / "docs" / "trl.md").read_text()
+    (tmp_path / "config.yaml").write_text(re.search(rf"^# {config}\.yaml.*?^```", page, re.M | re.S)[0].strip("`"))
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(tmp_path / "config.yaml"),
+        "--num_processes",
+        "2",
+    ]
+    launch += ["--mixed_precision", "no", "--main_process_port", "0"]
+    assert run_two_processes(launch, tmp_path, reward_checkpoint, kind) == (config != "zero2")
 
 
 def test_the_example_runs():

@@ -8,7 +8,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("trl", reason="TRL is not installed")
 
 os.environ |= {
-    "TORCHDYNAMO_DISABLE": "1",  # compilation takes longer than the run
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # TRL hands weights over in this process
