@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from torch import Tensor
 
 from r2m import processes, progress
 from r2m.algorithms import ALGORITHMS
@@ -80,8 +81,6 @@ def describe_samples(
     everything = processes.gather(torch.stack([x.float() for x in of_sequences], -1), size)[: count * size]
     rewards, initial, scores, kl, reference, entropy, length, finished, *importance = everything.unbind(-1)  # [n * K]
     metrics = {
-        "reward/mean": rewards.mean(),
-        "reward/initial": initial.mean(),
         "policy/kl": kl.mean(),
         "policy/reference_log_prob": reference.sum() / length.sum(),
         "policy/entropy": entropy.sum() / length.sum(),
@@ -93,14 +92,24 @@ def describe_samples(
             "generation/importance_ratio": importance[0].sum() / length.sum(),
             "generation/truncated_share": importance[1].sum() / length.sum(),
         }
+    own = describe_rewards(rewards, initial, scores, num_generations=size, eps=config.r2m.eps)
+    return own | {name: value.item() for name, value in metrics.items()}
+
+
+def describe_rewards(
+    rewards: Tensor, initial: Tensor, scores: Tensor, *, num_generations: int, eps: float
+) -> dict[str, float]:
+    """`reward/*` of a round: rewards, the initial reward model's scores, and what the policy is trained with, each [b]
+    of whole groups; those inside groups where there is more than one response to a prompt."""
+    metrics = {"reward/mean": rewards.mean(), "reward/initial": initial.mean()}
     if len(rewards) > 1:
         metrics["reward/std"] = rewards.std()
-    if size > 1:
-        _, groups = grebt_loss(scores.reshape(-1, size), eps=config.r2m.eps, return_stats=True)
+    if num_generations > 1:
+        _, groups = grebt_loss(scores.reshape(-1, num_generations), eps=eps, return_stats=True)
         metrics |= {
             "reward/group_std": groups["std"].mean(),
             "reward/entropy": groups["entropy"].mean(),
-            "reward/degenerate_share": (groups["std"] < config.r2m.eps).float().mean(),
+            "reward/degenerate_share": (groups["std"] < eps).float().mean(),
         }
     return {name: value.item() for name, value in metrics.items()}
 

@@ -1,6 +1,10 @@
 """Real runs of TRL's trainers on tiny models: rewards and the reward model's step against plain computations."""
 
 import copy
+import importlib.util
+import json
+import os
+import re
 import subprocess
 import sys
 import types
@@ -20,7 +24,7 @@ from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments  # noqa: E402
 
-from r2m.config import R2M  # noqa: E402
+from r2m.config import R2M, Preferences  # noqa: E402
 from r2m.integrations.trl import (  # noqa: E402
     checks,
     passes,
@@ -30,6 +34,7 @@ from r2m.method.hidden_states import policy_backbone  # noqa: E402
 from r2m.method.reward_model import R2MRewardModel  # noqa: E402
 from r2m.method.updater import R2MUpdater  # noqa: E402
 from r2m.policy.passes import disable_dropout  # noqa: E402
+from r2m.preferences.store import LABELS, margins_of_pairs  # noqa: E402
 from r2m_kernels import time_weight  # noqa: E402
 
 K = 4
@@ -37,7 +42,20 @@ TEXTS = ["say a", "hello there", "count: 1 2 3", "why"]
 CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
 TRAINERS = {"rloo": (trl.RLOOTrainer, trl.RLOOConfig), "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}
 WITH_DROPOUT = {"r": 4, "target_modules": ["q_proj"], "lora_dropout": 0.5, "task_type": "CAUSAL_LM"}
+LABELLED = {"labeller": f"{__name__}:greater", "per_round": 2}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+asked = []  # pairs that `greater` was asked about
+
+
+def greater(pairs):
+    asked.extend(pairs)
+    return [float(pair.first > pair.second) for pair in pairs]
+
+
+def broken(pairs):
+    raise OSError("the judge is down")
 
 
 @pytest.fixture(autouse=True)
@@ -56,15 +74,19 @@ class Run:
     """A trainer of TRL with R2M. Every call of its reward function is recorded, and every reward is compared with
     `R2MRewardModel.score` on hidden states of the policy as it is then, one unpadded sequence at a time."""
 
-    def __init__(self, folder, checkpoint, kind="rloo", *, capture="scoring", settings=None, prompts=TEXTS, model=None,
-                 callbacks=(), trainer=None, tolerance=1e-4, **args):  # fmt: skip
+    def __init__(self, folder, checkpoint, kind="rloo", *, capture="scoring", settings=None, preferences=None,
+                 prompts=TEXTS, model=None, callbacks=(), trainer=None, tolerance=1e-4, **args):  # fmt: skip
         self.settings = R2M(**({"learning_rate": 1e-3, "floor": 0.3} | (settings or {})))
         self.model = tiny.policy() if model is None else model
         self.tokenizer = tiny.tokenizer(pad="</s>")
         self.tokenizer.padding_side = "left"
         self.reward_model = tiny.reward_model(checkpoint, self.model)
         self.reward, self.callback = r2m_reward(
-            self.reward_model, num_generations=K, settings=self.settings, capture=capture
+            self.reward_model,
+            num_generations=K,
+            settings=self.settings,
+            preferences=Preferences(**preferences or {}),
+            capture=capture,
         )
         self.tolerance, self.calls = tolerance, []
         trainer_class, config_class = TRAINERS[kind]
@@ -141,6 +163,11 @@ class Run:
         self.trainer.train(**options)
         return self
 
+    @property
+    def labels(self):
+        lines = (Path(self.trainer.args.output_dir) / LABELS).read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
     def weights(self):
         return {name: value.clone() for name, value in self.reward_model.state_dict().items()}
 
@@ -181,6 +208,7 @@ CASES = {
     "uneven micro-batches": ("rloo", {"per_device_train_batch_size": 6, "steps_per_generation": 2}),
     "bfloat16 autocast": ("rloo", {"bf16": True, "tolerance": 0.1}),
     "bfloat16 autocast, forward": ("rloo", {"bf16": True, "tolerance": 0.1, "capture": "forward"}),
+    "GRPO, bfloat16 autocast": ("grpo", {"bf16": True, "tolerance": 0.1}),
     "padded to a multiple": ("rloo", {"pad_to_multiple_of": 16}),
 }
 
@@ -193,7 +221,7 @@ def test_rewards_are_the_reward_models_on_the_policys_hidden_states(run, case):
     rollouts = args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations)
     weights = [time_weight(t, rollouts, 0.3) for t in range(1, rollouts + 1)]
     assert [call.weight for call in one.calls] == pytest.approx(weights)
-    assert [row["rollout"] for row in one.callback.history] == list(range(1, rollouts + 1))
+    assert [row["round"] for row in one.callback.history] == list(range(1, rollouts + 1))
     assert [row["weight"] for row in one.callback.history] == pytest.approx(weights)
 
 
@@ -204,7 +232,7 @@ def test_the_trainer_is_given_a_plain_function(run):
 
 def test_two_optimizer_steps_may_share_a_rollout_and_two_rollouts_a_step(run):
     one = run(gradient_accumulation_steps=4, steps_per_generation=1, max_steps=2).train()
-    assert [row["rollout"] for row in one.callback.history] == [1, 2, 3, 4]
+    assert [row["round"] for row in one.callback.history] == [1, 2, 3, 4]
 
 
 def test_equal_completions_take_their_rows_in_turn(run):
@@ -228,9 +256,25 @@ def test_a_pass_of_someone_else_does_not_count(run):
 # ---- the reward model's update ----
 
 
-@pytest.mark.parametrize("positions", ["all", "response"])
-@pytest.mark.parametrize(("kind", "capture"), [("rloo", "scoring"), ("grpo", "forward")])
-def test_a_rollout_trains_the_reward_model_as_an_updater_does(run, kind, capture, positions):
+def loss_of(labels, updater, texts):
+    """Bradley-Terry on the lines of a file of labels, by an updater that has collected `texts`."""
+    rows = [texts.index(label[key]) for label in labels for key in ("first", "second")]
+    margins = margins_of_pairs(updater.rewards(updater.keep(rows)))
+    signs = torch.tensor([1.0 if label["label"] else -1.0 for label in labels])
+    return -torch.nn.functional.logsigmoid(signs * margins).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "capture", "positions", "preferences"),
+    [
+        ("rloo", "scoring", "all", None),
+        ("grpo", "forward", "all", None),
+        ("grpo", "forward", "response", None),
+        ("rloo", "scoring", "response", LABELLED),
+        ("grpo", "forward", "all", LABELLED | {"grebt": 0.5}),
+    ],
+)
+def test_a_rollout_trains_the_reward_model_as_an_updater_does(run, kind, capture, positions, preferences):
     """One rollout of two iterations, one optimizer step each: the feedback is refreshed after the first step."""
     refreshed, seen = [], []
 
@@ -238,7 +282,11 @@ def test_a_rollout_trains_the_reward_model_as_an_updater_does(run, kind, capture
         refreshed.extend(one.hidden(one.calls[0]))
         seen.append(moved(before, one.weights()))
 
-    options = {"capture": capture, "settings": {"positions": positions, "floor": 0.3, "learning_rate": 1e-3}}
+    options = {
+        "capture": capture,
+        "preferences": preferences,
+        "settings": {"positions": positions, "floor": 0.3, "learning_rate": 1e-3},
+    }
     one = run(kind, max_steps=2, callbacks=[At(between, step=1)], **options)
     before, by_hand = one.weights(), copy.deepcopy(one.reward_model)
     one.train()
@@ -250,14 +298,19 @@ def test_a_rollout_trains_the_reward_model_as_an_updater_does(run, kind, capture
     updater.begin_round(by_hand.embed(call.prompts, call.texts), 1)
     for row, hidden in enumerate(refreshed):
         updater.collect([row], hidden[None], torch.ones(1, len(hidden), dtype=torch.bool))
-    metrics = updater.step(torch.tensor(call.rewards))
+    labels_loss = loss_of(one.labels, updater, call.texts) if preferences else None
+    rewards, initial = torch.tensor(call.rewards), by_hand.vanilla_score(updater._rte).detach()
+    metrics = updater.step(rewards, labels_loss, grebt=(preferences or {}).get("grebt", 1.0))
 
     after = one.weights()
     assert moved(before, after) == {"attention.w_q", "attention.w_k", "attention.w_v", "attention.w_o", "head.weight"}
     for name, value in by_hand.state_dict().items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=2e-5)  # of a step of 1e-3
     (row,) = one.callback.history
-    assert row == pytest.approx({"rollout": 1, "weight": updater.weight, **metrics}, rel=1e-3, abs=1e-4)
+    metrics |= {"round": 1, "weight": updater.weight, "reward/mean": rewards.mean().item()}
+    metrics |= {"reward/initial": initial.mean().item(), "reward/std": rewards.std().item()}
+    assert {key: row[key] for key in metrics} == pytest.approx(metrics, rel=1e-3, abs=1e-4)
+    assert row.get("labels/given") == (len(one.labels) if preferences else None)
 
 
 def test_frozen_feedback_measures_and_changes_nothing(run):
@@ -276,30 +329,53 @@ def test_anchored_rewards_are_scaled_and_those_of_held_out_batches_too(run):
     assert not one.calls[-1].training
 
 
+def test_a_labeller_that_fails_costs_no_rollout(run, caplog):
+    one = run(preferences=LABELLED | {"labeller": f"{__name__}:broken"}).train()
+    assert [(row["labels/failed"], row["labels/given"]) for row in one.callback.history] == [(1, 0)] * 2
+    assert caplog.text.count("the judge is down") == 1
+
+
+def test_what_goes_wrong_with_the_rewards_is_said_while_it_does_and_at_the_end(run, caplog):
+    run(max_steps=6, settings={"learning_rate": 0.1}).train()
+    assert "times as wide inside groups as in round 1" in caplog.text
+    assert "times as wide inside groups over the last third as over the first" in caplog.text
+
+
 def test_metrics_reach_the_trainers_log(run):
-    logs = run(max_steps=6).train().trainer.state.log_history
+    logs = run(max_steps=6, preferences=LABELLED).train().trainer.state.log_history
     assert [round(log["r2m/weight"], 6) for log in logs if "r2m/weight" in log] == [0.75, 0.3, 0.3]
     assert all(-1 <= log["r2m/correlation"] <= 1 for log in logs if "r2m/correlation" in log)
-    assert sum("r2m/grebt/loss" in log for log in logs) == 2  # with the rollout after
+    for name in ("grebt/loss", "labels/agreement", "reward/group_std"):
+        assert sum(f"r2m/{name}" in log for log in logs) == 2  # with the rollout after
 
 
 # ---- adapters ----
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("reference", ["adapter off", "an adapter called ref"])
-def test_a_reference_pass_through_the_policy_is_not_the_policys(run, reference):
+def test_a_reference_pass_through_the_policy_is_not_the_policys(run, kind, reference):
     if reference == "adapter off":
-        one = run(beta=0.1, trainer={"peft_config": LORA})
+        one = run(kind, beta=0.1, trainer={"peft_config": LORA})
     else:
         model = get_peft_model(tiny.policy(), LORA)
         torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
-        one = run(beta=0.1, model=model)
+        one = run(kind, beta=0.1, model=model)
     one.train()  # compares every reward, after the adapter has moved
     assert len(one.callback.history) == 2
     call = one.calls[-1]
     with_adapter = one.hidden(call)
     with one.model_in_trainer.disable_adapter():
         assert max((a - b).abs().max() for a, b in zip(with_adapter, one.hidden(call), strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_pass_of_a_separate_reference_model_is_not_the_policys(run, kind, tmp_path):
+    tiny.policy().save_pretrained(tmp_path / "policy")  # TRL loads the reference by the policy's name
+    one = run(kind, beta=0.1, model=type(tiny.policy()).from_pretrained(tmp_path / "policy"))
+    assert one.trainer.ref_model is not None
+    one.train()  # compares every reward, after the policy has moved
+    assert len(one.callback.history) == 2
 
 
 def test_only_a_reference_pass_is_no_scoring_pass(run):
@@ -317,7 +393,7 @@ def test_held_out_batches_train_nothing_and_are_scored_at_omega(run):
     one.trainer.evaluate()  # before training
     assert [(call.training, call.weight) for call in one.calls] == [(False, 0.3)] * 2
     one.train()  # with evaluation inside each rollout, and between them
-    assert [row["rollout"] for row in one.callback.history] == [1, 2]
+    assert [row["round"] for row in one.callback.history] == [1, 2]
     assert sum(call.training for call in one.calls) == 2 and sum(not call.training for call in one.calls) == 10
     assert moved(before, one.weights())
     trained = one.weights()
@@ -334,17 +410,24 @@ def test_held_out_batches_of_grpo(run):
 # ---- checkpoints ----
 
 
-def test_a_resumed_run_ends_where_the_whole_one_does(run, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    whole = run(folder=tmp_path / "run", **saving).train()
-    resumed = run(folder=tmp_path / "run", **saving)
+@pytest.mark.parametrize(("kind", "preferences"), [("rloo", None), ("rloo", LABELLED), ("grpo", LABELLED)])
+def test_a_resumed_run_ends_where_the_whole_one_does_and_asks_nothing_twice(run, tmp_path, kind, preferences):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "preferences": preferences}
+    asked.clear()
+    whole = run(kind, folder=tmp_path / "run", **saving).train()
+    told = len(asked)
+    resumed = run(kind, folder=tmp_path / "run", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert [row["rollout"] for row in resumed.callback.history] == [2, 3]
     assert [call.texts for call in resumed.calls] == [call.texts for call in whole.calls[1:]]
-    for name, value in whole.weights().items():
-        torch.testing.assert_close(resumed.weights()[name], value)
+    assert measured(resumed.callback.history) == measured(whole.callback.history) and len(whole.callback.history) == 3
+    assert not moved(whole.weights(), resumed.weights())
+    assert len(asked) == told == (6 if preferences else 0)
     saved = R2MRewardModel.from_pretrained(tmp_path / "run" / "checkpoint-6" / "r2m", dtype=torch.float32)
     assert not moved(whole.weights(), saved.state_dict())
+
+
+def measured(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("seconds/")} for row in rows]
 
 
 def test_a_checkpoint_of_another_place_or_without_a_reward_model(run, tmp_path):
@@ -354,9 +437,12 @@ def test_a_checkpoint_of_another_place_or_without_a_reward_model(run, tmp_path):
         FileNotFoundError, match=r"training goes on after step 2, and .*elsewhere.* holds no reward model"
     ):
         run(folder=tmp_path / "elsewhere").train(resume_from_checkpoint=str(checkpoint))
+    labelled = run(folder=tmp_path / "run", preferences=LABELLED)
+    with pytest.raises(ValueError, match=r"greater', and .*r2m is of a run without fresh labels; expected preferences"):
+        labelled.train(resume_from_checkpoint=str(checkpoint))
     one = run(folder=tmp_path / "elsewhere", resume_from_checkpoint=str(checkpoint))
     one.train(resume_from_checkpoint=str(checkpoint))
-    assert [row["rollout"] for row in one.callback.history] == [2]
+    assert [row["round"] for row in one.callback.history] == [1, 2] and len(one.calls) == 1
 
 
 def test_training_that_ends_inside_a_rollout_says_so(run, caplog):
@@ -404,6 +490,21 @@ def test_groups_that_straddle_processes(run):
     args.per_device_train_batch_size, args.steps_per_generation = 2, 3  # of 2 processes: TRL sees 12 samples, 3 groups
     with pytest.raises(ValueError, match=r"steps_per_generation is 2 \* 3 = 6 samples .* multiple of .* = 4, so that"):
         checks.check_arguments(args, K)
+
+
+def test_a_backbone_that_some_processes_have_not_loaded(run, monkeypatch):
+    reward_model = run().reward_model
+    checks.check_backbone(reward_model)
+    monkeypatch.setattr(checks.processes, "gather_items", lambda items: [*items, "of empty weights"])
+    with pytest.raises(ValueError, match=r"other weights in some processes; .* fsdp_cpu_ram_efficient_loading: false"):
+        checks.check_backbone(reward_model)
+
+
+def test_processes_wait_for_one_another_longer_than_for_the_labeller():
+    args = types.SimpleNamespace(world_size=2, ddp_timeout=1800)
+    checks.check_wait(args, Preferences(wait=1800.0))
+    with pytest.raises(ValueError, match=r"wait is 1800 seconds on 2 processes.* ddp_timeout = 1800 seconds"):
+        checks.check_wait(args, Preferences(**LABELLED, wait=1800.0))
 
 
 def test_other_trainers(tmp_path):
@@ -572,7 +673,7 @@ def test_an_epoch_that_does_not_fill_a_step_counts_what_it_has(run, tmp_path):
     resumed = run(folder=tmp_path / "run", **shape)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert [call.weight for call in resumed.calls] == pytest.approx(expected[3:])
-    assert [row["rollout"] for row in resumed.callback.history] == [4, 5, 6]
+    assert [row["round"] for row in resumed.callback.history] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -611,6 +712,11 @@ def test_no_trl(monkeypatch, run):
         ({"capture": "generation"}, "capture is 'generation'; expected 'scoring' or 'forward'"),
         ({"settings": R2M(feedback="none")}, "settings.feedback is 'none'"),
         ({"settings": R2M(feedback="head")}, "settings.feedback is 'head'"),
+        (
+            {"settings": R2M(feedback="frozen"), "preferences": Preferences(**LABELLED)},
+            "preferences.labeller is set, and settings.feedback 'frozen' learns nothing; expected 'trained'",
+        ),
+        ({"preferences": Preferences(labeller="missing.py:label")}, "'missing.py:label'; there is no file missing.py"),
         ({"settings": R2M(source="noise")}, "settings.source is 'noise'; expected 'policy'"),
     ],
 )
@@ -632,16 +738,51 @@ def test_reward_models_that_cannot_be_used(reward_checkpoint):
 # ---- several processes, and the example ----
 
 
-def test_two_processes_keep_one_reward_model(tmp_path, reward_checkpoint):
+def run_two_processes(launch, folder, reward_checkpoint, kind):
+    """trl_two_processes.py; returns whether the policy was sharded."""
     script = Path(__file__).parent / "trl_two_processes.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*launch, str(tmp_path), str(reward_checkpoint)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *launch, str(script), str(folder), str(reward_checkpoint), kind],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
+    assert first["history"] == second["history"] and first["history"][0]["labels/given"] == 2
     assert first["texts"] != second["texts"]
     assert not moved(first["weights"], second["weights"])
     # One step on the groups of both, from the first one's weights.
     torch.testing.assert_close(first["weights"], first["by_hand"], rtol=0, atol=2e-5)
+    return first["is_sharded"]
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_two_processes_keep_one_reward_model(tmp_path, reward_checkpoint, kind):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert not run_two_processes(launch, tmp_path, reward_checkpoint, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "kind"), [("fsdp2", "rloo"), ("fsdp2", "grpo"), ("zero2", "rloo"), ("zero3", "rloo"), ("zero3", "grpo")]
+)
+def test_two_processes_of_a_sharded_policy_by_the_pages_configs(tmp_path, reward_checkpoint, config, kind):
+    if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    page = (ROOT / "docs" / "trl.md").read_text()
+    (tmp_path / "config.yaml").write_text(re.search(rf"^# {config}\.yaml.*?^```", page, re.M | re.S)[0].strip("`"))
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(tmp_path / "config.yaml"),
+        "--num_processes",
+        "2",
+    ]
+    launch += ["--mixed_precision", "no", "--main_process_port", "0"]
+    assert run_two_processes(launch, tmp_path, reward_checkpoint, kind) == (config != "zero2")
 
 
 def test_the_example_runs():

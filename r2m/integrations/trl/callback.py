@@ -12,6 +12,7 @@ the reward model, which follows the last optimizer step of every rollout.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -26,15 +27,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from r2m import processes
-from r2m.config import R2M
+from r2m.analysis.degeneration import degeneration, thirds
+from r2m.config import R2M, Preferences
 from r2m.data.sources import Prompt
 from r2m.data.tokenization import response_texts
 from r2m.integrations.trl.checks import (
     check_arguments,
+    check_backbone,
     check_noise,
     check_positions,
     check_text,
     check_version,
+    check_wait,
     hidden_states,
     known_prompts,
     warn_about_arguments,
@@ -53,9 +57,20 @@ from r2m.method.backbone import hidden_width
 from r2m.method.hidden_states import policy_backbone
 from r2m.method.reward_model import WEIGHTS_FILE, R2MRewardModel
 from r2m.method.updater import R2MUpdater
+from r2m.names import check_labeller
 from r2m.policy.rollout import collate
+from r2m.preferences.store import FreshLabels
+from r2m.runs.monitor import (
+    describe_rewards,
+    warn_about_degenerate_groups,
+    warn_about_drift,
+    warn_about_exploitation,
+    warn_about_labels,
+)
 
 logger = logging.getLogger(__name__)
+
+_STATE = "state.pt"  # in a checkpoint's r2m/, beside the reward model: all else that a resumed run needs
 
 
 def r2m_reward(
@@ -63,6 +78,7 @@ def r2m_reward(
     *,
     num_generations: int,
     settings: R2M | None = None,
+    preferences: Preferences | None = None,
     capture: Literal["scoring", "forward"] = "scoring",
     update_every: Literal["rollout"] = "rollout",
 ) -> tuple[Callable[..., list[float]], R2MCallback]:
@@ -71,6 +87,8 @@ def r2m_reward(
     num_generations: K, that of the trainer's arguments.
     settings: fields that describe a new reward model do not apply; `feedback` has to be "trained" or "frozen", and
         `source` "policy".
+    preferences: fresh labels of each rollout's pairs (docs/labels.md), asked for before the reward model's step. They
+        are written to labels.jsonl in the trainer's output_dir, and its seed draws the pairs.
     capture: where the hidden states for the rewards come from.
         "scoring": the trainer's pass for the old log-probabilities, at no cost in time. The texts are known only when
             rewards are asked for, so the hidden states of a process's share of the rollout wait until then: sequences x
@@ -83,18 +101,20 @@ def r2m_reward(
     nothing. With several reward functions, pairs are picked by this one alone. The reward model moves to the trainer's
     device; under several processes its copies start equal and average their gradients.
 
-    `callback.history` has a row of metrics for each rollout of `train()`; TRL logs them as `r2m/...` with the rollout
-    after. Checkpoints of the trainer hold the reward model in `r2m/`, as `from_pretrained` loads it, and its optimizer.
+    `callback.history` has a row of metrics for each rollout, of a resumed run also those before; TRL logs them as
+    `r2m/...` with the rollout after. Warnings are those of `R2MTrainer`, and at the end of training those of
+    `r2m diagnose`. Checkpoints of the trainer hold in `r2m/` the reward model, as `from_pretrained` loads it, its
+    optimizer, and the labels that it learns from.
 
     Raises ImportError where TRL is missing or its release is not supported, ValueError for an argument out of range, a
-    reward model partitioned by ZeRO-3 or without its statistics. The trainer's construction raises ValueError where its
-    arguments do not fit, or where the policy's hidden states depend on padding: TRL gives no position ids, so learned
-    positions are wrong (a policy that FSDP or DeepSpeed shards is not tried). Training raises ValueError before
-    anything is sampled where the policy has dropout or other noise, or the reward model's chat template refuses the
-    prompts; RuntimeError where its passes are not those that are expected.
+    labeller that is not there, a reward model partitioned by ZeRO-3 or without its statistics. The trainer's
+    construction raises ValueError where its arguments do not fit, or where the policy's hidden states depend on
+    padding: TRL gives no position ids, so learned positions are wrong (a policy that FSDP or DeepSpeed shards is not
+    tried). Training raises ValueError before anything is sampled where the policy has dropout or other noise, or the
+    reward model's chat template refuses the prompts; RuntimeError where its passes are not those that are expected.
     """
     check_version()
-    settings = settings or R2M()
+    settings, preferences = settings or R2M(), preferences or Preferences()
     if update_every != "rollout":
         raise ValueError(f"update_every is {update_every!r}; expected 'rollout'")
     if capture not in ("scoring", "forward"):
@@ -106,6 +126,13 @@ def r2m_reward(
         )
     if settings.source != "policy":
         raise ValueError(f"settings.source is {settings.source!r}; expected 'policy', whose passes TRL makes anyway")
+    if preferences.labeller is not None:
+        if not settings.trains:
+            raise ValueError(
+                f"preferences.labeller is set, and settings.feedback {settings.feedback!r} learns nothing; expected "
+                "'trained'"
+            )
+        check_labeller(preferences.labeller)
     if reward_model.needs_statistics:
         raise ValueError(
             "reward_model standardises its inputs and has no statistics yet; expected one that "
@@ -116,19 +143,27 @@ def r2m_reward(
             "reward_model is partitioned by DeepSpeed ZeRO-3, and its weights are read as a whole; load it "
             "before the trainer's arguments are made"
         )
-    callback = R2MCallback(reward_model, settings, num_generations, capture)
+    callback = R2MCallback(reward_model, settings, preferences, num_generations, capture)
     return callback.r2m_reward, callback  # a function: TRL gives a module texts of its own making
 
 
 class R2MCallback(TrainerCallback):
     """What `r2m_reward` returns; one trainer's."""
 
-    def __init__(self, reward_model: R2MRewardModel, settings: R2M, num_generations: int, capture: str):
-        self.reward_model, self.settings = reward_model, settings
+    def __init__(
+        self,
+        reward_model: R2MRewardModel,
+        settings: R2M,
+        preferences: Preferences,
+        num_generations: int,
+        capture: str,
+    ):
+        self.reward_model, self.settings, self.preferences = reward_model, settings, preferences
         self.num_generations, self.capture = num_generations, capture
         self.history: list[dict[str, float]] = []
         self._args: Any = None  # the trainer's
         self._updater: R2MUpdater | None = None
+        self._labels: FreshLabels | None = None
         self._captured: list[Pass] = []
         self._rollout: Rollout | None = None
         self._unlogged: dict[str, float] = {}
@@ -158,7 +193,7 @@ class R2MCallback(TrainerCallback):
         texts = response_texts(self._tokenizer, prompts, prompt_ids, completion_ids)
         rte = self.reward_model.embed(prompts, texts)
         if updater is not None:
-            t = min(updater.total_steps, self._rollouts_before + len(self.history) + 1)
+            t = min(updater.total_steps, len(self.history) + 1)
             updater.begin_round(rte, t)
         rewards, rows_of, skipped = rte.new_empty(len(rte)), dict[Tokens, list[int]](), list[int]()
         for sequences, hidden, mask in self._passes_over(prompts, texts, prompt_ids, completion_ids):
@@ -179,7 +214,8 @@ class R2MCallback(TrainerCallback):
                 f"{int((~torch.isfinite(rewards)).sum())} of {len(rewards)} rewards are not finite"
             )
         if updater is not None:
-            self._rollout = Rollout(t, rewards, self._args.num_iterations, rows_of, skipped)
+            initial = self._initial_head(self.reward_model.standardized(rte))
+            self._rollout = Rollout(t, prompts, texts, rewards, initial, self._args.num_iterations, rows_of, skipped)
             correlation = updater.alignment(self.reward_model.vanilla_score(rte)).item()
             for name, value in {**self._unlogged, "weight": updater.weight, "correlation": correlation}.items():
                 log_metric(f"r2m/{name}", value)
@@ -258,12 +294,25 @@ class R2MCallback(TrainerCallback):
 
     @torch.enable_grad()  # the rewards are asked for without
     def _align_reward_model(self) -> None:
-        """Step 5 of a round: pairs, GREBT, one optimizer step, for the rollout that waits for it, if any."""
+        """Step 5 of a round: labels, pairs, GREBT, one optimizer step, for the rollout that waits for it, if any."""
         if self._rollout is None or self._updater is None:
             return
-        rollout, self._rollout = self._rollout, None
-        self._unlogged = self._updater.step(rollout.rewards)
-        self.history.append({"rollout": rollout.t, "weight": self._updater.weight, **self._unlogged})
+        rollout, updater, labels, size = self._rollout, self._updater, self._labels, self.num_generations
+        self._rollout = None
+        own = torch.stack([rollout.rewards, rollout.initial], -1)
+        rewards, initial = processes.gather(own, size).unbind(-1)
+        row = describe_rewards(rewards, initial, rewards, num_generations=size, eps=self.settings.eps)
+        if labels is not None:
+            row |= labels.ask(rollout.prompts, rollout.texts, rollout.rewards, rollout.t)
+        labels_loss = None if labels is None else labels.loss()
+        row |= processes.mean(updater.step(rollout.rewards, labels_loss, grebt=self.preferences.grebt))
+        self._unlogged = row
+        self.history.append({"round": rollout.t, "weight": updater.weight, **row})
+        if processes.index() == 0:
+            warn_about_drift(self.history)
+            warn_about_degenerate_groups(self.history)
+            warn_about_exploitation(self.history)
+            warn_about_labels(self.history)
 
     # ---- events of the trainer ----
 
@@ -286,6 +335,8 @@ class R2MCallback(TrainerCallback):
         batches = kwargs["train_dataloader"]
         self.reward_model.check_prompts(known_prompts(batches.dataset))
         check_noise(self._model, self._backbone, args)
+        check_wait(args, self.preferences)
+        check_backbone(self.reward_model)
         # TRL counts optimizer steps, of which a rollout may take several or less than one.
         length, accumulated = passes_a_rollout(args), args.gradient_accumulation_steps
         epoch = len(batches) if has_length(batches) else None
@@ -295,10 +346,11 @@ class R2MCallback(TrainerCallback):
             total_steps=-(-micro_batches(state.max_steps, accumulated, epoch) // length),
             num_generations=self.num_generations,
         )
+        if self.preferences.labeller is not None:
+            self._labels = FreshLabels(self._updater, self.preferences, folder=args.output_dir, seed=args.seed)
         self.history, self._rollout = [], None
-        # Of a run that goes on.
-        self._rollouts_before = micro_batches(state.global_step, accumulated, epoch) // length
         processes.keep_equal(self.reward_model)
+        self._initial_head = copy.deepcopy(self.reward_model.head)
         if state.global_step:
             self._restore(args, state)
         warn_about_arguments(args)
@@ -315,23 +367,44 @@ class R2MCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._rollout is not None:
             logger.warning("training ended inside rollout %d: the reward model was not updated on it", self._rollout.t)
+        if processes.index() == 0 and len(self.history) >= 3:
+            for warning in degeneration(thirds(self.history), self.settings.eps):
+                logger.warning("%s", warning)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self._updater is not None:
+        if self._updater is None:
+            return
+        saved = {
+            "updater": self._updater.state_dict(),
+            "labels": None if self._labels is None else self._labels.state_dict(),
+            "initial_head": self._initial_head.state_dict(),
+            "history": self.history,
+        }
+        if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "r2m"
             self.reward_model.save_pretrained(folder)
-            torch.save(self._updater.state_dict(), folder / "optimizer.pt")
+            torch.save(saved, folder / _STATE)
 
     def _restore(self, args: Any, state: TrainerState) -> None:
         """TRL tells a callback where training goes on, not from which folder."""
         given = args.resume_from_checkpoint
         checkpoint = Path(given or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         folder = checkpoint / "r2m"
-        if not (folder / "optimizer.pt").is_file():
+        if not (folder / _STATE).is_file():
             raise FileNotFoundError(
                 f"training goes on after step {state.global_step}, and {folder} holds no reward model; expected a "
                 "checkpoint that was written with this callback, in args.output_dir or at args.resume_from_checkpoint"
             )
+        saved = torch.load(folder / _STATE, map_location=args.device, weights_only=True)
+        if (saved["labels"] is None) != (self._labels is None):
+            raise ValueError(
+                f"preferences.labeller is {self.preferences.labeller!r}, and {folder} is of a run "
+                f"with{'out' if saved['labels'] is None else ''} fresh labels; expected preferences as in that run"
+            )
         assert self._updater is not None
         self.reward_model.load_state_dict(load_file(folder / WEIGHTS_FILE, device=str(args.device)))
-        self._updater.load_state_dict(torch.load(folder / "optimizer.pt", map_location=args.device, weights_only=True))
+        self._updater.load_state_dict(saved["updater"])
+        if self._labels is not None:
+            self._labels.load_state_dict(saved["labels"])
+        self._initial_head.load_state_dict(saved["initial_head"])
+        self.history = saved["history"]

@@ -14,9 +14,13 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
+from r2m import processes
+from r2m.config import Preferences
 from r2m.data.sources import Prompt
 from r2m.integrations.trl.passes import passes_a_rollout
+from r2m.method.reward_model import R2MRewardModel
 from r2m.policy.passes import dropout_rates
+from r2m.runs.checkpoint import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +138,24 @@ def check_arguments(args: Any, num_generations: int) -> None:
     if (args.generation_kwargs or {}).get("use_cache") is False:
         raise ValueError(
             "generation_kwargs has use_cache=False, which makes generation look like scoring; expected True"
+        )
+
+
+def check_backbone(reward_model: R2MRewardModel) -> None:
+    own = fingerprint(reward_model.backbone.named_parameters())
+    if len(set(processes.gather_items([own]))) > 1:
+        raise ValueError(
+            "reward_model's backbone has other weights in some processes; FSDP's cpu_ram_efficient_loading leaves them "
+            "out in all but the first: expected fsdp_cpu_ram_efficient_loading: false, or a reward model that is "
+            "loaded before the trainer's arguments are made"
+        )
+
+
+def check_wait(args: Any, preferences: Preferences) -> None:
+    if args.world_size > 1 and preferences.labeller is not None and preferences.wait >= args.ddp_timeout:
+        raise ValueError(
+            f"preferences.wait is {preferences.wait:g} seconds on {args.world_size} processes, which wait for one "
+            f"another ddp_timeout = {args.ddp_timeout:g} seconds; expected less than that"
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from r2m.data.sources import Prompt
+
 Tokens = tuple[int, ...]  # token ids of prompt and completion, without padding
 
 
@@ -25,7 +27,10 @@ class Rollout:
     """Sequences that have their rewards, on their way through the policy's training passes."""
 
     t: int
+    prompts: list[Prompt]
+    texts: list[str]  # completions as the reward model reads them
     rewards: Tensor  # [B]
+    initial: Tensor  # [B], by the reward model's head as it came
     passes: int  # that each sequence will make
     rows: dict[Tokens, list[int]]  # several where the policy has sampled the same text again
     skipped: list[int]  # leading tokens of each row that are no feedback
