@@ -270,3 +270,34 @@ def test_vllm_has_its_own_weights_and_cache_throughout_and_nothing_is_generated_
     added = estimate.parts["vLLM weights"] + estimate.parts["vLLM cache"]
     assert estimate.phases["policy"] == plain.phases["policy"] + added
     assert estimate.phases["rollout"] < plain.phases["rollout"] + added
+
+
+def test_shards_divide_what_lies_there_and_each_process_has_its_share_of_the_prompts(large):
+    one = estimate_memory(config_from_dict(large))
+    eight = estimate_memory(config_from_dict(large | {"placement": {"shard_policy": True}}), 8)
+    for part in ("policy weights", "reference", "optimizer state", "gradients"):
+        assert eight.parts[part] == pytest.approx(one.parts[part] / 8, rel=1e-6)
+    assert eight.parts["generation cache"] == one.parts["generation cache"] / 8 / 2  # of bfloat16 weights
+    assert eight.parts["reward model backbone"] == one.parts["reward model backbone"]  # each has it whole
+    assert eight.phases["start"] < one.phases["start"]
+
+
+def test_copies_keep_averaged_gradients_beside_those_of_several_passes(large):
+    config = config_from_dict(large)
+    one, two = estimate_memory(config), estimate_memory(config, 2)
+    assert two.parts["gradients, averaged"] == one.parts["gradients"]
+    assert two.parts["policy weights"] == one.parts["policy weights"]
+    assert two.phases["policy"] > one.phases["policy"]
+
+
+def test_a_round_that_cannot_be_dealt_is_refused(large):
+    with pytest.raises(ValueError, match="prompts_per_round is 64 on 5 processes"):
+        estimate_memory(config_from_dict(large), 5)
+
+
+def test_evaluating_a_run_takes_no_gradients_and_no_optimizer_state(large):
+    estimate = estimate_memory(config_from_dict(large))
+    small = estimate.parts["R2M part"] - estimate.terms["r2m evaluate"]["R2M part"]
+    saved = estimate.phases["evaluation"] - estimate.phases["r2m evaluate"]
+    assert saved == estimate.parts["optimizer state"] + small
+    assert "optimizer state" not in estimate.terms["r2m evaluate"]
