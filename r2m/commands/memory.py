@@ -72,16 +72,24 @@ def estimate_memory(config: R2MConfig, number: int = 1) -> MemoryEstimate:
         started["reward model backbone"], embedding = 0, {}
     elif place.offload_reward_model and device.type != "cpu":
         embedding["backbone, loaded"], started["reward model backbone"] = started["reward model backbone"], 0
-    start = started | {"largest weight": 4 * p.largest * (p.shards > 1)}  # with the reference, wherever that waits
+    start = dict(started)  # with the reference, wherever that waits
     if place.offload_reference and full and device.type != "cpu":
         reference["reference, loaded"], started["reference"] = started["reference"], 0
+    begin: list[Terms] = [embedding if config.evaluation.pairs else {}]
+    if p.shards > 1:
+        # Blocks come to the device one at a time, before there is a reference; a CPU maps them from their file.
+        begin.append({"reference": 0, "block": 4 * max(p.block, p.outside) * (device.type != "cpu")})
+        # What lies in no block stays as a pass without gradient has gathered it.
+        rest = narrow_of(config) * p.outside
+        started["gathered of the reference"] = rest
+        embedding = embedding | {"gathered weights": rest * (config.generation.engine != "vllm")}
     throughout = started | {
         "R2M part": small + trained + kept,
         "optimizer state": 8 * p.trained // p.shards,  # AdamW's two moments in float32
     }
     held_out = [*_generation(config, p, 1), embedding, reference, scoring]
     phases: dict[str, tuple[Terms, list[Terms]]] = {
-        "start": (start, [embedding if config.evaluation.pairs else {}]),
+        "start": (start, begin),
         "rollout": (throughout, _generation(config, p, config.num_generations)),
         "annotate": (throughout, [embedding, reference, *(training if config.first_epoch == 1 else [scoring])]),
         "policy": (throughout, training if config.epochs > config.first_epoch else [{}]),
@@ -90,7 +98,7 @@ def estimate_memory(config: R2MConfig, number: int = 1) -> MemoryEstimate:
     }
     if number == 1:  # the command runs in one
         phases["r2m evaluate"] = started, held_out  # no gradients, no optimizer state
-    terms = {name: lies_there | max(moments, key=_sum) for name, (lies_there, moments) in phases.items()}
+    terms = {name: max((there | moment for moment in moments), key=_sum) for name, (there, moments) in phases.items()}
     most = max(training, key=_sum)
     step = training[-1]
     parts = throughout | step | {"logits": _logits(config, p), "generation cache": held_out[0].get("cache", 0)}
@@ -125,20 +133,26 @@ def _training(config: R2MConfig, p: Sizes, copied: bool) -> list[Terms]:
     takes averaged gradients, which are there already."""
     narrow, tokens, logits = narrow_of(config), _tokens(config), _logits(config, p)
     layer, again = tokens * _kept(config, p), 0
-    kept, copies = p.kept * layer, {"bfloat16 weights": _copies(config, p)}
+    kept, copies = p.kept * layer, _copies(config, p)
     if config.gradient_checkpointing:  # the inputs of all layers, and one layer at a time with its own copies
         kept, again = p.kept * tokens * p.width * p.wide, layer
     several = config.prompts_per_round * config.num_generations // config.minibatches > sequences_at_once(config)
     # The gradients are of the passes before: those of this one come as its activations go.
     held: Terms = {"gradients": 4 * p.trained * several // p.shards, "activations": kept}
-    loss, backward = held | {"logits": 2 * logits}, held | ({} if again else copies)
+    loss, backward = held | {"logits": 2 * logits}, held | ({} if again and p.shards == 1 else copies)
     rows = 3 * 4 * p.vocabulary * min(128, _rows(config))  # policy_loss makes float32 of 128 rows at a time
     head = p.head * (4 if narrow == 4 else 6)  # its gradient in float32, beside that in bfloat16
+    # Sharded, those of a block, and at last those of the rest, are there whole, and in float32 as they are summed.
+    whole = (narrow + 4) * (p.shards > 1)
+    summed: Terms = {"gradients": 0 if copied else 4 * p.trained // p.shards}
     return [
         loss | copies,  # the logits of the pass before are there, too
         backward | {"logits": 3 * logits, "rows of logits": rows},  # with their gradient, in parts and in one piece
-        backward | {"logits": logits, "gradient of the head": head, "one layer": again + tokens * p.up * narrow},
-        {"gradients": 0 if copied else 4 * p.trained // p.shards},
+        backward
+        | {"logits": logits, "gradient of the head": head, "one layer": again + tokens * p.up * narrow}
+        | {"gradients of a block": whole * p.block},
+        summed | {"gradients of embedding and head": whole * p.outside},
+        summed,
     ]
 
 
@@ -164,7 +178,7 @@ def _kept(config: R2MConfig, p: Sizes) -> int:
 def _scoring(config: R2MConfig, p: Sizes) -> Terms:
     """A pass without gradient, beside the logits of the one before."""
     one_layer = _tokens(config) * _passing(p, narrow_of(config))
-    return {"bfloat16 weights": _copies(config, p), "one layer": one_layer, "logits": 2 * _logits(config, p)}
+    return _copies(config, p) | {"one layer": one_layer, "logits": 2 * _logits(config, p)}
 
 
 def _generation(config: R2MConfig, p: Sizes, responses: int) -> list[Terms]:
@@ -178,7 +192,7 @@ def _generation(config: R2MConfig, p: Sizes, responses: int) -> list[Terms]:
     stored = 2 * p.keys * p.wide  # keys and values of a token: rotation makes float32 of both where weights are
     # In the last step one layer's, repeated for every head of the queries, and narrowed.
     repeated = 2 * p.queries * (p.wide * (p.queries > p.keys) + narrow * (p.wide > narrow))
-    copies, cache = {"bfloat16 weights": _copies(config, p)}, tokens * stored * p.layers
+    copies, cache = _copies(config, p), tokens * stored * p.layers
     return [
         copies | {"cache": cache, "one layer": tokens * repeated},
         copies | {"cache": cache, "logits": batch * p.vocabulary * (narrow + 16)},  # and four times in float32
@@ -191,9 +205,12 @@ def _passing(p: Sizes, narrow: int) -> int:
     return 3 * p.width * p.wide + 2 * p.up * narrow
 
 
-def _copies(config: R2MConfig, p: Sizes) -> int:
-    """Autocast makes a bfloat16 copy of every trained weight that multiplies, and keeps it to the end of its region."""
-    return 2 * p.multiplying if config.precision == "bf16" and p.shards == 1 else 0
+def _copies(config: R2MConfig, p: Sizes) -> Terms:
+    """What a pass multiplies by: autocast makes a bfloat16 copy of every trained weight that multiplies, and keeps it
+    to the end of its region. Of a sharded model two blocks are gathered at a time, and the rest from the start on."""
+    if p.shards > 1:
+        return {"gathered weights": narrow_of(config) * (2 * p.block + p.outside)}
+    return {"bfloat16 weights": 2 * p.multiplying if config.precision == "bf16" else 0}
 
 
 def _logits(config: R2MConfig, p: Sizes) -> int:

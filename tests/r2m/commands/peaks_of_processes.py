@@ -39,7 +39,7 @@ class Peaks(dict):
         self[phase] = max(self.seen, resident()) - self.base
 
     def _watch(self):
-        while not self.over.wait(0.001):
+        while not self.over.wait(0.002):
             self.seen = max(self.seen, resident())
 
 

@@ -2,8 +2,15 @@
 
 import itertools
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -53,7 +60,7 @@ def save(tmp_path_factory):
     """Saves a random policy of a config, a reward model of another shape, and prompts; each of weights, activations and
     logits is a share of the whole that the tolerance below would not hide."""
 
-    def make(policy):
+    def make(policy, dtype=torch.float32):
         folder = tmp_path_factory.mktemp("memory")
         words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -63,7 +70,7 @@ def save(tmp_path_factory):
             ("policy", AutoModelForCausalLM.from_config(policy)),
             ("reward", LlamaForSequenceClassification(reward)),
         ):
-            model.save_pretrained(folder / name)
+            model.to(dtype).save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
         prompts = [" ".join(["w7"] * (PROMPT - i)) for i in range(4)]  # of several lengths: masks are needed
         (folder / "prompts.txt").write_text("\n".join(prompts))
@@ -78,6 +85,10 @@ def llama(save):
 
 
 def run_config(folder, **settings):
+    return config_from_dict(run_settings(folder, **settings))
+
+
+def run_settings(folder, **settings):
     defaults = {
         "policy": str(folder / "policy"),
         "reward_model": str(folder / "reward"),
@@ -91,7 +102,7 @@ def run_config(folder, **settings):
         "r2m": {"inner_width": 64},
         "generation": {"max_prompt_tokens": PROMPT, "max_new_tokens": RESPONSE, "eos_token_ids": [WORDS]},
     }
-    return config_from_dict(defaults | settings)
+    return defaults | settings
 
 
 CASES = {
@@ -148,6 +159,68 @@ def test_batches_of_generation_bound_the_cache(llama):
     half = estimate_memory(config)
     assert half.parts["generation cache"] == whole.parts["generation cache"] / 2
     assert half.phases["rollout"] == pytest.approx(measured_peaks(config)["rollout"], rel=0.15)
+
+
+# ---- resident memory of processes ----
+
+SCRIPT = Path(__file__).with_name("peaks_of_processes.py")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def weighty(save):
+    """60M parameters. In bfloat16 on the disk: weights that a run maps from a file, unconverted, are not its own."""
+    size = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8}
+    return save(LlamaConfig(**SHAPE, **size), torch.bfloat16)
+
+
+def resident_peaks(folder, number, settings):
+    """Bytes of each phase in every process, beyond what an interpreter takes that has imported all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    # Freed memory goes back at once: all but the smallest allocations are mappings of their own.
+    shared = {"MALLOC_MMAP_THRESHOLD_": 2**16, "MALLOC_TRIM_THRESHOLD_": 2**16, "PYTHONPATH": ROOT}
+    shared |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
+    if number > 1:
+        shared |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder / "run.yaml"), str(folder)],
+            env=os.environ | {key: str(value) for key, value in (shared | {"RANK": i, "LOCAL_RANK": i}).items()},
+        )
+        for i in range(number)
+    ]
+    try:
+        assert [process.wait(600) for process in started] == [0] * number
+    finally:
+        for process in started:
+            process.kill()
+    return [json.loads((folder / f"peaks-{i}.json").read_text()) for i in range(number)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "placement"),
+    [(1, {}), (2, {}), (2, {"shard_policy": True})],
+    ids=["one process", "two copies", "two shards"],
+)
+def test_processes_take_the_memory_that_is_estimated(weighty, tmp_path, number, placement):
+    pair = {"prompt": "w7 " * PROMPT, "chosen": "w8 w8", "rejected": "w9"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(pair)] * 4))
+    settings = run_settings(
+        weighty,
+        num_generations=2,
+        micro_batch_size=2,
+        generation={"max_prompt_tokens": PROMPT, "max_new_tokens": 4, "eos_token_ids": [WORDS]},
+        evaluation={"prompts": str(weighty / "prompts.txt"), "pairs": str(tmp_path / "pairs.jsonl")},
+        placement=placement,
+        output_dir=str(tmp_path / "out"),
+    )
+    estimated = estimate_memory(config_from_dict(settings), number).phases
+    for peaks in resident_peaks(tmp_path, number, settings):
+        assert {phase: peaks[phase] for phase in estimated} == pytest.approx(estimated, rel=0.15)
 
 
 # ---- sums made by hand ----
