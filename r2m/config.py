@@ -64,6 +64,7 @@ class Generation:
     stop_strings: list[str] = field(default_factory=list)
     batch_size: int | None = None  # sequences generated at once; None: the whole round, prompts x K
     engine: Literal["transformers", "vllm"] = "transformers"  # vllm: in the trainer's process (r2m.integrations.vllm)
+    server: str | None = None  # of vLLM, http://host:port, in place of an engine in the process
     # Largest weight of a token: the policy's probability of it over that of the engine that sampled it, where the
     # engine says so (r2m.policy.loss.importance_ratios)
     importance_cap: float = 2.0
@@ -74,6 +75,13 @@ class Generation:
             raise ValueError(f"generation.temperature is {self.temperature}; expected more than 0")
         if self.importance_cap < 1:
             raise ValueError(f"generation.importance_cap is {self.importance_cap}; expected at least 1")
+        if self.server is not None:
+            if self.engine != "vllm":
+                raise ValueError(
+                    f"generation.server is {self.server!r} with the engine {self.engine!r}; expected 'vllm'"
+                )
+            if not re.fullmatch(r"http://[^/:]+:\d+", self.server):
+                raise ValueError(f"generation.server is {self.server!r}; expected http://host:port")
 
     @property
     def max_tokens(self) -> int:

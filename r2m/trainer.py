@@ -32,6 +32,7 @@ from r2m.data.sources import Preference, Prompt, check_list
 from r2m.data.tokenization import usable_prompts
 from r2m.devices import resolve_precision
 from r2m.integrations.vllm import VLLM
+from r2m.integrations.vllm_server import VLLMServer
 from r2m.method.backbone import hidden_width
 from r2m.method.reward_model import R2MRewardModel
 from r2m.method.updater import R2MUpdater
@@ -121,7 +122,9 @@ class R2MTrainer:
         reward_model.check_policy_width(hidden_width(policy))
         reward_model.check_prompts([*self.prompts, *eval_prompts])
 
-        if config.generation.engine == "vllm":
+        if config.generation.server is not None:
+            generator = VLLMServer(policy, config)
+        elif config.generation.engine == "vllm":
             generator = VLLM(policy, tokenizer, config)
         self.learner = Learner(policy, tokenizer, config, generator)
         self._check_devices()

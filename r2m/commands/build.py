@@ -16,6 +16,7 @@ from r2m.config import R2MConfig, check_names, require_keys
 from r2m.data.sources import load_pairs, load_prompts
 from r2m.devices import policy_device, resolve_precision
 from r2m.integrations.vllm import check_installed
+from r2m.integrations.vllm_server import check_answers
 from r2m.method.reward_model import R2MRewardModel, saved_config
 from r2m.models import check_no_adapter
 from r2m.names import named
@@ -37,7 +38,9 @@ def load_data(config: R2MConfig) -> dict[str, Any]:
     require_keys(config, "policy", "reward_model", "prompts")
     check_names(config)
     check_trackers(config.trackers)
-    if config.generation.engine == "vllm":
+    if config.generation.server is not None:
+        check_answers(config.generation.server)
+    elif config.generation.engine == "vllm":
         check_installed()
     _check_device("placement.device", config.placement.device)
     _check_device("placement.reward_model", config.placement.reward_model)

@@ -159,7 +159,7 @@ def _hints(config: R2MConfig, number: int, estimate: MemoryEstimate, phases: lis
     """Keys that lower the peaks of `phases`, each with the GiB that it is about."""
     parts = {name: f"{size / _GIB:.2f} GiB" for name, size in estimate.parts.items()}
     trains, on_gpu = {"annotate", "policy"} & set(phases), policy_device(config).type != "cpu"
-    whole, vllm = config.lora is None and not config.placement.shard_policy, config.generation.engine == "vllm"
+    whole, vllm = config.lora is None and not config.placement.shard_policy, "vLLM cache" in parts
     cache = parts["vLLM cache" if vllm else "generation cache"]
     size = config.generation.batch_size or config.prompts_per_round * config.num_generations
     at_once, micro_batch = config.batch_size, f"micro_batch_size, now {config.micro_batch_size}"

@@ -60,7 +60,7 @@ def estimate_memory(config: R2MConfig, number: int = 1) -> MemoryEstimate:
     copied = number > 1 and p.shards == 1
     if copied:
         started["gradients, averaged"] = 4 * p.trained  # DDP's, which stay
-    if config.generation.engine == "vllm":  # which keeps its own throughout
+    if config.generation.engine == "vllm" and config.generation.server is None:  # which keeps its own throughout
         started["vLLM weights"] = p.weights * narrow_of(config)
         started["vLLM cache"] = cache_bytes(p.config, config)
     training, scoring = _training(config, p, copied), _scoring(config, p)

@@ -68,7 +68,8 @@ class TimeEstimate(NamedTuple):
 
 
 def estimate_seconds(config: R2MConfig, gpu: Gpu, number: int = 1) -> TimeEstimate:
-    """Of `number` processes, a GPU each, all linked, if every sequence has its greatest length.
+    """Of `number` processes, a GPU each, all linked, if every sequence has its greatest length. A vLLM server is taken
+    to have as many of its own.
 
     Computation and communication are taken to overlap. Not counted: what the host does in between, labels, evaluation
     and checkpoints. Raises what `estimate_memory` does.

@@ -62,14 +62,12 @@ class VLLM:
 
     def __init__(self, policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: R2MConfig):
         check_installed()
-        _check_adapter(policy)
+        check_adapter(policy)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # `update` hands tensors over, not their copies
         model: Any = causal_lm(policy)
-        # vLLM has a table of all positions, also where a model computes them.
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _length(config)
-        self.device, self.length = model.device, min(_length(config), positions)
+        self.device, self.length = model.device, greatest_length(model.config, config)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         cache, weights = cache_bytes(model.config, config), model.num_parameters() * self.dtype.itemsize
         try:
@@ -119,28 +117,12 @@ class VLLM:
     def generate(
         self, prompt_ids: list[list[int]], num_generations: int, settings: Sampling
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Log-probabilities are None where `settings.greedy`, which nothing trains on. Raises ValueError for prompts
-        that with the new tokens are longer than what the engine was made for."""
+        """Log-probabilities are None where `settings.greedy`, which nothing trains on. Raises ValueError as
+        `check_lengths` does."""
         from vllm import SamplingParams
 
-        longest = max(map(len, prompt_ids))
-        if longest + settings.max_new_tokens > self.length:
-            raise ValueError(
-                f"a prompt has {longest} tokens, with {settings.max_new_tokens} new ones more than {self.length}; "
-                "expected at most generation.max_prompt_tokens + .max_new_tokens, and max_position_embeddings"
-            )
-
-        params = SamplingParams(
-            n=num_generations,
-            temperature=0.0 if settings.greedy else settings.temperature,
-            max_tokens=settings.max_new_tokens,
-            ignore_eos=True,  # the checkpoint's; those of the settings are the next line
-            stop_token_ids=settings.eos_ids,
-            stop=settings.stop_strings or None,
-            include_stop_str_in_output=True,
-            detokenize=bool(settings.stop_strings),
-            logprobs=None if settings.greedy else 0,  # of the sampled token alone
-        )
+        check_lengths(prompt_ids, settings, self.length)
+        params = SamplingParams(**sampling_params(num_generations, settings), detokenize=bool(settings.stop_strings))
         with torch.random.fork_rng([] if self.device.type == "cpu" else [self.device]):
             torch.manual_seed(settings.seed)  # vLLM draws from this process's random numbers
             outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
@@ -152,6 +134,30 @@ class VLLM:
             [step[token].logprob for token, step in zip(row, response.logprobs, strict=True)]
             for row, response in zip(rows, responses, strict=True)
         ]
+
+
+def sampling_params(num_generations: int, settings: Sampling) -> dict[str, Any]:
+    """By the names that vLLM has for them, in Python and over HTTP."""
+    return {
+        "n": num_generations,
+        "temperature": 0.0 if settings.greedy else settings.temperature,
+        "max_tokens": settings.max_new_tokens,
+        "ignore_eos": True,  # the checkpoint's; those of the settings are the next line
+        "stop_token_ids": settings.eos_ids,
+        "stop": settings.stop_strings or None,
+        "include_stop_str_in_output": True,
+        "logprobs": None if settings.greedy else 0,  # of the sampled token alone
+    }
+
+
+def check_lengths(prompt_ids: list[list[int]], settings: Sampling, length: int) -> None:
+    """Raises ValueError for prompts that with the new tokens are longer than what the engine was made for."""
+    longest = max(map(len, prompt_ids))
+    if longest + settings.max_new_tokens > length:
+        raise ValueError(
+            f"a prompt has {longest} tokens, with {settings.max_new_tokens} new ones more than {length}; "
+            "expected at most generation.max_prompt_tokens + .max_new_tokens, and max_position_embeddings"
+        )
 
 
 @torch.no_grad()
@@ -182,19 +188,22 @@ def cache_bytes(model_config: PretrainedConfig, config: R2MConfig) -> int:
     each = getattr(text, "head_dim", None) or text.hidden_size // heads
     number = 2 if config.precision == "bf16" else 4
     of_token = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * each * number
-    blocks = _at_once(config) * -(-_length(config) // _BLOCK) + 1  # vLLM keeps one to itself
+    blocks = _at_once(config) * -(-config.generation.max_tokens // _BLOCK) + 1  # vLLM keeps one to itself
     return blocks * _BLOCK * of_token
 
 
-def _length(config: R2MConfig) -> int:
-    return config.generation.max_prompt_tokens + config.generation.max_new_tokens
+def greatest_length(model_config: PretrainedConfig, config: R2MConfig) -> int:
+    """Of a sequence, in tokens. vLLM has a table of all positions, also where a model computes them."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return min(config.generation.max_tokens, positions or config.generation.max_tokens)
 
 
 def _at_once(config: R2MConfig) -> int:
-    return min(config.sequences_at_once, _AT_ONCE)
+    share = config.prompts_per_round * config.num_generations // processes.number()
+    return min(config.sequences_at_once, share, _AT_ONCE)
 
 
-def _check_adapter(policy: nn.Module) -> None:
+def check_adapter(policy: nn.Module) -> None:
     """Raises ValueError for an adapter that `checkpoint_weights` does not merge."""
     if not isinstance(policy, PeftModel):
         return

@@ -214,6 +214,8 @@ def asked(generator: Generator | GenerateFn) -> Iterator[None]:
     try:
         with waiting("generator"):
             yield
+    except GeneratorFailed:
+        raise
     except Exception as error:
         name = getattr(generator, "__name__", type(generator).__name__)
         raise GeneratorFailed(f"generator {name}: {type(error).__name__}: {error}") from error

@@ -52,7 +52,7 @@ UNFINISHED = ".unfinished-"  # prefix of a folder that is being written or remov
 MAY_CHANGE = [
     "policy", "policy_revision", "reward_model", "reward_model_revision", "prompts", "columns", "skip_invalid",
     "output_dir", "trust_remote_code", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "trackers",
-    "generation.batch_size", "evaluation.*", "checkpoints.*", "placement.*", "preferences.wait",
+    "generation.batch_size", "generation.server", "evaluation.*", "checkpoints.*", "placement.*", "preferences.wait",
 ]  # fmt: skip
 
 

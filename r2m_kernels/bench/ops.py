@@ -20,6 +20,7 @@ from r2m_kernels.bench.plain import (
     EPS,
     absorbed_reward,
     flash_attn_package,
+    flash_attn_varlen,
     flash_sdpa,
     plain_grebt,
     projected_reward,
@@ -136,6 +137,14 @@ class Sequences:
         """What plain PyTorch needs: [B, S, D] and a mask."""
         return (self.hidden if self.source is None else self.hidden[self.source]), self.mask
 
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """[total, D] without padding and cu_seqlens, of what has a mask or is packed."""
+        if self.cu_seqlens is not None:
+            return self.hidden, self.cu_seqlens
+        assert self.mask is not None
+        ends = self.mask.sum(-1).cumsum(0, dtype=torch.int32)
+        return self.hidden[self.mask], torch.cat([ends.new_zeros(1), ends])
+
 
 def make_sequences(case: Case, device: torch.device) -> Sequences:
     batch, length, width = (case.shape[name] for name in ("B", "S", "D_p"))
@@ -226,6 +235,16 @@ def _reward(case: Case, mode: str, row: Callable[[str], Row], device: torch.devi
 
         return finish(reward)
 
+    def flash_attn() -> Tensor:
+        if case.lengths == "full":
+            attend: Any = flash_attn_package
+            hidden, where = sequences.padded()
+        else:
+            attend = partial(flash_attn_varlen, longest=case.shape["S"])
+            rows, where = sequences.packed()
+            hidden = rows[None]
+        return projected_reward(rte, hidden, weights, where, heads, FEEDBACK_ALONE, attend)
+
     def ours(impl: str) -> Run:
         keywords: dict[str, Any] = {"weight": FEEDBACK_ALONE, "num_heads": heads, "impl": impl, **sequences.where}
         return finish(lambda: rk.policy_feedback_reward(rte, sequences.hidden, *weights, **keywords))
@@ -234,7 +253,7 @@ def _reward(case: Case, mode: str, row: Callable[[str], Row], device: torch.devi
     providers = {
         "projected, eager": plain(projected_reward, softmax_attention),
         "projected, SDPA flash": plain(projected_reward, flash_sdpa),
-        "projected, flash_attn": plain(projected_reward, flash_attn_package),
+        "projected, flash_attn": finish(flash_attn),
         "absorbed, eager": plain(absorbed_reward),
     }
     if case.compiled:

@@ -28,12 +28,19 @@ def flash_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
 
 
-def flash_attn_package(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def flash_attn_package(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
     from flash_attn import flash_attn_func
 
-    if mask is not None:
-        raise RuntimeError("flash_attn_func takes no mask")
     return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def flash_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """Of sequences of their own lengths, without padding: k and v [1, H, total, d], cu_seqlens int32 [B + 1]."""
+    from flash_attn import flash_attn_varlen_func
+
+    each = torch.arange(len(cu_seqlens), dtype=torch.int32, device=q.device)  # one query to a sequence
+    k, v = (x[0].transpose(0, 1) for x in (k, v))
+    return flash_attn_varlen_func(q[:, :, 0], k, v, each, cu_seqlens, 1, longest)[:, :, None]
 
 
 def projected_reward(
@@ -45,7 +52,10 @@ def projected_reward(
     weight: float,
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
 ) -> Tensor:
-    """The paper's form: K and V are projected, under autocast where hidden is in half precision. [B]."""
+    """The paper's form: K and V are projected, under autocast where hidden is in half precision. [B].
+
+    mask: what `attend` takes.
+    """
     w_q, w_k, w_v, w_o, head_weight, head_bias = weights
     with torch.autocast(hidden.device.type, hidden.dtype, enabled=hidden.dtype is not torch.float32):
         q = linear(rte, w_q).unflatten(-1, (heads, 1, -1))

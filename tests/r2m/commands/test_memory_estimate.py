@@ -343,6 +343,8 @@ def test_vllm_has_its_own_weights_and_cache_throughout_and_nothing_is_generated_
     added = estimate.parts["vLLM weights"] + estimate.parts["vLLM cache"]
     assert estimate.phases["policy"] == plain.phases["policy"] + added
     assert estimate.phases["rollout"] < plain.phases["rollout"] + added
+    config.generation.server = "http://localhost:8000"  # on GPUs of its own
+    assert estimate_memory(config).phases["policy"] == plain.phases["policy"]
 
 
 def test_shards_divide_what_lies_there_and_each_process_has_its_share_of_the_prompts(large):
