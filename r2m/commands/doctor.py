@@ -125,13 +125,14 @@ def _memory(config: R2MConfig, number: int, gpu: str | None) -> list[str]:
     if device.type == "cpu":
         free /= number  # they share it
     over = [phase for phase, size in estimate.phases.items() if size > free]
-    lines.append(_verdict(f"{gpu or device}{of_each}", max(estimate.phases.values()), free))
+    lines.append(_verdict(f"{gpu or device}{of_each}", max(estimate.phases.values()), free, gpu))
     if over:
         lines += ["keys that lower it:", *(f"  {hint}" for hint in _hints(config, number, estimate, over))]
     if estimate.reward_model_device is not None:
         where = str(config.placement.reward_model)
-        free = GPUS[gpu].memory if gpu and where != "cpu" else free_memory(where)
-        lines.append(_verdict(f"{where}, the reward model's", estimate.reward_model_device, free))
+        gpu = None if where == "cpu" else gpu
+        free = GPUS[gpu].memory if gpu else free_memory(where)
+        lines.append(_verdict(f"{where}, the reward model's", estimate.reward_model_device, free, gpu))
     return lines
 
 
@@ -148,11 +149,11 @@ def _seconds(config: R2MConfig, number: int, gpu: str) -> list[str]:
     ]
 
 
-def _verdict(device: str, peak: float, free: float) -> str:
+def _verdict(device: str, peak: float, free: float, gpu: str | None) -> str:
     if free == float("inf"):
         return f"{device}: {peak / _GIB:.2f} GiB at the peak; this machine has no such device to compare with"
     fits = "fits" if peak <= free else "does not fit"
-    return f"{device}: {fits}, {peak / _GIB:.2f} GiB at the peak of {free / _GIB:.2f} GiB free"
+    return f"{device}: {fits}, {peak / _GIB:.2f} GiB at the peak of {free / _GIB:.2f} GiB{'' if gpu else ' free'}"
 
 
 def _hints(config: R2MConfig, number: int, estimate: MemoryEstimate, phases: list[str]) -> list[str]:

@@ -95,6 +95,7 @@ def estimate_memory(config: R2MConfig, number: int = 1) -> MemoryEstimate:
         "policy": (throughout, training if config.epochs > config.first_epoch else [{}]),
         "reward_model": (throughout, [{}]),  # gradients and moments of the small part lie there throughout
         "evaluation": (throughout, held_out),
+        "checkpoint": (throughout, [{"one weight": 8 * p.largest}]),  # checked and, where it is sharded, gathered
     }
     if number == 1:  # the command runs in one
         phases["r2m evaluate"] = started, held_out  # no gradients, no optimizer state

@@ -27,6 +27,7 @@ class Sizes(NamedTuple):
     nbytes: int  # of all weights
     weights: int  # their number
     used: int  # weights that multiply each token below the head: of experts, those that it goes to
+    largest: int  # numbers in the largest weight
     block: int  # weights of the largest block that is sharded by itself
     outside: int  # weights in no such block: embedding, last norm, head
     shards: int  # processes that share the weights
@@ -92,6 +93,7 @@ def _sizes(model: Any, backbone: nn.Module, shards: int = 1) -> Sizes:
         nbytes=sum(weight.nbytes for weight in model.parameters()),
         weights=_count(model),
         used=_count(backbone) - table.numel() - idle,
+        largest=max(weight.numel() for weight in model.parameters()),
         block=max(blocks),
         outside=_count(model) - sum(blocks),
         shards=shards,

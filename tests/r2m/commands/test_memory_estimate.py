@@ -183,8 +183,7 @@ def resident_peaks(folder, number, settings):
     # Freed memory goes back at once: all but the smallest allocations are mappings of their own.
     shared = {"MALLOC_MMAP_THRESHOLD_": 2**16, "MALLOC_TRIM_THRESHOLD_": 2**16, "PYTHONPATH": ROOT}
     shared |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
-    if number > 1:
-        shared |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(folder / "run.yaml"), str(folder)],
