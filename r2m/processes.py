@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -24,7 +25,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
@@ -233,20 +234,39 @@ def _average_gradient(p: Tensor) -> None:
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """`model`, or a wrapper around it whose backward passes average gradients over processes (DDP)."""
-    if number() == 1:
+    """`model` where it is sharded, else a wrapper around it whose backward passes average gradients over processes
+    (DDP)."""
+    if number() == 1 or isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy of the gradients
 
 
-def shard(model: Any) -> None:
-    """Shard a transformers model in place (FSDP2): between uses a process holds its part of every weight."""
-    mesh = init_device_mesh(model.device.type, (number(),))
+def shard(model: Any, device: torch.device, *, narrow: bool = False) -> None:
+    """Shard a transformers model in place (FSDP2): between uses a process holds its part of every weight, on `device`.
+
+    Blocks go to the device and are cut one after the other. Of weights that are mapped from a file, a process on the
+    CPU reads its part alone. narrow: passes gather weights as bfloat16 and compute in it; the parts and the gradients,
+    summed over processes, keep their dtype, which is float32. Does nothing for a model that is sharded already.
+    """
+    if isinstance(model, FSDPModule):
+        return
+    mesh = init_device_mesh(device.type, (number(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if narrow else MixedPrecisionPolicy()
     blocks = set(model._no_split_modules or ())  # names of the classes that transformers keeps whole on a device
-    for module in model.modules():
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+    for module in reversed(list(model.modules())):  # a block inside another comes first
+        tied = any(uses[p] > 1 for p in module.parameters())  # such a weight is gathered with the rest of the model
+        if type(module).__name__ in blocks and not tied:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of a model that may be sharded, as they are between uses: a pass leaves the outermost weights gathered, and
+    in mixed precision narrow."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    return model.named_parameters()
 
 
 def averages_gradients(model: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -260,40 +280,38 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole(value: Any) -> Any:
-    """Tensors, in nested dicts and lists, without sharding. All processes take part; a sharded one comes to the host,
-    and only in the first process."""
-    if isinstance(value, DTensor):
-        gathered = full(value)
-        return gathered.cpu() if index() == 0 else gathered.new_empty(0)
-    if isinstance(value, dict):
-        return {key: whole(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [whole(inner) for inner in value]
-    return value
+def part(value: Tensor) -> Tensor:
+    """Of a tensor that may be sharded, what this process holds."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without sharding. All processes take part; sharded ones come to the host, and only in the first."""
+    gathered = {}
+    for name, value in weights.items():
+        gathered[name] = full(value)
+        if isinstance(value, DTensor):
+            gathered[name] = gathered[name].cpu() if index() == 0 else gathered[name].new_empty(0)
+    return gathered
 
 
 def like(value: Tensor, p: Tensor) -> Tensor:
-    """`value`, whole and the same in all processes, sharded as `p` is. Only the part of this process is copied: of a
-    tensor that is mapped from a file, no more is read."""
-    if not isinstance(p, DTensor):
-        return value
+    """A copy of `value`, whole and the same in all processes, where `p` lies, and, with its shape, sharded as it is.
+    Only the part of this process is copied: of a tensor that is mapped from a file, no more is read."""
+    if not isinstance(p, DTensor) or value.shape != p.shape:
+        return value.to(p.device, copy=True)
     shape, start = compute_local_shape_and_global_offset(value.shape, p.device_mesh, p.placements)
-    part = value[tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))].to(p.device, copy=True)
+    own = value[tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))].to(p.device, copy=True)
     return DTensor.from_local(
-        part, p.device_mesh, p.placements, run_check=False, shape=value.shape, stride=value.stride()
+        own, p.device_mesh, p.placements, run_check=False, shape=value.shape, stride=value.stride()
     )
 
 
 def optimizer_state_like(state: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """An optimizer's state of whole tensors for `load_state_dict`: those of a parameter's shape sharded as it is."""
-
-    def of(value: Any, p: nn.Parameter) -> Any:
-        if isinstance(value, Tensor):  # counts are copied: a small tensor would keep a large file mapped
-            return like(value, p) if value.shape == p.shape else value.clone()
-        return value
-
+    """An optimizer's state of whole tensors for `load_state_dict`: copies, those of a parameter's shape sharded as it
+    is."""
     of_parameters = {
-        i: {name: of(value, parameters[i]) for name, value in values.items()} for i, values in state["state"].items()
+        i: {name: like(value, parameters[i]) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for i, values in state["state"].items()
     }
     return state | {"state": of_parameters}

@@ -47,11 +47,12 @@ class Learner:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         if place.shard_policy and isinstance(policy, PeftModel):
             raise ValueError("placement.shard_policy is true with an adapter; expected false, or a policy without one")
-        self.reference = freeze_reference(policy, offload=place.offload_reference, shard=place.shard_policy)
+        narrow = config.precision == "bf16"
+        if place.shard_policy and processes.number() > 1:
+            processes.shard(policy, policy.device, narrow=narrow)
+        self.reference = freeze_reference(policy, offload=place.offload_reference, narrow=narrow)
         disable_dropout(policy)  # the reference adapter's too
         policy.eval()  # but where activations are recomputed: see `training_mode`
-        if place.shard_policy:
-            processes.shard(policy)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("policy has no trainable weights; an adapter has to be loaded with is_trainable=True")
@@ -69,7 +70,7 @@ class Learner:
             fused=self.parameters[0].is_cuda or None,  # the default there makes temporaries of the size of all weights
         )
         # `wrapped` runs the passes whose gradients are averaged over processes, `policy` itself all others.
-        self.wrapped = policy if place.shard_policy else processes.replicate(policy)
+        self.wrapped = processes.replicate(policy)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -186,7 +187,7 @@ class Learner:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """By name: what a checkpoint holds. What writes into them is seen by `update_generator`."""
-        return {name: p.detach() for name, p in self.policy.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in processes.named_parameters(self.policy) if p.requires_grad}
 
     def save_pretrained(self, folder: Any) -> None:
         """The policy, or its adapter, with the tokenizer. All processes take part; the first writes."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import (
     LoraConfig,
     PeftModel,
@@ -12,15 +16,21 @@ from peft import (
     get_peft_model_state_dict,
     load_peft_weights,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
+from r2m import processes
 from r2m.config import Lora, R2MConfig
 from r2m.devices import resolve_precision
 from r2m.method.hidden_states import causal_lm, policy_backbone
 from r2m.models import check_no_adapter, position_limit
 from r2m.policy.passes import compact_head_input
+
+logger = logging.getLogger(__name__)
 
 _LINEAR = (nn.Linear, Conv1D)  # the second is GPT-2's, with the weight transposed
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # whose `out_proj` peft refuses
@@ -39,26 +49,19 @@ def load_tokenizer(
 def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
     """The policy of a config. Trainable weights are float32; below an adapter the frozen weights take `precision`.
 
+    With `placement.shard_policy` it is sharded over the processes that were started together, which this joins.
+
     Raises ValueError where the model, or what is installed, cannot do `placement.attention`, for an adapter in the
     model's place, and for a `lora.adapter` that cannot be loaded, or not as it was saved.
     """
     config = resolve_precision(config, device)
     below_adapter = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    attention = config.placement.attention
-    where: Any = {"revision": config.policy_revision, "trust_remote_code": config.trust_remote_code}
     check_no_adapter("policy", config.policy, config.policy_revision)
-    AutoConfig.from_pretrained(config.policy, **where)  # a wrong name fails here, so what fails below is no wrong name
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.policy,
-            dtype=below_adapter if config.lora else torch.float32,
-            attn_implementation=attention,
-            **where,
-        )
-    except (ValueError, ImportError) as error:
-        if attention is None:
-            raise
-        raise ValueError(f"placement.attention is {attention!r}; {config.policy} cannot use it here: {error}") from None
+    if config.placement.shard_policy and config.lora is None:
+        processes.start(config.placement.timeout)
+        if processes.number() > 1:
+            return _load_sharded(config, torch.device(device))
+    model = _from_pretrained(config, below_adapter if config.lora else torch.float32)
     model.to(device)
     compact_head_input(model)
     if config.lora is None:
@@ -72,6 +75,76 @@ def load_policy(config: R2MConfig, device: torch.device | str = "cpu") -> PreTra
         _check_loaded(policy, config.lora.adapter, saved)
         return policy
     return add_adapter(model, config.lora)
+
+
+def _from_pretrained(config: R2MConfig, dtype: torch.dtype) -> Any:
+    where, attention = _where(config), config.placement.attention
+    AutoConfig.from_pretrained(config.policy, **where)  # a wrong name fails here, so what fails below is no wrong name
+    try:
+        return AutoModelForCausalLM.from_pretrained(config.policy, dtype=dtype, attn_implementation=attention, **where)
+    except (ValueError, ImportError) as error:
+        if attention is None:
+            raise
+        raise ValueError(f"placement.attention is {attention!r}; {config.policy} cannot use it here: {error}") from None
+
+
+def _where(config: R2MConfig) -> dict[str, Any]:
+    return {"revision": config.policy_revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _load_sharded(config: R2MConfig, device: torch.device) -> Any:
+    """The policy with the bits that `_from_pretrained` gives it in float32, each process with its part.
+
+    In the dtype of its file a weight is mapped, not read. What is made float32 are the parts.
+    """
+    stored = _stored(config)
+    dtypes = {dtype for dtype, _ in stored if dtype.is_floating_point}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    model = _from_pretrained(config, dtype)
+    copied = sum(p.nbytes for p in model.parameters() if (p.dtype, p.shape) not in stored)
+    if copied:
+        logger.warning(
+            "policy: %.2f GiB of its weights are read whole into the memory of each process before they are sharded, "
+            "since %s has them in another form or in several dtypes; safetensors of one dtype that `save_pretrained` "
+            "of transformers 5 has written are mapped",
+            copied / 2**30,
+            config.policy,
+        )
+    processes.shard(model, device, narrow=config.precision == "bf16")
+    if dtype != torch.float32:
+        _widen(model, device)
+    compact_head_input(model)
+    return model
+
+
+def _widen(model: Any, device: torch.device) -> None:
+    """Make float32 of a model that was loaded in another dtype. Buffers that no checkpoint has, such as scales, are
+    computed in float32, as `from_pretrained` computes them there."""
+    in_files = model.state_dict().keys()
+    model.float()
+    for config in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
+        if config is not None:
+            config.dtype = torch.float32
+    with init_empty_weights(include_buffers=False):
+        computed = type(model)(model.config)
+    for name, buffer in computed.named_buffers():
+        if name not in in_files:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer.to(device))
+
+
+def _stored(config: R2MConfig) -> set[tuple[torch.dtype, torch.Size]]:
+    """Dtype and shape of all tensors in the policy's safetensors; none where it has no such files."""
+
+    def find(name: str) -> str | None:
+        revision = config.policy_revision
+        return cached_file(config.policy, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    names = [SAFE_WEIGHTS_NAME]
+    if find(SAFE_WEIGHTS_NAME) is None and (index := find(SAFE_WEIGHTS_INDEX_NAME)):
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    files = filter(None, map(find, names))
+    return {(value.dtype, value.shape) for file in files for value in load_file(file).values()}  # mapped, not read
 
 
 def _check_loaded(policy: PeftModel, name: str, saved: dict[str, Tensor]) -> None:

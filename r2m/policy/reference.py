@@ -5,28 +5,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from r2m import processes
+from r2m.policy.passes import compact_head_input
 
 REFERENCE = "reference"  # the adapter's name
 
 
 def freeze_reference(
-    policy: nn.Module, *, offload: bool = False, shard: bool = False
+    policy: nn.Module, *, offload: bool = False, narrow: bool = False
 ) -> Callable[[], AbstractContextManager[nn.Module]]:
     """The policy as it is now, frozen; `with reference() as model:` runs it, on the policy's device.
 
     Of an adapter only the adapter is copied, and one that is still the identity is switched off instead. Without an
     adapter the whole model is copied; with `offload` the copy waits in host memory outside the `with` block. It keeps
-    the policy's dtype: a narrower one would start with KL > 0. With `shard` the copy is sharded over the processes.
+    the policy's dtype: a narrower one would start with KL > 0. The copy of a sharded policy is sharded as it is, with
+    `narrow` in the same mixed precision (`processes.shard`).
     """
     if not isinstance(policy, PeftModel):
-        frozen = copy.deepcopy(policy).eval().requires_grad_(False)
-        if shard:
-            processes.shard(frozen)
+        frozen = _sharded_copy(policy, narrow) if isinstance(policy, FSDPModule) else copy.deepcopy(policy)
+        frozen.eval().requires_grad_(False)
         return _offloaded(frozen) if offload else lambda: nullcontext(frozen)
     active = policy.active_adapter
     if getattr(policy.active_peft_config, "bias", "none") != "none":
@@ -66,6 +70,21 @@ def freeze_reference(
             activate(active)
 
     return switched_over
+
+
+def _sharded_copy(policy: Any, narrow: bool) -> Any:
+    """A model of the same config, with this process's parts of the weights: no process ever has the whole."""
+    with torch.device("meta"):
+        model = type(policy)(copy.deepcopy(policy.config))  # of a sharded model's class this makes an unsharded one
+    processes.shard(model, policy.device, narrow=narrow)
+    model.to_empty(device=policy.device)
+    model.tie_weights()
+    own = dict((*processes.named_parameters(policy), *policy.named_buffers()))
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            value.copy_(own[name])
+    compact_head_input(model)
+    return model
 
 
 def _is_identity(adapter: dict[str, Tensor]) -> bool:

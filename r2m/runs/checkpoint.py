@@ -8,7 +8,6 @@ data and the random numbers are functions of the seed and the round and need no 
 
 from __future__ import annotations
 
-import copy
 import errno
 import fnmatch
 import hashlib
@@ -20,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -45,6 +44,7 @@ from r2m.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
+MOMENTS = "optimizer.safetensors"  # tensors of the policy's optimizer
 UNFINISHED = ".unfinished-"  # prefix of a folder that is being written or removed
 
 # What a resumed run may change: where things lie (their content is compared instead), what is measured and kept, and
@@ -78,7 +78,7 @@ class RunState:
         config, learner, backbone = self.config, self.scorer.learner, self.scorer.reward_model.backbone
         trained = {id(p) for p in learner.parameters}
         with learner.reference() as reference:
-            frozen = [(name, p) for name, p in reference.named_parameters() if id(p) not in trained]
+            frozen = [(name, p) for name, p in processes.named_parameters(reference) if id(p) not in trained]
             policy = fingerprint(frozen)
         models = {
             "policy": {"name": config.policy, "commit": _commit(learner.policy)},
@@ -200,35 +200,35 @@ def save_checkpoint(run: RunState, t: int) -> Path:
     Raises FloatingPointError if a weight is not finite and OSError if the disk is full or cannot be written; either way
     the checkpoints before it stay.
     """
-    start, folder, scorer = time.perf_counter(), run.folder, run.scorer
+    start, folder, scorer, learner = time.perf_counter(), run.folder, run.scorer, run.scorer.learner
     target, scratch = folder / f"checkpoint-{t}", folder / f"{UNFINISHED}checkpoint-{t}"
-    weights = processes.whole(scorer.learner.trained_weights())
-    state = processes.whole(
-        {
-            "optimizer": scorer.learner.optimizer.state_dict(),
-            "updater": scorer.updater.state_dict(),
-            "schedules": [schedule.state_dict() for schedule in run.schedules],
-            "initial_head": scorer.initial_head.state_dict(),
-            "labels": None if run.labels is None else run.labels.state_dict(),
-        }
-    )
+    weights, (moments, optimizer) = learner.trained_weights(), _tensors_apart(learner.optimizer.state_dict())
+    state = {
+        "optimizer": optimizer,
+        "updater": scorer.updater.state_dict(),
+        "schedules": [schedule.state_dict() for schedule in run.schedules],
+        "initial_head": scorer.initial_head.state_dict(),
+        "labels": None if run.labels is None else run.labels.state_dict(),
+    }
     origin = run.origin
-    if processes.index():
-        return target
     for name, value in weights.items():
-        if not torch.isfinite(value).all():
+        if not torch.isfinite(processes.part(value)).all():
             raise FloatingPointError(f"phase checkpoint, round {t}: the policy's weight {name} is not finite")
     try:
-        _check_space(folder, _size(weights) + _size(state) + _size(scorer.reward_model.state_dict()))
-        scratch.mkdir()
+        if processes.index() == 0:
+            _check_space(folder, sum(map(_size, (weights, moments, state, scorer.reward_model.state_dict()))))
+            scratch.mkdir()
         with waiting(f"writing {target}"):
-            save_file(weights, scratch / "policy.safetensors")
+            _write(scratch / "policy.safetensors", weights)
+            _write(scratch / MOMENTS, moments)
+            if processes.index():
+                return target
             scorer.reward_model.save_pretrained(scratch / "reward_model")
             torch.save(state, scratch / "state.pt")
         (scratch / "config.yaml").write_text(config_to_yaml(run.config))
         files = [path for path in scratch.rglob("*") if path.is_file()]
         sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
-        manifest = {"round": t, "files": sizes, **origin}
+        manifest = {"round": t, "processes": processes.number(), "files": sizes, **origin}
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in (*files, scratch / MANIFEST, scratch / "reward_model", scratch):
             _flush(path)
@@ -242,6 +242,45 @@ def save_checkpoint(run: RunState, t: int) -> Path:
     )  # fmt: skip
     _prune(folder, keep=run.config.checkpoints.keep, best=best_round(run.history))
     return target
+
+
+def _tensors_apart(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state: its tensors as "<parameter's number>.<name>", and the rest."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[int, dict[str, Any]] = {}
+    for i, values in state["state"].items():
+        tensors |= {f"{i}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+        rest[i] = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    return tensors, state | {"state": rest}
+
+
+def _tensors_back(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state = {i: dict(values) for i, values in rest["state"].items()}
+    for key, value in tensors.items():
+        i, name = key.split(".", 1)
+        state[int(i)][name] = value
+    return rest | {"state": state}
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of float32 tensors, which may be sharded. One after the other is gathered and written, so no
+    process holds more than one of them whole. All take part; the first writes.
+
+    The format (huggingface.co/docs/safetensors): the length of a header in 8 bytes, the header in JSON, the values.
+    """
+    header, end = {}, 0
+    for name, value in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end + 4 * value.numel()]}
+        end += 4 * value.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the values are aligned
+    with path.open("wb") if processes.index() == 0 else nullcontext() as file:
+        if file:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for value in tensors.values():
+            whole = processes.full(value.detach())
+            if file:
+                file.write(whole.float().cpu().contiguous().numpy())
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -276,7 +315,7 @@ def checkpoint_to_resume(config: R2MConfig, resume_from: str | Path) -> Path | N
 def load_checkpoint(run: RunState, folder: str | Path, *, to_train: bool = True, key: str = "resume_from") -> int:
     """Restore `folder` into the state of a run from the same initial models and prompts; returns its round.
 
-    to_train: with the state of optimizers and schedules; without, it is not read from the disk.
+    to_train: with the state of optimizers and schedules; without, the policy's is not read from the disk.
     key: what errors name, the option or argument that chose the folder.
 
     Raises what `checkpoint_to_resume` does, and ValueError if it is of other models or prompts; then the state is
@@ -286,26 +325,31 @@ def load_checkpoint(run: RunState, folder: str | Path, *, to_train: bool = True,
     manifest = read_manifest(folder, key)
     _check_config(load_config(folder / "config.yaml"), run.config)
     _check_origin(folder, manifest, run.origin, key)
-    # On the host the file is mapped, and read where it is used: of a sharded policy, a part by each process.
+    # On the host a file is mapped, and read where it is used: of a sharded policy, a part by each process.
     saved, own = load_file(folder / "policy.safetensors"), learner.trained_weights()
     if {name: p.shape for name, p in saved.items()} != {name: p.shape for name, p in own.items()}:
         raise ValueError(f"{key}: the trainable weights in {folder} are not those of this policy")
-    mapped = not to_train or run.config.placement.shard_policy  # as above
-    device = "cpu" if mapped else learner.device
-    state = torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=mapped)
+    state = torch.load(folder / "state.pt", map_location=learner.device, weights_only=True)
     part = load_file(folder / "reward_model" / WEIGHTS_FILE, device=str(learner.device))
     scorer.reward_model.load_state_dict(part)
     for name, value in saved.items():
         own[name].copy_(processes.like(value, own[name]))
     scorer.initial_head.load_state_dict(state["initial_head"])
-    scorer.updater.load_state_dict(copy.deepcopy(state["updater"]), to_train=to_train)  # nothing keeps a file mapped
+    scorer.updater.load_state_dict(state["updater"], to_train=to_train)
     if not to_train:
         return manifest["round"]
     if run.labels is not None:
         run.labels.load_state_dict(state["labels"])
-    learner.optimizer.load_state_dict(processes.optimizer_state_like(state["optimizer"], learner.parameters))
+    optimizer = _tensors_back(load_file(folder / MOMENTS), state["optimizer"])
+    learner.optimizer.load_state_dict(processes.optimizer_state_like(optimizer, learner.parameters))
     for schedule, values in zip(run.schedules, state["schedules"], strict=True):
         schedule.load_state_dict(values)
+    if manifest["processes"] != processes.number():
+        logger.warning(
+            "%s is of %d processes, and this run has %d: each draws random numbers of its own, so from here on its "
+            "responses are others than %d processes would draw",
+            folder, manifest["processes"], processes.number(), manifest["processes"],
+        )  # fmt: skip
     return manifest["round"]
 
 
