@@ -50,7 +50,8 @@ RUNS: list[tuple[str, int, list[str]]] = [  # GPU, processes, overrides of the p
     ("h100", 8, SHARDED),
     ("h100", 8, [*SHARDED, "generation.engine=vllm"]),
 ]
-PHASES = ["start", "rollout", "annotate", "policy", "reward_model"]
+PHASES = ["start", "rollout", "annotate", "policy", "reward_model", "evaluation", "checkpoint"]
+TIMED = PHASES[1:5]
 
 
 def main() -> None:
@@ -82,15 +83,17 @@ def tables() -> str:
         time = estimate_seconds(config, GPUS[gpu], number)
         fits = "yes" if max(peaks.values()) <= GPUS[gpu].memory else "**no**"
         memory.append(_row(*shown, *(f"{peaks[phase] / 2**30:.1f}" for phase in PHASES), fits))
-        parts = (f"{time.phases[phase]:.3g}" for phase in PHASES[1:])
-        seconds.append(_row(*shown, *parts, f"{time.round:.3g}", f"{time.r2m:.2g} ({time.r2m / time.round:.2%})"))
+        parts = (f"{time.phases[phase]:.3g}" for phase in TIMED)
+        seconds.append(
+            _row(*shown, *parts, f"{time.round:.3g}", f"{time.r2m:.2g} ({100 * time.r2m / time.round:.1g} %)")
+        )
     head = ["GPUs", "setup", "keys"]
     return "\n".join(
         [
             "Peak memory of a GPU in GiB:\n",
             *_table([*head, *PHASES, "fits"], memory),
-            "\nSeconds of a round:\n",
-            *_table([*head, *PHASES[1:], "round", "of it R2M"], seconds),
+            "\nSeconds of a round, without evaluation and checkpoints:\n",
+            *_table([*head, *TIMED, "round", "of it R2M"], seconds),
         ]
     )
 

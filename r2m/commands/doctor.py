@@ -144,7 +144,7 @@ def _seconds(config: R2MConfig, number: int, gpu: str) -> list[str]:
     lines = [f"{seconds:10.3g}  {phase}" for phase, seconds in (estimate.phases | {"round": estimate.round}).items()]
     return [
         *lines,
-        f"{estimate.r2m:10.3g}  of it R2M's own, {estimate.r2m / estimate.round:.2%}",
+        f"{estimate.r2m:10.3g}  of it R2M's own, {100 * estimate.r2m / estimate.round:.2g} %",
         f"at {FLOPS_USED:.0%} of its FLOPs and {BYTES_USED:.0%} of its bandwidths, and full length of every response",
     ]
 
