@@ -55,6 +55,15 @@ def measured_peaks(config):
         return peaks_of_round(trainer, tracker, 2)[0] if first_round else None
 
 
+def assert_estimated(peaks, estimated):
+    """Of the phases that were measured and that this run has."""
+    phases = peaks.keys() & estimated.keys()
+    assert phases >= {"rollout", "annotate", "policy", "reward_model"}
+    assert {phase: estimated[phase] for phase in phases} == pytest.approx(
+        {phase: peaks[phase] for phase in phases}, rel=0.15
+    )
+
+
 @pytest.fixture(scope="module")
 def save(tmp_path_factory):
     """Saves a random policy of a config, a reward model of another shape, and prompts; each of weights, activations and
@@ -131,7 +140,7 @@ CASES = {
 @pytest.mark.slow
 def test_the_peak_of_every_phase_is_that_of_a_real_run(llama, case):
     config = run_config(llama, **CASES[case])
-    assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)
+    assert_estimated(measured_peaks(config), estimate_memory(config).phases)
 
 
 # LayerNorm, one product for q, k and v, an MLP without gate; the same, with gelu_new; norms of heads; experts.
@@ -148,7 +157,7 @@ def test_the_peak_of_every_phase_is_that_of_a_real_run(llama, case):
 @pytest.mark.slow
 def test_other_layers_keep_what_theirs_keep(save, policy):
     config = run_config(save(policy))
-    assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)
+    assert_estimated(measured_peaks(config), estimate_memory(config).phases)
 
 
 @pytest.mark.slow
@@ -219,7 +228,7 @@ def test_processes_take_the_memory_that_is_estimated(weighty, tmp_path, number, 
     )
     estimated = estimate_memory(config_from_dict(settings), number).phases
     for peaks in resident_peaks(tmp_path, number, settings):
-        assert {phase: peaks[phase] for phase in estimated} == pytest.approx(estimated, rel=0.15)
+        assert_estimated(peaks, estimated)
 
 
 # ---- sums made by hand ----
