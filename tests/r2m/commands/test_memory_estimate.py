@@ -24,9 +24,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from r2m import processes
 from r2m.commands.build import build_trainer
 from r2m.commands.memory import estimate_memory
 from r2m.config import config_from_dict
+from r2m.integrations.vllm import cache_bytes
 from r2m_kernels.bench.measure import MemoryTracker
 
 PROMPT, RESPONSE, WORDS = 30, 20, 2000
@@ -384,3 +386,11 @@ def test_evaluating_a_run_takes_no_gradients_and_no_optimizer_state(large):
     saved = estimate.phases["evaluation"] - estimate.phases["r2m evaluate"]
     assert saved == estimate.parts["optimizer state"] + small
     assert "optimizer state" not in estimate.terms["r2m evaluate"]
+
+
+def test_an_engine_of_each_of_several_processes_caches_what_that_one_samples(llama, monkeypatch):
+    config = run_config(llama)
+    config.generation.engine = "vllm"
+    estimated = estimate_memory(config, 2).parts["vLLM cache"]
+    monkeypatch.setattr(processes, "number", lambda: 2)
+    assert cache_bytes(LlamaConfig(**SHAPE, **SIZES), config) == estimated
