@@ -349,6 +349,8 @@ def doctor(
     config: Annotated[
         str | None, typer.Option(help="YAML file or a preset's name: estimate the memory of its run.")
     ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="That the run has, a GPU each.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="a100, h100 or h200: estimate for it, and a round's seconds.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, dots reach into blocks: r2m.floor=0.7")
     ] = None,
@@ -362,7 +364,7 @@ def doctor(
         with _loading():
             from r2m.commands.doctor import report
 
-        typer.echo(report(settings))
+        typer.echo(report(settings, number=processes, gpu=gpu))
 
 
 @app.command()

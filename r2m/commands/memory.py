@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.activations import FastGELUActivation, NewGELUActivation
-from transformers.pytorch_utils import Conv1D
 
 from r2m.batching import Tokens
+from r2m.commands.sizes import Sizes, backbone_sizes, policy_sizes
 from r2m.config import R2MConfig, require_keys
-from r2m.devices import compute_dtype, policy_device, resolve_precision
+from r2m.devices import policy_device, resolve_precision
 from r2m.integrations.vllm import cache_bytes
-from r2m.method.hidden_states import causal_lm, policy_backbone
-from r2m.method.reward_model import saved_config
-from r2m.models import check_no_adapter, sequence_classifier
-from r2m.policy.load import add_adapter
 from r2m.preferences.store import WAITING
 
 Terms = dict[str, int]  # name -> bytes
@@ -34,7 +25,7 @@ class MemoryEstimate:
     """
 
     parts: Terms  # what lies there throughout, then the most of what comes and goes
-    terms: dict[str, Terms]  # of each phase of R2MTrainer.train: what lies there at its peak
+    terms: dict[str, Terms]  # of each phase: what lies there at its peak
     reward_model_device: int | None  # the peak on the device of the reward model's backbone, where that is another
 
     @property
@@ -42,64 +33,91 @@ class MemoryEstimate:
         return {phase: _sum(terms) for phase, terms in self.terms.items()}
 
 
-def estimate_memory(config: R2MConfig) -> MemoryEstimate:
-    """Peaks by part and phase. The models are made on the meta device: no weights are read, and none are made.
+def estimate_memory(config: R2MConfig, number: int = 1) -> MemoryEstimate:
+    """Peaks by part and phase in one of `number` processes, each with a device of its own.
 
+    Phases are those of a run and, for one process, "r2m evaluate": the command. Held-out prompts are taken to be as
+    many as are generated at once. The models are made on the meta device: no weights are read, and none are made.
     Not counted: scratch memory inside an operation, and what bitsandbytes unpacks of a quantised layer.
 
-    Raises ValueError for a missing key, OSError for a model that cannot be found, RuntimeError for one that cannot be
-    made on the meta device.
+    Raises ValueError for a missing key or a round that cannot be dealt to so many processes, OSError for a model that
+    cannot be found, RuntimeError for one that cannot be made on the meta device.
     """
     require_keys(config, "policy", "reward_model")
-    config = resolve_precision(config)
+    config.check_processes(number)
+    config = share_of(resolve_precision(config), number)
     place, device, full = config.placement, policy_device(config), config.lora is None
     with torch.device("meta"):
-        policy, (backbone, inner, heads) = _policy(config), _backbone(config)
-    p, rm = _numbers(policy, policy_backbone(policy)), _numbers(backbone, backbone)
-    throughout: Terms = {
-        "policy weights": p.nbytes,
-        "reward model backbone": _quantized(backbone, place.quantize_reward_model),
-        "R2M part": _small_part(config, p, rm, inner, heads),
+        p, (rm, inner, heads) = policy_sizes(config, number if place.shard_policy else 1), backbone_sizes(config)
+    weights = p.nbytes if p.shards == 1 else 4 * p.weights // p.shards
+    small, trained, kept = _small_part(config, p, rm, inner, heads)
+    started: Terms = {
+        "policy weights": weights,
+        "reward model backbone": rm.nbytes,
+        "R2M part": small,
         # A copy of all weights, or of a saved adapter; a new adapter is switched off instead.
-        "reference": p.nbytes if full else 4 * p.trained * bool(config.lora and config.lora.adapter),
-        "optimizer state": 8 * p.trained,  # AdamW's two moments in float32
+        "reference": weights if full else 4 * p.trained * bool(config.lora and config.lora.adapter),
     }
-    training, scoring, generation = _training(config, p), _scoring(config, p), _generation(config, p)
-    if config.generation.server is not None:  # on GPUs of its own
-        generation = [{}]
-    elif config.generation.engine == "vllm":  # which keeps its own throughout
-        model = causal_lm(policy)
-        throughout["vLLM weights"] = model.num_parameters() * _narrow(config)
-        throughout["vLLM cache"], generation = cache_bytes(model.config, config), [{}]
+    copied = number > 1 and p.shards == 1
+    if copied:
+        started["gradients, averaged"] = 4 * p.trained  # DDP's, which stay
+    if config.generation.engine == "vllm" and config.generation.server is None:  # which keeps its own throughout
+        started["vLLM weights"] = p.weights * narrow_of(config)
+        started["vLLM cache"] = cache_bytes(p.config, config)
+    training, scoring = _training(config, p, copied), _scoring(config, p)
     reference = scoring | {"bfloat16 weights": 0}  # autocast keeps no copy of what is frozen
     embedding: Terms = {"one layer": _tokens(config) * _passing(rm, rm.wide)}
     apart = None
     if place.reward_model is not None and not _same(torch.device(place.reward_model), device):
-        apart = throughout["reward model backbone"] + embedding["one layer"]
-        throughout["reward model backbone"], embedding = 0, {}
+        apart = started["reward model backbone"] + embedding["one layer"]
+        started["reward model backbone"], embedding = 0, {}
     elif place.offload_reward_model and device.type != "cpu":
-        embedding["backbone, loaded"], throughout["reward model backbone"] = throughout["reward model backbone"], 0
+        embedding["backbone, loaded"], started["reward model backbone"] = started["reward model backbone"], 0
+    start = dict(started)  # with the reference, wherever that waits
     if place.offload_reference and full and device.type != "cpu":
-        reference["reference, loaded"], throughout["reference"] = throughout["reference"], 0
-    step: Terms = {"gradients": 4 * p.trained}
-    moments: dict[str, list[Terms]] = {
-        "rollout": generation,
-        "annotate": [embedding, reference, *([*training, step] if config.first_epoch == 1 else [scoring])],
-        "policy": [*([*training, step] if config.epochs > config.first_epoch else [{}])],
-        "reward_model": [{}],  # gradients and moments of the small part lie there throughout
+        reference["reference, loaded"], started["reference"] = started["reference"], 0
+    begin: list[Terms] = [embedding if config.evaluation.pairs else {}]
+    if p.shards > 1:
+        # Blocks come to the device one at a time, before there is a reference; a CPU maps them from their file.
+        begin.append({"reference": 0, "block": 4 * max(p.block, p.outside) * (device.type != "cpu")})
+        # What lies in no block stays as a pass without gradient has gathered it.
+        rest = narrow_of(config) * p.outside
+        started["gathered of the reference"] = rest
+        embedding = embedding | {"gathered weights": rest * (config.generation.engine != "vllm")}
+    throughout = started | {
+        "R2M part": small + trained + kept,
+        "optimizer state": 8 * p.trained // p.shards,  # AdamW's two moments in float32
     }
-    terms = {phase: throughout | max(tables, key=_sum) for phase, tables in moments.items()}
+    held_out = [*_generation(config, p, 1), embedding, reference, scoring]
+    phases: dict[str, tuple[Terms, list[Terms]]] = {
+        "start": (start, begin),
+        "rollout": (throughout, _generation(config, p, config.num_generations)),
+        "annotate": (throughout, [embedding, reference, *(training if config.first_epoch == 1 else [scoring])]),
+        "policy": (throughout, training if config.epochs > config.first_epoch else [{}]),
+        "reward_model": (throughout, [{}]),  # gradients and moments of the small part lie there throughout
+        "evaluation": (throughout, held_out),
+        "checkpoint": (throughout, [{"one weight": 8 * p.largest}]),  # checked and, where it is sharded, gathered
+    }
+    if number == 1:  # the command runs in one
+        phases["r2m evaluate"] = started, held_out  # no gradients, no optimizer state
+    terms = {name: max((there | moment for moment in moments), key=_sum) for name, (there, moments) in phases.items()}
     most = max(training, key=_sum)
-    parts = throughout | step | {"logits": _logits(config, p), "generation cache": generation[0].get("cache", 0)}
+    step = training[-1]
+    parts = throughout | step | {"logits": _logits(config, p), "generation cache": held_out[0].get("cache", 0)}
     parts["activations and temporaries"] = _sum(most) - most["gradients"] - parts["logits"]
     return MemoryEstimate(parts, terms, apart)
+
+
+def share_of(config: R2MConfig, number: int) -> R2MConfig:
+    """The config of what one of `number` processes does: its share of the prompts."""
+    return dataclasses.replace(config, prompts_per_round=config.prompts_per_round // number)
 
 
 # ---- the terms ----
 
 
-def _small_part(config: R2MConfig, p: _Numbers, rm: _Numbers, inner: int, heads: int) -> int:
-    """R2M's trainable part, in float32, and what a round keeps of its sequences."""
+def _small_part(config: R2MConfig, p: Sizes, rm: Sizes, inner: int, heads: int) -> tuple[int, int, int]:
+    """R2M's trainable part, in float32: its weights, what training it takes, what a round keeps of its sequences."""
     weights = 2 * inner * (rm.width + p.width) + rm.width  # W_q [d, D_rm], W_k, W_v [d, D_p], W_o [D_rm, d], phi [D_rm]
     trained = {"trained": weights, "head": rm.width}.get(config.r2m.feedback, 0)  # with gradient and two moments
     # RTE, W_q RTE, u, its pool and the pool's gradient; ids, positions and masks; three log-probabilities a token.
@@ -109,32 +127,40 @@ def _small_part(config: R2MConfig, p: _Numbers, rm: _Numbers, inner: int, heads:
     # Of pairs about as much is kept, and made again, as of two sequences.
     labelled = 0 if asked.labeller is None else 2 * (asked.reservoir + asked.per_round + WAITING)
     sequences = config.prompts_per_round * config.num_generations
-    return 4 * weights + 12 * trained + sequences * sequence + 4 * labelled * vectors
+    return 4 * weights, 12 * trained, sequences * sequence + 4 * labelled * vectors
 
 
-def _training(config: R2MConfig, p: _Numbers) -> list[Terms]:
-    """Of a forward and backward pass, the moments that may be the greatest."""
-    narrow, tokens, logits = _narrow(config), _tokens(config), _logits(config, p)
+def _training(config: R2MConfig, p: Sizes, copied: bool) -> list[Terms]:
+    """Of a forward and backward pass and of an optimizer's step, the moments that may be the greatest; copied: the step
+    takes averaged gradients, which are there already."""
+    narrow, tokens, logits = narrow_of(config), _tokens(config), _logits(config, p)
     layer, again = tokens * _kept(config, p), 0
-    kept, copies = p.kept * layer, {"bfloat16 weights": _copies(config, p)}
+    kept, copies = p.kept * layer, _copies(config, p)
     if config.gradient_checkpointing:  # the inputs of all layers, and one layer at a time with its own copies
         kept, again = p.kept * tokens * p.width * p.wide, layer
     several = config.prompts_per_round * config.num_generations // config.minibatches > sequences_at_once(config)
     # The gradients are of the passes before: those of this one come as its activations go.
-    held: Terms = {"gradients": 4 * p.trained * several, "activations": kept}
-    loss, backward = held | {"logits": 2 * logits}, held | ({} if again else copies)
+    held: Terms = {"gradients": 4 * p.trained * several // p.shards, "activations": kept}
+    loss, backward = held | {"logits": 2 * logits}, held | ({} if again and p.shards == 1 else copies)
     rows = 3 * 4 * p.vocabulary * min(128, _rows(config))  # policy_loss makes float32 of 128 rows at a time
     head = p.head * (4 if narrow == 4 else 6)  # its gradient in float32, beside that in bfloat16
+    # Sharded, those of a block, and at last those of the rest, are there whole, and in float32 as they are summed.
+    whole = (narrow + 4) * (p.shards > 1)
+    summed: Terms = {"gradients": 0 if copied else 4 * p.trained // p.shards}
     return [
         loss | copies,  # the logits of the pass before are there, too
         backward | {"logits": 3 * logits, "rows of logits": rows},  # with their gradient, in parts and in one piece
-        backward | {"logits": logits, "gradient of the head": head, "one layer": again + tokens * p.up * narrow},
+        backward
+        | {"logits": logits, "gradient of the head": head, "one layer": again + tokens * p.up * narrow}
+        | {"gradients of a block": whole * p.block},
+        summed | {"gradients of embedding and head": whole * p.outside},
+        summed,
     ]
 
 
-def _kept(config: R2MConfig, p: _Numbers) -> int:
+def _kept(config: R2MConfig, p: Sizes) -> int:
     """Bytes that one layer keeps of one token for the backward pass."""
-    narrow = _narrow(config)
+    narrow = narrow_of(config)
     # What linear layers read: autocast copies it for each of them; in float32 attention and MLP have one each.
     inputs = p.readers if narrow == 2 else min(2, p.readers)
     # A row of the mask, in numbers; eager attention has each head's probabilities, in float32 and as they multiply.
@@ -151,22 +177,24 @@ def _kept(config: R2MConfig, p: _Numbers) -> int:
     )
 
 
-def _scoring(config: R2MConfig, p: _Numbers) -> Terms:
+def _scoring(config: R2MConfig, p: Sizes) -> Terms:
     """A pass without gradient, beside the logits of the one before."""
-    one_layer = _tokens(config) * _passing(p, _narrow(config))
-    return {"bfloat16 weights": _copies(config, p), "one layer": one_layer, "logits": 2 * _logits(config, p)}
+    one_layer = _tokens(config) * _passing(p, narrow_of(config))
+    return _copies(config, p) | {"one layer": one_layer, "logits": 2 * _logits(config, p)}
 
 
-def _generation(config: R2MConfig, p: _Numbers) -> list[Terms]:
-    """Of generation, the moments that may be the greatest."""
-    narrow, total = _narrow(config), config.prompts_per_round * config.num_generations
+def _generation(config: R2MConfig, p: Sizes, responses: int) -> list[Terms]:
+    """Of generation, so many responses to a prompt, the moments that may be the greatest."""
+    if config.generation.engine == "vllm":
+        return [{}]
+    narrow, total = narrow_of(config), config.prompts_per_round * config.num_generations
     batch = min(config.sequences_at_once, total)
-    prompts = max(1, batch // config.num_generations) * config.generation.max_prompt_tokens
+    prompts = max(1, batch // responses) * config.generation.max_prompt_tokens
     tokens = batch * (_length(config) - 1)  # the last one is never read
     stored = 2 * p.keys * p.wide  # keys and values of a token: rotation makes float32 of both where weights are
     # In the last step one layer's, repeated for every head of the queries, and narrowed.
     repeated = 2 * p.queries * (p.wide * (p.queries > p.keys) + narrow * (p.wide > narrow))
-    copies, cache = {"bfloat16 weights": _copies(config, p)}, tokens * stored * p.layers
+    copies, cache = _copies(config, p), tokens * stored * p.layers
     return [
         copies | {"cache": cache, "one layer": tokens * repeated},
         copies | {"cache": cache, "logits": batch * p.vocabulary * (narrow + 16)},  # and four times in float32
@@ -174,18 +202,21 @@ def _generation(config: R2MConfig, p: _Numbers) -> list[Terms]:
     ]
 
 
-def _passing(p: _Numbers, narrow: int) -> int:
+def _passing(p: Sizes, narrow: int) -> int:
     """Bytes of one token in a layer without gradient: hidden states, and what the MLP makes of them."""
     return 3 * p.width * p.wide + 2 * p.up * narrow
 
 
-def _copies(config: R2MConfig, p: _Numbers) -> int:
-    """Autocast makes a bfloat16 copy of every trained weight that multiplies, and keeps it to the end of its region."""
-    return 2 * p.multiplying if config.precision == "bf16" else 0
+def _copies(config: R2MConfig, p: Sizes) -> Terms:
+    """What a pass multiplies by: autocast makes a bfloat16 copy of every trained weight that multiplies, and keeps it
+    to the end of its region. Of a sharded model two blocks are gathered at a time, and the rest from the start on."""
+    if p.shards > 1:
+        return {"gathered weights": narrow_of(config) * (2 * p.block + p.outside)}
+    return {"bfloat16 weights": 2 * p.multiplying if config.precision == "bf16" else 0}
 
 
-def _logits(config: R2MConfig, p: _Numbers) -> int:
-    return _rows(config) * p.vocabulary * _narrow(config)
+def _logits(config: R2MConfig, p: Sizes) -> int:
+    return _rows(config) * p.vocabulary * narrow_of(config)
 
 
 def _rows(config: R2MConfig) -> int:
@@ -211,7 +242,7 @@ def _length(config: R2MConfig) -> int:
     return config.generation.max_tokens
 
 
-def _narrow(config: R2MConfig) -> int:
+def narrow_of(config: R2MConfig) -> int:
     """Bytes of a number in a product."""
     return 2 if config.precision == "bf16" else 4
 
@@ -222,111 +253,3 @@ def _sum(terms: Terms) -> int:
 
 def _same(a: torch.device, b: torch.device) -> bool:
     return (a.type, a.index or 0) == (b.type, b.index or 0)
-
-
-# ---- the models ----
-
-
-class _Numbers(NamedTuple):
-    """What the terms need of a model. Widths count the numbers that one layer has of one token."""
-
-    nbytes: int  # of all weights
-    trained: int  # weights
-    multiplying: int  # trained weights but those of an embedding that is no head
-    head: int  # trained weights of the LM head
-    vocabulary: int
-    wide: int  # bytes of a number in the hidden states
-    layers: int
-    kept: int  # layers from the first trained one on
-    width: int  # of hidden states
-    heads: int
-    queries: int  # of all heads
-    keys: int  # of all heads
-    up: int  # what the MLP makes of hidden states: gate and up, of all experts that a token goes to
-    elementary: int  # inputs of an activation that is written in elementary operations, which keep theirs
-    norms: int  # what norms keep
-    readers: int  # trained linear layers that read hidden states
-    attention: str  # its implementation
-
-
-def _numbers(model: Any, backbone: nn.Module) -> _Numbers:
-    text = model.config.get_text_config()
-    layers, width, heads = text.num_hidden_layers, text.hidden_size, getattr(text, "num_attention_heads", None) or 0
-    each = getattr(text, "head_dim", None) or width // max(1, heads)
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    places = [re.search(r"\.(\d+)\.", name) for name in trained]  # None for an embedding, which is before all layers
-    kept = layers - min((int(place[1]) if place else 0 for place in places), default=layers)
-    table, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
-    count = sum(weight.numel() for weight in trained.values())
-    up = norms = readers = 0
-    elementary = any(isinstance(module, FastGELUActivation | NewGELUActivation) for module in backbone.modules())
-    for name, module in backbone.named_modules():
-        weight: Any = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear | Conv1D):
-            out, reads = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-            readers += reads == width and weight.requires_grad
-            up += out * (reads == width and not re.search("attn|attention", name))
-        elif type(module).__name__.endswith("Norm") and weight is not None:
-            normalised = weight.requires_grad and not isinstance(module, nn.LayerNorm)
-            norms += (width if len(weight) == width else heads * each) * (1 + normalised)
-        for own, experts in module.named_parameters(recurse=False):
-            if experts.ndim == 3 and "down" not in own:  # [experts, out, D]: a token goes to some, in a copy each
-                up += (experts[0].numel() // width + width) * (getattr(text, "num_experts_per_tok", None) or 1)
-    return _Numbers(
-        nbytes=sum(weight.nbytes for weight in model.parameters()),
-        trained=count,
-        multiplying=count - table.numel() * (table.requires_grad and head is not table),
-        head=head.numel() * head.requires_grad if head is not None else 0,
-        vocabulary=text.vocab_size,
-        wide=table.itemsize,
-        layers=layers,
-        kept=kept,
-        width=width,
-        heads=heads,
-        queries=heads * each,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * each,
-        up=up // layers,
-        elementary=up // layers * elementary,
-        norms=norms // layers,
-        readers=readers // max(1, kept),
-        attention=model.config._attn_implementation,
-    )
-
-
-def _policy(config: R2MConfig) -> PreTrainedModel | PeftModel:
-    """As r2m.load_policy, without weights."""
-    check_no_adapter("policy", config.policy, config.policy_revision)
-    remote: Any = {"trust_remote_code": config.trust_remote_code}
-    model_config = AutoConfig.from_pretrained(config.policy, revision=config.policy_revision, **remote)
-    dtype = torch.bfloat16 if config.lora is not None and config.precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **remote)
-    if config.lora is None:
-        return model
-    if config.lora.adapter is None:
-        return add_adapter(model, config.lora)
-    return get_peft_model(model, PeftConfig.from_pretrained(config.lora.adapter, inference_mode=False))
-
-
-def _backbone(config: R2MConfig) -> tuple[PreTrainedModel, int, int]:
-    """The reward model's, without weights; inner width and heads of the cross-attention."""
-    name, revision = config.reward_model, config.reward_model_revision
-    inner, heads = config.r2m.inner_width, config.r2m.num_heads
-    saved = saved_config(name, revision)
-    if saved is not None:
-        name, revision, inner, heads = saved.backbone, saved.backbone_revision, saved.inner_width, saved.num_heads
-    remote: Any = {"trust_remote_code": config.trust_remote_code}
-    model_config = AutoConfig.from_pretrained(name, revision=revision, num_labels=1, **remote)
-    dtype = compute_dtype(config.placement.reward_model or policy_device(config))
-    loader = sequence_classifier(model_config)
-    if loader is AutoModelForSequenceClassification:
-        model = loader.from_config(model_config, dtype=dtype, **remote)
-    else:
-        model = loader._from_config(model_config, dtype=dtype)
-    return getattr(model.requires_grad_(False), model.base_model_prefix), inner, heads
-
-
-def _quantized(backbone: nn.Module, how: str | None) -> int:
-    """Bytes of its weights; bitsandbytes' 4 bits share a float32 scale among 64."""
-    linear = sum(module.weight.nbytes for module in backbone.modules() if isinstance(module, nn.Linear))
-    share = {None: 1, "8bit": 8 / 16, "4bit": 4.5 / 16}[how]
-    return int(sum(weight.nbytes for weight in backbone.parameters()) - linear * (1 - share))

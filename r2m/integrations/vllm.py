@@ -199,7 +199,8 @@ def greatest_length(model_config: PretrainedConfig, config: R2MConfig) -> int:
 
 
 def _at_once(config: R2MConfig) -> int:
-    return min(config.sequences_at_once, _AT_ONCE)
+    share = config.prompts_per_round * config.num_generations // processes.number()
+    return min(config.sequences_at_once, share, _AT_ONCE)
 
 
 def check_adapter(policy: nn.Module) -> None:

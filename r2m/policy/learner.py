@@ -84,8 +84,10 @@ class Learner:
         greedy: bool = False,
     ) -> Rollout:
         """`num_generations` responses to each prompt, by temperature alone, or the most likely ones."""
-        # Held-out prompts may be more than a round's, whose cache fits.
-        settings = dataclasses.replace(self.config.generation, batch_size=self.config.sequences_at_once)
+        # Held-out prompts may be more than this process's of a round, whose cache fits.
+        share = self.config.prompts_per_round * self.config.num_generations // processes.number()
+        at_once = min(self.config.sequences_at_once, share)
+        settings = dataclasses.replace(self.config.generation, batch_size=at_once)
         self.update_generator()
         with self.autocast() if self.generator is None else nullcontext():
             return sample(

@@ -78,8 +78,32 @@ def test_a_device_of_another_machine_gets_no_verdict(settings):
     assert "cpu, the reward model's: fits" in text
 
 
+def test_a_kind_of_gpu_gets_its_own_verdict_and_the_seconds_of_a_round(settings, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    text = ask("--config", str(tmp_path / "run.yaml"), "--gpu", "h100", "--processes", "2").stdout
+    assert "h100, of each of 2 processes: fits, " in text and re.search(r"of 79.65 GiB$", text, re.MULTILINE)
+    title, _, seconds = text.partition("seconds of a round on 2 x h100")
+    assert re.search(r"^ +\S+  gradients, averaged$", title, re.MULTILINE)
+    for name in ("rollout", "annotate", "policy", "reward_model", "round", "of it R2M's own"):
+        assert re.search(rf"^ +\S+  {name}", seconds, re.MULTILINE), name
+
+
+def test_several_processes_share_host_memory_and_are_told_of_shards(settings, monkeypatch):
+    peak = max(doctor.estimate_memory(config_from_dict(settings), 2).phases.values())
+    monkeypatch.setattr(doctor, "free_memory", lambda device: 1.5 * peak)
+    text = doctor.report(config_from_dict(settings), number=2)
+    assert "cpu, of each of 2 processes: does not fit" in text
+    assert re.search(r"placement.shard_policy=true spreads \d+\.\d\d GiB over the 2 processes", text)
+
+
+def test_a_gpu_that_is_not_known_and_one_without_a_run_are_refused(settings):
+    with pytest.raises(ValueError, match="--gpu is 'b300'; expected one of a100, h100, h200"):
+        doctor.report(config_from_dict(settings), gpu="b300")
+    assert "error: --gpu and --processes are about a run; expected --config" in ask("--gpu", "h100").stderr
+
+
 def test_a_model_that_cannot_be_estimated_says_so_below_the_rest(settings, monkeypatch):
-    def fail(config):
+    def fail(config, number):
         raise RuntimeError("no meta tensors here")
 
     monkeypatch.setattr(doctor, "estimate_memory", fail)

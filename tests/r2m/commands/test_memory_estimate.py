@@ -2,8 +2,15 @@
 
 import itertools
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -17,9 +24,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from r2m import processes
 from r2m.commands.build import build_trainer
 from r2m.commands.memory import estimate_memory
 from r2m.config import config_from_dict
+from r2m.integrations.vllm import cache_bytes
 from r2m_kernels.bench.measure import MemoryTracker
 
 PROMPT, RESPONSE, WORDS = 30, 20, 2000
@@ -48,12 +57,21 @@ def measured_peaks(config):
         return peaks_of_round(trainer, tracker, 2)[0] if first_round else None
 
 
+def assert_estimated(peaks, estimated):
+    """Of the phases that were measured and that this run has."""
+    phases = peaks.keys() & estimated.keys()
+    assert phases >= {"rollout", "annotate", "policy", "reward_model"}
+    assert {phase: estimated[phase] for phase in phases} == pytest.approx(
+        {phase: peaks[phase] for phase in phases}, rel=0.15
+    )
+
+
 @pytest.fixture(scope="module")
 def save(tmp_path_factory):
     """Saves a random policy of a config, a reward model of another shape, and prompts; each of weights, activations and
     logits is a share of the whole that the tolerance below would not hide."""
 
-    def make(policy):
+    def make(policy, dtype=torch.float32):
         folder = tmp_path_factory.mktemp("memory")
         words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -63,7 +81,7 @@ def save(tmp_path_factory):
             ("policy", AutoModelForCausalLM.from_config(policy)),
             ("reward", LlamaForSequenceClassification(reward)),
         ):
-            model.save_pretrained(folder / name)
+            model.to(dtype).save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
         prompts = [" ".join(["w7"] * (PROMPT - i)) for i in range(4)]  # of several lengths: masks are needed
         (folder / "prompts.txt").write_text("\n".join(prompts))
@@ -78,6 +96,10 @@ def llama(save):
 
 
 def run_config(folder, **settings):
+    return config_from_dict(run_settings(folder, **settings))
+
+
+def run_settings(folder, **settings):
     defaults = {
         "policy": str(folder / "policy"),
         "reward_model": str(folder / "reward"),
@@ -91,7 +113,7 @@ def run_config(folder, **settings):
         "r2m": {"inner_width": 64},
         "generation": {"max_prompt_tokens": PROMPT, "max_new_tokens": RESPONSE, "eos_token_ids": [WORDS]},
     }
-    return config_from_dict(defaults | settings)
+    return defaults | settings
 
 
 CASES = {
@@ -120,7 +142,7 @@ CASES = {
 @pytest.mark.slow
 def test_the_peak_of_every_phase_is_that_of_a_real_run(llama, case):
     config = run_config(llama, **CASES[case])
-    assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)
+    assert_estimated(measured_peaks(config), estimate_memory(config).phases)
 
 
 # LayerNorm, one product for q, k and v, an MLP without gate; the same, with gelu_new; norms of heads; experts.
@@ -137,7 +159,7 @@ def test_the_peak_of_every_phase_is_that_of_a_real_run(llama, case):
 @pytest.mark.slow
 def test_other_layers_keep_what_theirs_keep(save, policy):
     config = run_config(save(policy))
-    assert estimate_memory(config).phases == pytest.approx(measured_peaks(config), rel=0.15)
+    assert_estimated(measured_peaks(config), estimate_memory(config).phases)
 
 
 @pytest.mark.slow
@@ -148,6 +170,67 @@ def test_batches_of_generation_bound_the_cache(llama):
     half = estimate_memory(config)
     assert half.parts["generation cache"] == whole.parts["generation cache"] / 2
     assert half.phases["rollout"] == pytest.approx(measured_peaks(config)["rollout"], rel=0.15)
+
+
+# ---- resident memory of processes ----
+
+SCRIPT = Path(__file__).with_name("peaks_of_processes.py")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def weighty(save):
+    """60M parameters. In bfloat16 on the disk: weights that a run maps from a file, unconverted, are not its own."""
+    size = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8}
+    return save(LlamaConfig(**SHAPE, **size), torch.bfloat16)
+
+
+def resident_peaks(folder, number, settings):
+    """Bytes of each phase in every process, beyond what an interpreter takes that has imported all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    # Freed memory goes back at once: all but the smallest allocations are mappings of their own.
+    shared = {"MALLOC_MMAP_THRESHOLD_": 2**16, "MALLOC_TRIM_THRESHOLD_": 2**16, "PYTHONPATH": ROOT}
+    shared |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
+    shared |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder / "run.yaml"), str(folder)],
+            env=os.environ | {key: str(value) for key, value in (shared | {"RANK": i, "LOCAL_RANK": i}).items()},
+        )
+        for i in range(number)
+    ]
+    try:
+        assert [process.wait(600) for process in started] == [0] * number
+    finally:
+        for process in started:
+            process.kill()
+    return [json.loads((folder / f"peaks-{i}.json").read_text()) for i in range(number)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "placement"),
+    [(1, {}), (2, {}), (2, {"shard_policy": True})],
+    ids=["one process", "two copies", "two shards"],
+)
+def test_processes_take_the_memory_that_is_estimated(weighty, tmp_path, number, placement):
+    pair = {"prompt": "w7 " * PROMPT, "chosen": "w8 w8", "rejected": "w9"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(pair)] * 4))
+    settings = run_settings(
+        weighty,
+        num_generations=2,
+        micro_batch_size=2,
+        generation={"max_prompt_tokens": PROMPT, "max_new_tokens": 4, "eos_token_ids": [WORDS]},
+        evaluation={"prompts": str(weighty / "prompts.txt"), "pairs": str(tmp_path / "pairs.jsonl")},
+        placement=placement,
+        output_dir=str(tmp_path / "out"),
+    )
+    estimated = estimate_memory(config_from_dict(settings), number).phases
+    for peaks in resident_peaks(tmp_path, number, settings):
+        assert_estimated(peaks, estimated)
 
 
 # ---- sums made by hand ----
@@ -270,3 +353,44 @@ def test_vllm_has_its_own_weights_and_cache_throughout_and_nothing_is_generated_
     added = estimate.parts["vLLM weights"] + estimate.parts["vLLM cache"]
     assert estimate.phases["policy"] == plain.phases["policy"] + added
     assert estimate.phases["rollout"] < plain.phases["rollout"] + added
+    config.generation.server = "http://localhost:8000"  # on GPUs of its own
+    assert estimate_memory(config).phases["policy"] == plain.phases["policy"]
+
+
+def test_shards_divide_what_lies_there_and_each_process_has_its_share_of_the_prompts(large):
+    one = estimate_memory(config_from_dict(large))
+    eight = estimate_memory(config_from_dict(large | {"placement": {"shard_policy": True}}), 8)
+    for part in ("policy weights", "reference", "optimizer state", "gradients"):
+        assert eight.parts[part] == pytest.approx(one.parts[part] / 8, rel=1e-6)
+    assert eight.parts["generation cache"] == one.parts["generation cache"] / 8 / 2  # of bfloat16 weights
+    assert eight.parts["reward model backbone"] == one.parts["reward model backbone"]  # each has it whole
+    assert eight.phases["start"] < one.phases["start"]
+
+
+def test_copies_keep_averaged_gradients_beside_those_of_several_passes(large):
+    config = config_from_dict(large)
+    one, two = estimate_memory(config), estimate_memory(config, 2)
+    assert two.parts["gradients, averaged"] == one.parts["gradients"]
+    assert two.parts["policy weights"] == one.parts["policy weights"]
+    assert two.phases["policy"] > one.phases["policy"]
+
+
+def test_a_round_that_cannot_be_dealt_is_refused(large):
+    with pytest.raises(ValueError, match="prompts_per_round is 64 on 5 processes"):
+        estimate_memory(config_from_dict(large), 5)
+
+
+def test_evaluating_a_run_takes_no_gradients_and_no_optimizer_state(large):
+    estimate = estimate_memory(config_from_dict(large))
+    small = estimate.parts["R2M part"] - estimate.terms["r2m evaluate"]["R2M part"]
+    saved = estimate.phases["evaluation"] - estimate.phases["r2m evaluate"]
+    assert saved == estimate.parts["optimizer state"] + small
+    assert "optimizer state" not in estimate.terms["r2m evaluate"]
+
+
+def test_an_engine_of_each_of_several_processes_caches_what_that_one_samples(llama, monkeypatch):
+    config = run_config(llama)
+    config.generation.engine = "vllm"
+    estimated = estimate_memory(config, 2).parts["vLLM cache"]
+    monkeypatch.setattr(processes, "number", lambda: 2)
+    assert cache_bytes(LlamaConfig(**SHAPE, **SIZES), config) == estimated

@@ -223,6 +223,18 @@ def test_a_checkpoint_is_measured_as_it_was_in_training(finished, which):
     assert {label: report[label] for label in names} == {label: f"{row[key]:.4g}" for label, key in names.items()}
 
 
+def test_measuring_a_checkpoint_makes_no_gradients_and_no_optimizer_state(finished, monkeypatch):
+    trainers = []
+    monkeypatch.setattr(
+        run_module, "build_trainer", lambda config: trainers.append(build_trainer(config)) or trainers[0]
+    )
+    evaluate_run(finished)
+    (trainer,) = trainers
+    assert trainer.learner.optimizer.state == trainer.updater.optimizer.state == {}
+    weights = [*trainer.policy.parameters(), *trainer.reward_model.parameters()]
+    assert all(p.grad is None for p in weights)
+
+
 def test_a_report_holds_what_the_restored_trainer_measures_and_its_samples(finished):
     trainer = build_trainer(load_config(finished / "config.yaml"))
     load_checkpoint(trainer.run, finished / "checkpoint-2")
