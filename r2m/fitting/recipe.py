@@ -1,5 +1,6 @@
 """Fitting the reward model on human preferences before training: the linear head, with or without a low-rank adapter of
-the backbone, then the cross-attention's warm start. All by Bradley-Terry, stopped where the held-out loss is lowest."""
+the backbone, then the cross-attention's warm start, from what it is or from the mean of the states. All by
+Bradley-Terry, stopped where the held-out loss is lowest."""
 
 from __future__ import annotations
 
@@ -69,15 +70,19 @@ def fit_reward(
     keep_head: leave the head as it is, and warm-start the cross-attention alone.
     max_epochs: passes over `pairs` in each stage, at most; None: 2000 steps, or 5 passes where these are more. What is
         fitted as one batch takes one step a pass.
-    hidden_budget: bytes. Hidden states of the policy that take no more, for `pairs` and `validation_pairs` each, are
-        computed once and fitted as one batch; others anew for every minibatch.
+    hidden_budget: bytes a process. Hidden states of the policy that take no more, for `pairs` and `validation_pairs`
+        each, are computed once and fitted as one batch; others anew for every minibatch.
     cache: keep the frozen backbone's RTEs in `embeddings` in the cache directory (`R2M_CACHE`).
     calibration_plot: where to draw the held-out pairs' reliability diagram (png).
 
+    Several processes, with the same pairs and the same random seed, fit as one does: each runs its share of the pairs
+    through the models, and all end with the same weights. Every process has the RTEs of all pairs.
+
     Returns, on the held-out pairs, accuracy, Bradley-Terry loss and expected calibration error (see `reliability`),
-    "vanilla" at w = 1 and "fused" at w = Omega; the steps taken; and `scale`: rewards were divided by it, so the
-    head's own probability of a preference is sigmoid(scale * margin).
-    Raises ValueError for no pairs, for pairs from which nothing is learned, for LoRA on a backbone that is quantised or
+    "vanilla" at w = 1 and "fused" at w = Omega; the steps taken; `scale`: rewards were divided by it, so the head's own
+    probability of a preference is sigmoid(scale * margin); and which start the cross-attention was trained from
+    (`mean_start`), with accuracy and loss from either (see `warm_start`).
+    Raises ValueError for fewer pairs than processes, for pairs from which nothing is learned, for LoRA on a backbone that is quantised or
     offloaded, and for `keep_head` with LoRA or without a policy; FloatingPointError for a loss that is not finite.
     """
     check_list("pairs", pairs, "load_pairs")
@@ -262,8 +267,8 @@ def warm_start(
 
     as_it_is = copy.deepcopy(attention.state_dict())
     drawn, weights = trained("cross-attention")
-    if reward_model.config.floor == 1:  # nothing is read of it
-        return drawn
+    if reward_model.config.floor == 1:  # rewards do not read it
+        return {"mean_start": False} | drawn
     attention.load_state_dict(as_it_is)
     ridge = mean_start(reward_model, training)
     mean, _ = trained("cross-attention from the mean")
