@@ -70,8 +70,8 @@ def margins_of(rewards: Tensor) -> Tensor:
 def margins_of_all(rewards: Tensor, pairs: int) -> Tensor:
     """Margins [pairs] (or [pairs, D]) of a minibatch, in the order that one process would have.
 
-    rewards [2 n] (or [2 n, D]), chosen first: of this process's share (`processes.share`). The gradient is that of the share alone,
-    so the sum over processes is the gradient that one process would have.
+    rewards [2 n] (or [2 n, D]), chosen first: of this process's share (`processes.share`). The gradient is that of the
+    share alone, so the sum over processes is the gradient that one process would have.
     """
     own = margins_of(rewards)
     everywhere = processes.gather(own.detach()).clone()

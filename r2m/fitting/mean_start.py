@@ -1,8 +1,8 @@
 """The mean start: a cross-attention that reads the mean of the hidden states, its value path by ridge Bradley-Terry.
 
-With W_q = 0 all positions weigh alike: the pool c is their mean, and equations 1-3 are linear in it, r = g . c + w phi .
-H + b. The g of a given ridge is then found exactly. W_k stays as drawn, and through it W_q has a gradient: training
-goes on from there.
+With W_q = 0 all positions weigh alike: the pool c is their mean, and equations 1-3 are linear in it,
+r = g . c + w phi . H + b. The g of a given ridge is then found exactly. W_k stays as it is, and through it W_q has a
+gradient: training goes on from there.
 """
 
 from __future__ import annotations

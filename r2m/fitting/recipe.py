@@ -82,8 +82,9 @@ def fit_reward(
     "vanilla" at w = 1 and "fused" at w = Omega; the steps taken; `scale`: rewards were divided by it, so the head's own
     probability of a preference is sigmoid(scale * margin); and which start the cross-attention was trained from
     (`mean_start`), with accuracy and loss from either (see `warm_start`).
-    Raises ValueError for fewer pairs than processes, for pairs from which nothing is learned, for LoRA on a backbone that is quantised or
-    offloaded, and for `keep_head` with LoRA or without a policy; FloatingPointError for a loss that is not finite.
+    Raises ValueError for fewer pairs than processes, for pairs from which nothing is learned, for LoRA on a backbone
+    that is quantised or offloaded, and for `keep_head` with LoRA or without a policy; FloatingPointError for a loss
+    that is not finite.
     """
     check_list("pairs", pairs, "load_pairs")
     check_list("validation_pairs", validation_pairs, "load_pairs")
