@@ -59,10 +59,9 @@ def cross_validated(differences: Tensor, offsets: Tensor) -> tuple[Tensor, float
     """
     scale = differences.square().mean(0).sqrt().clamp_min(torch.finfo(differences.dtype).tiny)
     x, offsets = (differences / scale).double(), offsets.double()
-    # Solutions lie in the span of the pairs: N coordinates will do where these are fewer than features.
-    basis = torch.linalg.qr(x.T).Q if len(x) < x.shape[1] else torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    x = x @ basis
-    unit = x.square().sum(1).mean().item()
+    basis, coordinates = torch.linalg.qr(x.T)  # solutions lie in the span of the pairs: min(N, D) coordinates
+    x = coordinates.T
+    unit = x.square().sum(1).mean().item() or 1.0  # 0: the texts of every pair have the same states
     fold = torch.arange(len(x), device=x.device) * FOLDS // len(x)
     losses = torch.zeros(len(STRENGTHS))
     for left_out in fold.unique() if len(x) > 1 else ():
