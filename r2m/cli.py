@@ -164,8 +164,10 @@ def fit_reward(
         with _loading():
             import transformers
 
+            from r2m import processes
             from r2m.commands.fit_reward import fit_reward_from_files
 
+        processes.start(timeout_minutes=30)
         transformers.logging.set_verbosity_error()  # the head is new on purpose
         settings: dict[str, Any] = {
             "max_length": max_length,
@@ -197,9 +199,11 @@ def fit_reward(
             seed=seed,
             **{name: value for name, value in settings.items() if value is not None},
         )
-        for name, value in report.items():
-            typer.echo(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
-        typer.echo(f"reward model, fit.json and calibration.png are in {output}")
+        if processes.index() == 0:
+            for name, value in report.items():
+                typer.echo(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+            typer.echo(f"reward model, fit.json and calibration.png are in {output}")
+        processes.stop()
 
 
 @app.command()

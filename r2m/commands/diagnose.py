@@ -196,8 +196,8 @@ def diagnose_config(
             )
             for some, some_rte in ((training, train_rte), (stopping, stop_rte))
         )
-        steps = int(warm_start(reward_model, *batches)["warm_start_steps"])
-        about_attention = _cross_attention(before, observed(), steps, config.r2m.floor, output)
+        fit = warm_start(reward_model, *batches)
+        about_attention = _cross_attention(before, observed(), fit, config.r2m.floor, output)
         counts = {"training": len(training), "stopping": len(stopping), "measured": len(measured)}
         return _written(
             output,
@@ -260,9 +260,13 @@ def _hidden_states(depths: Sequence[int], pooled: Tensor, vanilla: Tensor, outpu
     return Part(findings, text, values)
 
 
-def _cross_attention(before: Observed, after: Observed, steps: int, floor: float, output: Path) -> Part:
-    """What the cross-attention learns from the pairs, and how its rewards relate to the vanilla ones."""
-    untrained, trained = "as it comes", f"after {steps} steps"
+def _cross_attention(before: Observed, after: Observed, fit: Mapping[str, float], floor: float, output: Path) -> Part:
+    """What the cross-attention learns from the pairs, and how its rewards relate to the vanilla ones.
+
+    fit: what `warm_start` returned.
+    """
+    steps = int(fit["warm_start_steps"])
+    untrained, trained = "as it comes", f"after {steps} steps" + (" from the mean state" if fit["mean_start"] else "")
     states = {untrained: before, trained: after}
     right = {name: accuracies(state, floor) for name, state in states.items()}
     aligned = {name: alignment(state, floor) for name, state in states.items()}
@@ -314,6 +318,7 @@ def _cross_attention(before: Observed, after: Observed, steps: int, floor: float
         ),
     ]
     values = {
+        "mean_start": fit["mean_start"],
         "warm_start_steps": steps,
         "accuracy": {name: _plain(values) for name, values in right.items()},
         "accuracy_change": _plain(change),

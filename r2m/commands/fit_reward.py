@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from r2m import processes
 from r2m.commands.build import load_key
 from r2m.data.sources import Preference, load_pairs
 from r2m.devices import compute_dtype
@@ -25,6 +27,7 @@ from r2m.runs.checkpoint import new_folder
 FIT_REPORT = "fit.json"
 
 
+@processes.ends_all()
 def fit_reward_from_files(
     pairs: str | Path,
     reward_model: str | Path,
@@ -57,6 +60,8 @@ def fit_reward_from_files(
     lora_rank, learning_rate, batch_size, keep_head, max_epochs, tolerance: see `fit_reward`.
     settings: those of a new reward model that differ from the defaults (`R2MRewardModel.from_pretrained`).
 
+    Of several processes (`processes.start`) each reads all pairs and computes its share; the first writes the folder.
+
     The folder is a sequence-classification checkpoint and, given the policy, an R2M reward model. Returns what it
     writes to `fit.json`. Raises what `fit_reward` and the loaders raise; ValueError for fewer than ten pairs without
     `held_out`, for settings that a saved R2M reward model contradicts, for `keep_head` of a model without a head, and
@@ -69,7 +74,8 @@ def fit_reward_from_files(
     how: Any = {"columns": columns, "skip_invalid": skip_invalid}
     training = load_pairs(pairs, **how)
     validation = None if held_out is None else load_pairs(held_out, **how)
-    with new_folder(output):
+    writes = processes.index() == 0
+    with new_folder(output) if writes else nullcontext():
         torch.manual_seed(seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = compute_dtype(device) if dtype is None else dtype
@@ -151,12 +157,13 @@ def fit_reward_from_files(
             cache=True,
             calibration_plot=output / "calibration.png",
         )
-        with waiting(f"writing {output}"):
-            if policy is not None:
-                model.save_pretrained(output, include_backbone=True)
-            else:
-                model.save_classifier(output)
-        (output / FIT_REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        if writes:
+            with waiting(f"writing {output}"):
+                if policy is not None:
+                    model.save_pretrained(output, include_backbone=True)
+                else:
+                    model.save_classifier(output)
+            (output / FIT_REPORT).write_text(json.dumps(report, indent=2) + "\n")
         return report
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, compress, groupby, pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -146,32 +146,42 @@ def usable_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]
     Completions are those of `encode_responses`. Raises ValueError if no pair is left.
     """
     check_list("pairs", pairs, "load_pairs")
-    prompts = [pair.prompt for pair in pairs]
-    prompt_ids = encode_prompts(tokenizer, prompts)
-    chosen, rejected = (
-        encode_responses(tokenizer, prompts, prompt_ids, texts)
-        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
-    )
-    lengths = [tuple(map(len, ids)) for ids in zip(prompt_ids, chosen, rejected, strict=True)]
-    fits = [min(p, c, r) > 0 and p + max(c, r) <= max_tokens for p, c, r in lengths]
-    return _usable_pairs(pairs, fits, max_tokens)
+
+    def fit(some: Sequence[Preference]) -> list[bool]:
+        prompts = [pair.prompt for pair in some]
+        prompt_ids = encode_prompts(tokenizer, prompts)
+        chosen, rejected = (
+            encode_responses(tokenizer, prompts, prompt_ids, texts)
+            for texts in ([pair.chosen for pair in some], [pair.rejected for pair in some])
+        )
+        lengths = [tuple(map(len, ids)) for ids in zip(prompt_ids, chosen, rejected, strict=True)]
+        return [min(p, c, r) > 0 and p + max(c, r) <= max_tokens for p, c, r in lengths]
+
+    return _usable_pairs(pairs, fit, max_tokens)
 
 
 def usable_whole_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], max_tokens: int, *, suffix: str = ""
 ) -> list[Preference]:
     """The same for a reward model, which reads either text as `encode_whole` gives it."""
-    prompts = [pair.prompt for pair in pairs]
-    chosen, rejected = (
-        encode_whole(tokenizer, prompts, texts, suffix=suffix)
-        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
-    )
-    fits = [0 < len(c) <= max_tokens and 0 < len(r) <= max_tokens for c, r in zip(chosen, rejected, strict=True)]
-    return _usable_pairs(pairs, fits, max_tokens)
+
+    def fit(some: Sequence[Preference]) -> list[bool]:
+        prompts = [pair.prompt for pair in some]
+        chosen, rejected = (
+            encode_whole(tokenizer, prompts, texts, suffix=suffix)
+            for texts in ([pair.chosen for pair in some], [pair.rejected for pair in some])
+        )
+        return [0 < len(c) <= max_tokens and 0 < len(r) <= max_tokens for c, r in zip(chosen, rejected, strict=True)]
+
+    return _usable_pairs(pairs, fit, max_tokens)
 
 
-def _usable_pairs(pairs: Sequence[Preference], fits: Sequence[bool], max_tokens: int) -> list[Preference]:
-    kept = list(compress(pairs, fits))
+def _usable_pairs(
+    pairs: Sequence[Preference], fit: Callable[[Sequence[Preference]], list[bool]], max_tokens: int
+) -> list[Preference]:
+    # A batch at a time: the tokens of all pairs take several times the memory of their texts.
+    starts = range(0, len(pairs), _BATCH)
+    kept = [pair for i in starts for pair in compress(pairs[i : i + _BATCH], fit(pairs[i : i + _BATCH]))]
     if not kept:
         raise ValueError(
             f"pairs: none of {len(pairs)} has prompt and completions of at least 1 token each and at most {max_tokens} "

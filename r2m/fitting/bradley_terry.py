@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2m.fitting.pairs import Batches
+from r2m import processes
+from r2m.fitting.pairs import Batches, Feedback
 from r2m.method.reward_model import R2MRewardModel
 from r2m.progress import track
 
@@ -28,9 +29,13 @@ def pair_accuracy(rewards: Tensor) -> float:
 @torch.no_grad()
 def fused_margins(reward_model: R2MRewardModel, batches: Batches) -> Tensor:
     """Reward of the chosen less that of the rejected text, at w = Omega: [N], in the order of the batches."""
-    return torch.cat(
-        [margins_of(reward_model.score(rte, hidden, cu_seqlens=cu_seqlens)) for rte, hidden, cu_seqlens in batches]
-    )
+    return torch.cat([batch_margins(reward_model, batch) for batch in batches])
+
+
+def batch_margins(reward_model: R2MRewardModel, batch: Feedback) -> Tensor:
+    """The same of one minibatch, differentiable in the trained part (see `margins_of_all`)."""
+    rewards = reward_model.score(batch.rte, batch.hidden, cu_seqlens=batch.cu_seqlens)
+    return margins_of_all(rewards, batch.pairs)
 
 
 def reliability(margins: Tensor) -> list[tuple[float, float, int]]:
@@ -52,7 +57,7 @@ def measures(name: str, margins: Tensor) -> dict[str, float]:
     errors = (count * abs(accuracy - confidence) for confidence, accuracy, count in reliability(margins))
     return {
         f"accuracy_{name}": (margins > 0).float().mean().item(),
-        f"loss_{name}": -F.logsigmoid(margins).mean().item(),
+        f"loss_{name}": bradley_terry(margins).item(),
         f"calibration_error_{name}": sum(errors) / len(margins),
     }
 
@@ -62,8 +67,20 @@ def margins_of(rewards: Tensor) -> Tensor:
     return chosen - rejected
 
 
-def bradley_terry(rewards: Tensor) -> Tensor:
-    return -F.logsigmoid(margins_of(rewards)).mean()
+def margins_of_all(rewards: Tensor, pairs: int) -> Tensor:
+    """Margins [pairs] (or [pairs, D]) of a minibatch, in the order that one process would have.
+
+    rewards [2 n] (or [2 n, D]), chosen first: of this process's share (`processes.share`). The gradient is that of the
+    share alone, so the sum over processes is the gradient that one process would have.
+    """
+    own = margins_of(rewards)
+    everywhere = processes.gather(own.detach()).clone()
+    everywhere[processes.index() :: processes.number()] = own
+    return everywhere[:pairs]
+
+
+def bradley_terry(margins: Tensor) -> Tensor:
+    return -F.logsigmoid(margins).mean()
 
 
 @torch.no_grad()
@@ -89,7 +106,8 @@ def minimize(
     `tolerance` of its first value; keeps and counts the best step. The held-out loss is taken four times an epoch.
 
     The first value is the yardstick, and not the present one: of pairs that are easy to tell apart the loss falls by
-    the same share in every step, and never ends.
+    the same share in every step, and never ends. Of several processes each has the gradient of its share of a batch
+    (`margins_of_all`); they start equal, and all take the same steps.
     """
     epoch = len(batches)
     every, patience = max(1, epoch // 4), max(20, epoch)
@@ -101,7 +119,7 @@ def minimize(
     for step in track(range(max_steps + 1), f"fitting the {what}, step"):
         if step % every == 0 or step == max_steps:
             with torch.no_grad():
-                current = held_out_loss().item()
+                current = processes.from_first(held_out_loss().item())  # all stop at the same step
             if not math.isfinite(current):
                 raise FloatingPointError(
                     f"Bradley-Terry fit of the {what}: the held-out loss is {current}, step {step}"
@@ -129,6 +147,9 @@ def minimize(
                 break
         optimizer.zero_grad(set_to_none=True)
         loss(next(stream)).backward()
+        for p in parameters:
+            if p.grad is not None:
+                p.grad = processes.total(p.grad)
         optimizer.step()
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):

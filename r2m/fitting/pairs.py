@@ -13,7 +13,7 @@ import random
 import tempfile
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,14 @@ logger = logging.getLogger(__name__)
 STATISTICS_PAIRS = 4096  # the hidden states of so many pairs, a million tokens or more, give their mean and deviation
 CACHED_TEXTS = 4096  # RTEs in one file of the cache: what an interruption loses at most
 
-# RTEs [2 N, D_rm], hidden states packed [total, D_p], cu_seqlens int32 [2 N + 1]; chosen rows first
-Feedback = tuple[Tensor, Tensor, Tensor]
+
+class Feedback(NamedTuple):
+    """A minibatch of pairs, or a process's share of it: n pairs, the chosen rows first."""
+
+    rte: Tensor  # [2 n, D_rm]
+    hidden: Tensor  # packed [total, D_p]
+    cu_seqlens: Tensor  # int32 [2 n + 1]
+    pairs: int  # of all processes
 
 
 class Batches(Sized, Iterable[Any], Protocol):
@@ -62,6 +68,22 @@ def embed_pairs(
             rows = [reward_model.encode(p, text) for p, text in zip(prompts[part], completions[part], strict=True)]
             parts.append(_cached_embeddings(reward_model, rows, batch_size))
     return torch.cat(parts)
+
+
+def embed_by_share(
+    reward_model: R2MRewardModel, pairs: list[Preference], batch_size: int | Tokens = 32, cache: bool = False
+) -> Tensor:
+    """`embed_pairs` of the same pairs in all processes: each embeds its share, and has the RTEs of all."""
+    own = embed_pairs(reward_model, processes.share(pairs), batch_size, cache)
+    by_pair = processes.gather(own.unflatten(0, (2, -1)).transpose(0, 1))[: len(pairs)]  # [N, 2, D_rm]
+    return by_pair.transpose(0, 1).flatten(0, 1)
+
+
+def share_of(rte: Tensor) -> Tensor:
+    """This process's share [2 n, D_rm] of the RTEs of all pairs [2 N, D_rm]; alone, not a copy."""
+    if processes.number() == 1:
+        return rte
+    return rte.unflatten(0, (2, -1))[:, processes.share(range(len(rte) // 2))].flatten(0, 1)
 
 
 def _cached_embeddings(reward_model: R2MRewardModel, rows: list[list[int]], batch_size: int | Tokens) -> Tensor:
@@ -117,26 +139,30 @@ def feedback_batches(
     hidden_budget: int,
     positions: str,
 ) -> Batches:
-    """The pairs as `Feedback`: one batch, kept, if the hidden states take at most `hidden_budget` bytes.
+    """The pairs as `Feedback`: one batch, kept, if the hidden states take at most `hidden_budget` bytes a process.
 
     Else shuffled minibatches of `batch_size` pairs, for which the policy runs again in every epoch.
     rte: [2 N, D_rm], chosen first. micro_batch: what runs at a time. positions: see `collate`.
+    Of several processes, seeded alike, each has its share of every batch.
     """
 
     def batch_of(indices: list[int]) -> Feedback:
-        rollout = tokenize_pairs(policy, tokenizer, [pairs[i] for i in indices], positions)
-        packed = pack_hidden(policy, rollout, micro_batch)
-        return rte.unflatten(0, (2, -1))[:, indices].flatten(0, 1), *packed
+        own = processes.share(indices)
+        rollout = tokenize_pairs(policy, tokenizer, [pairs[i] for i in own], positions)
+        hidden, cu_seqlens = pack_hidden(policy, rollout, micro_batch)
+        return Feedback(rte.unflatten(0, (2, -1))[:, own].flatten(0, 1), hidden, cu_seqlens, len(indices))
 
     indices: list[int] = list(range(len(pairs)))
     model: Any = policy_backbone(policy)
     token_bytes = hidden_width(model) * model.dtype.itemsize
-    needed = token_bytes * sum(_count_tokens(tokenizer, pair) for pair in track(pairs, "counting tokens, pair"))
+    own = processes.share(pairs)
+    tokens = sum(_count_tokens(tokenizer, pair) for pair in track(own, "counting tokens, pair"))
+    needed = token_bytes * max(processes.greatest([tokens]))
     if needed <= hidden_budget:
         return [batch_of(indices)]
     logger.info(
         "hidden states of %d pairs take %.1f GiB, over %.1f: the policy runs for every minibatch",
-        len(pairs),
+        len(own),
         needed / 2**30,
         hidden_budget / 2**30,
     )
@@ -218,7 +244,10 @@ def take_statistics(
     positions: see `collate`; batch_size: what runs at a time.
     """
     some = pairs if len(pairs) <= STATISTICS_PAIRS else random.Random(0).sample(pairs, STATISTICS_PAIRS)
-    rollout = tokenize_pairs(policy, tokenizer, some, positions)
+    own = processes.share(some)
+    rollout = tokenize_pairs(policy, tokenizer, own, positions)
+    if processes.index() + (len(own) - 1) * processes.number() >= len(some):  # the last comes again, to count once
+        rollout.feedback_mask[[len(own) - 1, -1]] = False
     with phase("statistics of standardisation"):
         reward_model.set_statistics(rte, *feature_statistics(stream_hidden(policy, rollout, batch_size)))
 

@@ -1,30 +1,35 @@
 """Fitting the reward model on human preferences before training: the linear head, with or without a low-rank adapter of
-the backbone, then the cross-attention's warm start. All by Bradley-Terry, stopped where the held-out loss is lowest."""
+the backbone, then the cross-attention's warm start, from what it is or from the mean of the states. All by
+Bradley-Terry, stopped where the held-out loss is lowest."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from r2m import processes
 from r2m.data.sources import Preference, check_list
 from r2m.fitting.bradley_terry import (
+    batch_margins,
     bradley_terry,
     fused_margins,
     margins_of,
+    margins_of_all,
     measures,
     minimize,
     normalize,
     reliability,
 )
-from r2m.fitting.pairs import Batches, Feedback, embed_pairs, feedback_batches, take_statistics
+from r2m.fitting.mean_start import mean_start
+from r2m.fitting.pairs import Batches, embed_by_share, feedback_batches, share_of, take_statistics
 from r2m.method.reward_model import R2MRewardModel
 from r2m.plots import plot_calibration
 from r2m.policy.load import linear_layers
@@ -65,23 +70,28 @@ def fit_reward(
     keep_head: leave the head as it is, and warm-start the cross-attention alone.
     max_epochs: passes over `pairs` in each stage, at most; None: 2000 steps, or 5 passes where these are more. What is
         fitted as one batch takes one step a pass.
-    hidden_budget: bytes. Hidden states of the policy that take no more, for `pairs` and `validation_pairs` each, are
-        computed once and fitted as one batch; others anew for every minibatch.
+    hidden_budget: bytes a process. Hidden states of the policy that take no more, for `pairs` and `validation_pairs`
+        each, are computed once and fitted as one batch; others anew for every minibatch.
     cache: keep the frozen backbone's RTEs in `embeddings` in the cache directory (`R2M_CACHE`).
     calibration_plot: where to draw the held-out pairs' reliability diagram (png).
 
+    Several processes, with the same pairs and the same random seed, fit as one does: each runs its share of the pairs
+    through the models, and all end with the same weights. Every process has the RTEs of all pairs.
+
     Returns, on the held-out pairs, accuracy, Bradley-Terry loss and expected calibration error (see `reliability`),
-    "vanilla" at w = 1 and "fused" at w = Omega; the steps taken; and `scale`: rewards were divided by it, so the
-    head's own probability of a preference is sigmoid(scale * margin).
-    Raises ValueError for no pairs, for pairs from which nothing is learned, for LoRA on a backbone that is quantised or
-    offloaded, and for `keep_head` with LoRA or without a policy; FloatingPointError for a loss that is not finite.
+    "vanilla" at w = 1 and "fused" at w = Omega; the steps taken; `scale`: rewards were divided by it, so the head's own
+    probability of a preference is sigmoid(scale * margin); and which start the cross-attention was trained from
+    (`mean_start`), with accuracy and loss from either (see `warm_start`).
+    Raises ValueError for fewer pairs than processes, for pairs from which nothing is learned, for LoRA on a backbone
+    that is quantised or offloaded, and for `keep_head` with LoRA or without a policy; FloatingPointError for a loss
+    that is not finite.
     """
     check_list("pairs", pairs, "load_pairs")
     check_list("validation_pairs", validation_pairs, "load_pairs")
-    if not pairs or not validation_pairs:
-        raise ValueError(
-            f"{len(pairs)} pairs and {len(validation_pairs)} validation_pairs; expected at least 1 of each"
-        )
+    least = processes.number()
+    if min(len(pairs), len(validation_pairs)) < least:
+        of_each = f"at least {least} of each" + (", one a process" if least > 1 else "")
+        raise ValueError(f"{len(pairs)} pairs and {len(validation_pairs)} validation_pairs; expected {of_each}")
     if policy is not None and tokenizer is None:
         raise ValueError("tokenizer is None; expected the policy's tokenizer beside the policy")
     if lora_rank and (reward_model.is_quantized or reward_model.offload):
@@ -100,7 +110,7 @@ def fit_reward(
 
     def embed(cache: bool) -> list[Tensor]:
         with phase("embedding the pairs"):
-            return [embed_pairs(reward_model, p, batch_size=texts, cache=cache) for p in (pairs, validation_pairs)]
+            return [embed_by_share(reward_model, p, texts, cache) for p in (pairs, validation_pairs)]
 
     train_rte, held_out_rte = embed(cache)
     if policy is not None and reward_model.needs_statistics:
@@ -143,7 +153,7 @@ def fit_reward(
         report |= warm_start(reward_model, training, held_out, **limits)
         reward_model.config.positions = positions
         bins |= {f"w = {reward_model.config.floor:g}": reliability(fused_margins(reward_model, held_out))}
-    if calibration_plot is not None:
+    if calibration_plot is not None and processes.index() == 0:
         plot_calibration(bins, calibration_plot)
     return report
 
@@ -164,12 +174,13 @@ def fit_head(
     with torch.no_grad():
         head.weight.zero_()  # indifferent, whatever the checkpoint's head or a fresh one's noise said
         training, held_out = reward_model.standardized(rte), reward_model.standardized(held_out_rte)
+    pairs = len(training) // 2
     steps = minimize(
         "head",
         [head.weight],
-        lambda z: bradley_terry(head(z)),
-        [training],
-        lambda: bradley_terry(head(held_out)),
+        lambda z: bradley_terry(margins_of_all(head(z), pairs)),
+        [share_of(training)],
+        lambda: bradley_terry(margins_of(head(held_out))),
         3e-4,
         max_epochs,
         tolerance,
@@ -202,16 +213,21 @@ def fit_lora(
     adapted = get_peft_model(reward_model.backbone, adapter)
 
     def loss(batch: list[Preference]) -> Tensor:
-        rows = [reward_model.encode(p.prompt, p.chosen) for p in batch]
-        rows += [reward_model.encode(p.prompt, p.rejected) for p in batch]
-        return bradley_terry(reward_model.vanilla_score(reward_model.run_backbone(rows)))
+        own = processes.share(batch)
+        rows = [reward_model.encode(p.prompt, p.chosen) for p in own]
+        rows += [reward_model.encode(p.prompt, p.rejected) for p in own]
+        return bradley_terry(margins_of_all(reward_model.vanilla_score(reward_model.run_backbone(rows)), len(batch)))
+
+    def held_out_loss() -> Tensor:
+        rte = embed_by_share(reward_model, validation_pairs, 2 * batch_size)
+        return bradley_terry(margins_of(reward_model.vanilla_score(rte)))
 
     steps = minimize(
         "adapter",
         [reward_model.head.weight, *(p for p in adapted.parameters() if p.requires_grad)],
         loss,
         DataLoader(pairs, batch_size=batch_size, shuffle=True, collate_fn=list),  # type: ignore[arg-type]
-        lambda: bradley_terry(reward_model.vanilla_score(embed_pairs(reward_model, validation_pairs, 2 * batch_size))),
+        held_out_loss,
         learning_rate,
         max_epochs,
         tolerance,
@@ -230,24 +246,41 @@ def warm_start(
 ) -> dict[str, float]:
     """Bradley-Terry for the cross-attention alone, at w = Omega; the head, and so the score at w = 1, stays as it is.
 
-    training, held_out: the pairs as `Feedback`, in one batch or several, such as `feedback_batches` gives.
-    max_epochs, tolerance: see `fit_reward`.
+    Trained from two starts: as it is ("drawn"), and from the mean of the states (`mean_start`). Kept is the one of the
+    lower held-out loss; the report has accuracy and loss of both. training, held_out: the pairs as `Feedback`, in one
+    batch or several, such as `feedback_batches` gives. max_epochs, tolerance: see `fit_reward`.
     """
+    attention = reward_model.attention
 
-    def loss(batch: Feedback) -> Tensor:
-        rte, hidden, cu_seqlens = batch
-        return bradley_terry(reward_model.score(rte, hidden, cu_seqlens=cu_seqlens))
+    def trained(what: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+        steps = minimize(
+            what,
+            list(attention.parameters()),
+            lambda batch: bradley_terry(batch_margins(reward_model, batch)),
+            training,
+            lambda: bradley_terry(fused_margins(reward_model, held_out)),
+            1e-4,
+            max_epochs,
+            tolerance,
+        )
+        report = {"warm_start_steps": steps} | measures("fused", fused_margins(reward_model, held_out))
+        return report, copy.deepcopy(attention.state_dict())
 
-    steps = minimize(
-        "cross-attention",
-        list(reward_model.attention.parameters()),
-        loss,
-        training,
-        lambda: -F.logsigmoid(fused_margins(reward_model, held_out)).mean(),
-        1e-4,
-        max_epochs,
-        tolerance,
-    )
-    if steps == 0:
-        logger.warning("warm start: no step lowers the held-out loss; the cross-attention stays as it was drawn")
-    return {"warm_start_steps": steps} | measures("fused", fused_margins(reward_model, held_out))
+    as_it_is = copy.deepcopy(attention.state_dict())
+    drawn, weights = trained("cross-attention")
+    if reward_model.config.floor == 1:  # rewards do not read it
+        return {"mean_start": False} | drawn
+    attention.load_state_dict(as_it_is)
+    ridge = mean_start(reward_model, training)
+    mean, _ = trained("cross-attention from the mean")
+    is_better = mean["loss_fused"] < drawn["loss_fused"]
+    if not is_better:
+        attention.load_state_dict(weights)
+        if drawn["warm_start_steps"] == 0:
+            logger.warning("warm start: no step lowers the held-out loss; the cross-attention stays as it was drawn")
+    figures = {
+        f"{measure}_from_{start}": report[f"{measure}_fused"]
+        for start, report in (("mean", mean), ("drawn", drawn))
+        for measure in ("accuracy", "loss")
+    }
+    return {"mean_start": is_better, "ridge": ridge} | (mean if is_better else drawn) | figures

@@ -363,8 +363,8 @@ def test_before_a_run_everything_is_measured_and_no_file_of_the_reward_model_cha
     values = json.loads((out / "diagnostics.json").read_text())
     assert values["pairs"] == {"training": 15, "stopping": 5, "measured": 20} and values["floor"] == 0.5
     assert [row["depth"] for row in values["depths"]] == [0, 1, 2]
-    steps = values["warm_start_steps"]
-    assert set(values["accuracy"]) == set(values["alignment"]) == {"as it comes", f"after {steps} steps"}
+    trained = f"after {values['warm_start_steps']} steps" + (" from the mean state" if values["mean_start"] else "")
+    assert set(values["accuracy"]) == set(values["alignment"]) == {"as it comes", trained}
     # The reward model is read as saved: the vanilla reward's accuracy does not depend on training.
     assert len({state["vanilla"]["value"] for state in values["accuracy"].values()}) == 1
     change = [state["aggregated"]["value"] for state in values["accuracy"].values()]

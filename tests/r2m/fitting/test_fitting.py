@@ -10,8 +10,17 @@ import torch
 
 from r2m import Preference, R2MRewardModel, fit_reward
 from r2m.config import R2M
-from r2m.fitting.bradley_terry import pair_accuracy
-from r2m.fitting.pairs import embed_pairs, feature_statistics, pack_hidden, score_rollout, stream_hidden, tokenize_pairs
+from r2m.fitting.bradley_terry import batch_margins, fused_margins, pair_accuracy
+from r2m.fitting.mean_start import STRENGTHS, cross_validated, mean_start, ridge
+from r2m.fitting.pairs import (
+    Feedback,
+    embed_pairs,
+    feature_statistics,
+    pack_hidden,
+    score_rollout,
+    stream_hidden,
+    tokenize_pairs,
+)
 from r2m.fitting.recipe import fit_head, warm_start
 from r2m.method.updater import R2MUpdater
 from r2m.policy.rollout import collate, micro_batches
@@ -19,7 +28,8 @@ from r2m.policy.rollout import collate, micro_batches
 WORDS = ["film", "story", "plot", "cast", "music", "ending"]
 PAIRS = [Preference(f"the {word} is ", "good!", "so bad") for word in WORDS]
 VANILLA = {"head_steps", "scale", "accuracy_vanilla", "loss_vanilla", "calibration_error_vanilla"}
-FUSED = {"warm_start_steps", "accuracy_fused", "loss_fused", "calibration_error_fused"}
+FUSED = {"warm_start_steps", "accuracy_fused", "loss_fused", "calibration_error_fused", "mean_start", "ridge"}
+FUSED |= {f"{measure}_from_{start}" for measure in ("accuracy", "loss") for start in ("mean", "drawn")}
 HELD_OUT = [Preference(f"my {word} was ", "good!", "so bad") for word in WORDS[:3]]
 
 
@@ -122,32 +132,29 @@ def test_a_limit_of_epochs_ends_the_fit_and_says_how_to_go_on(reward_model, capl
 
 
 def feedback(count, seed, *, sign=1.0):
-    """(rte, packed hidden states, cu_seqlens) in which chosen texts differ by their hidden states alone."""
+    """Pairs in which chosen texts differ by their hidden states alone."""
     torch.manual_seed(seed)
     lengths = torch.randint(1, 7, (2 * count,))
     hidden = torch.randn(int(lengths.sum()), 32)
     is_chosen = torch.repeat_interleave(torch.arange(2 * count) < count, lengths)
     hidden[:, 0] += sign * 3 * is_chosen
     cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
-    return torch.randn(2 * count, 24), hidden, cu_seqlens
+    return Feedback(torch.randn(2 * count, 24), hidden, cu_seqlens, count)
 
 
-def bradley_terry(reward_model, data):
-    rte, hidden, cu_seqlens = data
-    chosen, rejected = reward_model.score(rte, hidden, cu_seqlens=cu_seqlens).detach().chunk(2)
-    return -torch.nn.functional.logsigmoid(chosen - rejected).mean().item()
+def bradley_terry(reward_model, batch):
+    return -torch.nn.functional.logsigmoid(fused_margins(reward_model, [batch])).mean().item()
 
 
 def test_the_warm_start_learns_from_hidden_states_and_touches_the_attention_alone(reward_model):
     training, held_out = feedback(40, 0), feedback(20, 1)
     before, loss = copies(reward_model), bradley_terry(reward_model, held_out)
-    scores = reward_model.vanilla_score(held_out[0])
+    scores = reward_model.vanilla_score(held_out.rte)
     report = warm_start(reward_model, [training], [held_out])
-    assert report["warm_start_steps"] > 0
-    assert changed(reward_model, before) == {f"attention.w_{x}" for x in "qkvo"}
-    assert torch.equal(reward_model.vanilla_score(held_out[0]), scores)
+    assert "attention.w_v" in changed(reward_model, before) <= {f"attention.w_{x}" for x in "qkvo"}
+    assert torch.equal(reward_model.vanilla_score(held_out.rte), scores)
     assert bradley_terry(reward_model, held_out) < loss
-    fused = reward_model.score(held_out[0], held_out[1], weight=0.6, cu_seqlens=held_out[2])
+    fused = reward_model.score(held_out.rte, held_out.hidden, weight=0.6, cu_seqlens=held_out.cu_seqlens)
     assert report["accuracy_fused"] == pair_accuracy(fused)
 
 
@@ -155,7 +162,65 @@ def test_a_warm_start_that_does_not_help_changes_nothing(reward_model):
     before = copies(reward_model)
     report = warm_start(reward_model, [feedback(40, 0)], [feedback(20, 1, sign=-1.0)])
     assert report["warm_start_steps"] == 0
+    assert not report["mean_start"]
+    assert report["loss_fused"] == report["loss_from_drawn"] < report["loss_from_mean"]
     assert changed(reward_model, before) == set()
+
+
+# ---- the mean start ----
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_mean_start_is_the_head_and_a_linear_reward_of_the_mean_state(reward_checkpoint, policy, heads):
+    reward_model = tiny.reward_model(reward_checkpoint, policy, num_heads=heads, standardize=True)
+    reward_model.set_statistics(3 * torch.randn(9, 24), torch.randn(32), torch.rand(32) + 0.5)
+    batch = feedback(40, 0)
+    scores, loss = reward_model.vanilla_score(batch.rte), bradley_terry(reward_model, batch)
+    assert mean_start(reward_model, [batch]) in STRENGTHS
+    assert torch.equal(reward_model.vanilla_score(batch.rte), scores)
+    assert bradley_terry(reward_model, batch) < loss
+    of_attention = reward_model.score(batch.rte, batch.hidden, cu_seqlens=batch.cu_seqlens) - 0.6 * scores
+    means = torch.stack([rows.mean(0) for rows in batch.hidden.split(batch.cu_seqlens.diff().tolist())])
+    means, of_attention = (x.double() - x.double().mean(0) for x in (means, of_attention.detach()))
+    direction = torch.linalg.lstsq(means, of_attention).solution
+    torch.testing.assert_close(means @ direction, of_attention, rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_on_from_the_mean_start(reward_model):
+    """W_q is 0 there, and so is the gradient of W_k, but W_q has one."""
+    batch = feedback(40, 0)
+    mean_start(reward_model, [batch])
+    torch.nn.functional.softplus(-batch_margins(reward_model, batch)).mean().backward()
+    gradients = {name: p.grad.abs().max() for name, p in reward_model.attention.named_parameters()}
+    assert gradients.pop("w_k") == 0
+    assert min(gradients.values()) > 0
+
+
+def test_the_mean_start_is_kept_where_the_held_out_loss_is_lower(reward_model):
+    report = warm_start(reward_model, [feedback(40, 0)], [feedback(20, 1)], max_epochs=1)
+    assert report["mean_start"]
+    assert report["loss_fused"] == report["loss_from_mean"] < report["loss_from_drawn"]
+    assert report["accuracy_fused"] == report["accuracy_from_mean"]
+
+
+def test_the_ridge_is_at_its_minimum_also_where_pairs_are_separable():
+    torch.manual_seed(0)
+    x, offsets = torch.randn(12, 30).double(), torch.randn(12).double()
+    theta = ridge(x, offsets, 0.01, torch.zeros(30).double()).requires_grad_()
+    loss = torch.nn.functional.softplus(-offsets - x @ theta).sum() + 0.005 * theta.square().sum()
+    (gradient,) = torch.autograd.grad(loss, theta)
+    assert gradient.abs().max() < 1e-4
+
+
+def test_cross_validation_trusts_clear_pairs_more_than_noise():
+    torch.manual_seed(0)
+    noise, offsets = torch.randn(100, 30), torch.zeros(100)
+    _, of_noise = cross_validated(noise, offsets)
+    clear = noise + torch.eye(30)[0] * 2
+    direction, of_clear = cross_validated(clear, offsets)
+    assert of_clear < of_noise
+    assert direction.argmax() == 0
+    assert cross_validated(noise[:1], offsets[:1])[1] == STRENGTHS[0]  # one pair leaves nothing to validate on
 
 
 # ---- both, from texts ----
@@ -165,7 +230,7 @@ def test_a_warm_start_that_does_not_help_changes_nothing(reward_model):
 def test_a_reward_model_fitted_on_texts_ranks_held_out_texts(reward_checkpoint, policy, tokenizer, standardize):
     reward_model = tiny.reward_model(reward_checkpoint, policy, standardize=standardize)
     policy_before, backbone_before = copies(policy), copies(reward_model.backbone)
-    report = fit_reward(reward_model, PAIRS, HELD_OUT, policy=policy, tokenizer=tokenizer)
+    report = fit_reward(reward_model, PAIRS, HELD_OUT, policy=policy, tokenizer=tokenizer, max_epochs=100)
     assert report.keys() == VANILLA | FUSED
     rte, rollout = embed_pairs(reward_model, HELD_OUT), tokenize_pairs(policy, tokenizer, HELD_OUT)
     vanilla = reward_model.vanilla_score(rte)
