@@ -5,8 +5,8 @@ resumes.
 
 A policy of random weights, in a checkpoint of float32 or, with --stored bfloat16, of the dtype most have. Counted is
 anonymous memory (RssAnon of /proc/self/status, every 5 ms) above what the process has before it loads the policy. Pages
-of mapped files are left out: the system drops them where it needs room. The aim is 1.2 of (weights + optimizer +
-reference) / processes + the largest block, which FSDP gathers as one.
+of mapped files are left out: the system drops them where it needs room. The aim is 1.2 times (weights + optimizer +
+reference) / processes, and the largest block, which FSDP gathers as one. More is an error.
 """
 
 from __future__ import annotations
@@ -60,13 +60,15 @@ def main() -> None:
         sizes = [4 * p.numel() for p in model.parameters()]
         block = 4 * sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name)
         del model
-        ideal = 4 * sum(sizes) / PROCESSES + block  # weights, reference, and AdamW's two moments
+        aim = 1.2 * 4 * sum(sizes) / PROCESSES + block  # weights, reference, and AdamW's two moments
         print(f"weights {sum(sizes) / 1e6:.0f} MB, largest block {block / 1e6:.0f} MB", flush=True)
+        over = False
         for stage in ("start", "resume"):
             for rank, peaks in enumerate(run(folder)):
                 for name, peak in peaks.items():
-                    share = f"{peak / ideal:.2f} of {ideal / 1e6:.0f} MB"
-                    print(f"{stage}, process {rank}, {name}: {peak / 1e6:.0f} MB, {share}", flush=True)
+                    over = over or peak > aim
+                    print(f"{stage}, process {rank}, {name}: {peak / 1e6:.0f} MB; aim: {aim / 1e6:.0f} MB", flush=True)
+        sys.exit("a process took more than the aim" if over else 0)
 
 
 def run(folder: Path) -> list[dict[str, float]]:

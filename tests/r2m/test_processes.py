@@ -245,6 +245,13 @@ def test_accelerate_launch_runs_the_command_line(tmp_path, reward_checkpoint):
     assert (tmp_path / "run" / "metrics.png").is_file()
 
 
+def test_a_process_takes_its_share_of_memory():
+    """While a sharded run starts, saves and resumes; the script fails where it is more."""
+    script = Path(__file__).parents[2] / "benchmarks" / "sharded.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=4 * TIMEOUT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ---- shares ----
 
 
