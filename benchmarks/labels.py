@@ -145,7 +145,7 @@ def drift(rounds: int = 100) -> None:
             rewards = model.score(rte[order], hidden[order], mask=mask[order], weight=updater.weight).detach()
             labels.ask([""] * len(order), [TEXTS[i] for i in order], rewards, t)
             updater.step(rewards, labels.loss())
-            if t in (10, 30, rounds):
+            if t in (10, RESERVOIR // 12, rounds):  # the second is when it leaves the reservoir
                 with torch.no_grad():
                     exact = model.score(rte, hidden, mask=mask, weight=updater.weight).view(-1, 2)
                     exact = exact[:, 0] - exact[:, 1]

@@ -115,11 +115,12 @@ def test_functions_and_commands_are_labellers(tmp_path):
     assert told(f"{sys.executable} {file}", PAIRS) == ([None, 0.75], "", False)
 
 
-def test_the_pages_verifier_is_a_labeller(tmp_path):
-    page = (Path(__file__).parents[3] / "docs" / "labels.md").read_text()
-    (tmp_path / "verifier.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+def test_the_pages_verifier_is_the_examples_and_a_labeller():
+    root = Path(__file__).parents[3]
+    code = re.search(r"```python\n(.*?)```", (root / "docs" / "labels.md").read_text(), re.DOTALL)[1]
+    assert (root / "examples" / "verifier.py").read_text().endswith(code)
     pairs = [Pair("2 + 3 =", "5", "It is 6.", 1), Pair("2 + 3 =", "no", "2 + 3 = 5.", 1), Pair("1 + 1", "2", "= 2", 1)]
-    assert told(f"{tmp_path}/verifier.py:label", pairs) == ([1.0, 0.0, None], "", False)
+    assert told(f"{root}/examples/verifier.py:label", pairs) == ([1.0, 0.0, None], "", False)
 
 
 @pytest.mark.parametrize(
