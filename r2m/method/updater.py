@@ -143,11 +143,11 @@ class R2MUpdater:
             slope = (self._gradient[own] / (scale * ((1 - self.weight) or 1.0))).bfloat16().to(scale)
             level = (slope * (self._query[own] * scale)).flatten(1).sum(-1)
             parts += [self._pooled[own], slope, level, (~without_feedback(self._lse[own])).to(level)]
-        parts = [processes.merge_rows(part, where, len(rows)).unflatten(0, (-1, 2)) for part in parts]
+        parts = [processes.merge_rows(part, where, len(rows)).unflatten(0, (len(pairs), 2)) for part in parts]
         if not self.settings.attends:
             return Kept(parts[0], *[parts[0].new_empty(len(pairs), 0)] * 4)
         rte, pooled, slope, level, attended = parts
-        slope = slope.bfloat16().view(*slope.shape[:2], -1, slope.shape[-1])
+        slope = slope.bfloat16().view(*slope.shape[:2], self.reward_model.config.num_heads, slope.shape[-1])
         return Kept(rte, _difference(pooled), slope, _difference(level), _difference(attended))
 
     def margins(self, kept: Kept) -> Tensor:
