@@ -376,6 +376,21 @@ def test_late_labels_are_learned_from_in_a_later_round(make, monkeypatch, caplog
     may_go_on[1].set()
 
 
+def test_pairs_that_a_function_was_busy_with_are_asked_about_again(make, monkeypatch):
+    over = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "verifier", lambda pairs: over.wait(60))
+        killed = make(preferences={"wait": 0})
+        killed.round(1)
+    resumed = make()
+    resumed.labels.load_state_dict(killed.labels.state_dict())
+    row, *_ = resumed.round(2)
+    assert [pair.round for pair in asked] == [1, 1, 1, 2, 2, 2]
+    assert row["labels/waiting"] == 0
+    assert row["labels/late"] + row["labels/given"] + row["labels/skipped"] == 6
+    over.set()
+
+
 def test_of_too_many_pairs_without_an_answer_the_oldest_are_dropped(make, monkeypatch):
     monkeypatch.setattr(store, "WAITING", 4)
     trainer = make(preferences={"labeller": "queue", "wait": 0})
