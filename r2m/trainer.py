@@ -94,7 +94,7 @@ class R2MTrainer:
         check_list("eval_prompts", eval_prompts, "load_prompts")
         check_list("held_out_pairs", held_out_pairs, "load_pairs")
         if judge is not None and not callable(judge):
-            raise TypeError(f"judge is {judge!r}; expected a function: r2m.runs.judge.load_judge makes one of a name")
+            raise TypeError(f"judge is {judge!r}; expected a function: r2m.names.load_function makes one of a name")
         if judge is not None and not eval_prompts:
             raise ValueError("judge is given without eval_prompts; expected the held-out prompts it is asked about")
         self.algorithm = ALGORITHMS[config.algorithm]

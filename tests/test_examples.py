@@ -31,8 +31,9 @@ def run(name, *options):
 
 
 # movie_reviews.py takes data from the net: tests/test_training_guide.py gives it others. own_loop.py takes a config:
-# tests/r2m/runs/test_run.py. trl_rloo.py needs TRL: tests/integrations.
-ELSEWHERE = {"movie_reviews.py", "own_loop.py", "trl_rloo.py"}
+# tests/r2m/runs/test_run.py. trl_rloo.py needs TRL: tests/integrations. verifier.py and llm_judge.py are labellers:
+# tests/r2m/preferences.
+ELSEWHERE = {"llm_judge.py", "movie_reviews.py", "own_loop.py", "trl_rloo.py", "verifier.py"}
 
 
 @pytest.mark.parametrize("name", sorted({path.name for path in EXAMPLES.glob("*.py")} - ELSEWHERE))

@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 
 from r2m.cli import app
 from r2m.config import load_config
+from r2m.names import load_function
 from r2m.runs.checkpoint import MAY_CHANGE
 from r2m.runs.folder import checkpoints, read_metrics
-from r2m.runs.judge import load_judge
 
 pytestmark = pytest.mark.slow
 
@@ -169,7 +169,7 @@ def test_every_command_runs_and_leaves_what_the_guide_says(tmp_path, monkeypatch
     AutoTokenizer.from_pretrained("my-policy-merged")
 
     Path("judge.py").write_text(judge_file)
-    assert load_judge("judge.py:judge")(["a", "a"], ["Done.", "not d"]) == [1.0, 0.0]
+    assert load_function("judge", "judge.py:judge")(["a", "a"], ["Done.", "not d"]) == [1.0, 0.0]
     names: dict = {}
     exec(loading, names)
     assert names["score"].isfinite()

@@ -19,10 +19,9 @@ from r2m.integrations.vllm import check_installed
 from r2m.integrations.vllm_server import check_answers
 from r2m.method.reward_model import R2MRewardModel, saved_config
 from r2m.models import check_no_adapter
-from r2m.names import named
+from r2m.names import load_function, named
 from r2m.policy.load import load_policy, load_tokenizer
 from r2m.progress import waiting
-from r2m.runs.judge import load_judge
 from r2m.runs.monitor import check_trackers
 from r2m.trainer import R2MTrainer
 
@@ -48,7 +47,7 @@ def load_data(config: R2MConfig) -> dict[str, Any]:
     how: dict[str, Any] = {"columns": config.columns, "skip_invalid": config.skip_invalid}
     how_measured = how if measured.columns is None else how | {"columns": measured.columns}
     return {
-        "judge": load_key("evaluation.judge", load_judge, measured.judge),
+        "judge": load_key("evaluation.judge", partial(load_function, "judge"), measured.judge),
         "prompts": load_key("prompts", load_prompts, config.prompts, **how),
         "eval_prompts": load_key("evaluation.prompts", load_prompts, measured.prompts, **how_measured),
         "held_out_pairs": load_key("evaluation.pairs", load_pairs, measured.pairs, **how_measured),

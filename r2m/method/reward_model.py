@@ -503,13 +503,18 @@ class R2MRewardModel(nn.Module):
         softmax does not cancel it. A sequence without hidden states has no such part: its A is 0, as without
         standardisation. Raises ValueError for a weight outside [0, 1].
         """
+        direction, bias = self.direction(weight)
+        rte = self.standardized(rte)
+        query = absorbed_query(rte, self.attention.w_q, self.attention.w_k, num_heads=self.config.num_heads)
+        return Absorbed(rte, query / self.feedback_scale, direction, bias)
+
+    def direction(self, weight: float) -> tuple[Tensor, Tensor]:
+        """g and b of `absorb`. Raises ValueError for a weight outside [0, 1]."""
         check_weight("weight", weight)
         attention, heads = self.attention, self.config.num_heads
-        rte = self.standardized(rte)
-        query = absorbed_query(rte, attention.w_q, attention.w_k, num_heads=heads)
         direction = reward_direction(attention.w_v, attention.w_o, self.head.weight, weight=weight, num_heads=heads)
-        query, direction = query / self.feedback_scale, direction / self.feedback_scale
-        return Absorbed(rte, query, direction, self.head.bias - (direction * self.feedback_mean).sum())
+        direction = direction / self.feedback_scale
+        return direction, self.head.bias - (direction * self.feedback_mean).sum()
 
     def reward(
         self, absorbed: Absorbed, pooled: Tensor, gradient: Tensor, weight: float, *, lse: Tensor | None = None

@@ -24,9 +24,9 @@ class Kept(NamedTuple):
     bfloat16 will do. Without hidden states (settings.feedback "head") all but `rte` are empty: [m, 0].
     """
 
-    rte: Tensor  # [m, 2, D_rm] float32: of the first response, of the second
+    rte: Tensor  # [m, 2, D_rm] float32, standardised where the model is: of the first response, of the second
     pooled: Tensor  # c of the first less that of the second, [m, D_p] or [m, H, D_p] float32
-    slope: Tensor  # V / (1 - w) of either, [m, 2, D_p] or [m, 2, H, D_p] bfloat16: d(g . c)/du at w = 0
+    slope: Tensor  # V / (1 - w) of either, [m, 2, H, D_p] bfloat16: d(g . c)/d(W_k^T W_q H / sqrt(d / H)) at w = 0
     level: Tensor  # slope . u when the pools were made, the first's less the second's, [m] float32
     offset: Tensor  # 1, 0 or -1, [m]: whether the first has hidden states, less whether the second has
 
@@ -135,18 +135,20 @@ class R2MUpdater:
         """
         rows = [row for pair in pairs for row in pair]
         where, own = processes.own_rows(rows, self.num_generations)
-        parts = [self._rte[own]]
+        parts = [self.reward_model.standardized(self._rte[own])]
         if self.settings.attends:
             self._check_collected()
+            scale = self.reward_model.feedback_scale  # a part of u
             # V grows with 1 - w, which is near 0 in the first rounds; at w = 1 it is 0 in all.
-            slope = (self._gradient[own] / ((1 - self.weight) or 1.0)).bfloat16().float()
-            level = (slope * self._query[own]).flatten(1).sum(-1)
+            slope = (self._gradient[own] / (scale * ((1 - self.weight) or 1.0))).bfloat16().to(scale)
+            level = (slope * (self._query[own] * scale)).flatten(1).sum(-1)
             parts += [self._pooled[own], slope, level, (~without_feedback(self._lse[own])).to(level)]
-        parts = [processes.merge_rows(part, where, len(rows)).unflatten(0, (-1, 2)) for part in parts]
+        parts = [processes.merge_rows(part, where, len(rows)).unflatten(0, (len(pairs), 2)) for part in parts]
         if not self.settings.attends:
             return Kept(parts[0], *[parts[0].new_empty(len(pairs), 0)] * 4)
         rte, pooled, slope, level, attended = parts
-        return Kept(rte, _difference(pooled), slope.bfloat16(), _difference(level), _difference(attended))
+        slope = slope.bfloat16().view(*slope.shape[:2], self.reward_model.config.num_heads, slope.shape[-1])
+        return Kept(rte, _difference(pooled), slope, _difference(level), _difference(attended))
 
     def margins(self, kept: Kept) -> Tensor:
         """Rewards [m] of the first of kept pairs less those of the second, by the weights as they are now and this
@@ -156,18 +158,23 @@ class R2MUpdater:
         follow to first order, g . c + V . (u - u then), for V = d(g . c)/du (method of
         `r2m_kernels.reward_from_pools`). Not multiplied by `scale`, as GREBT's rewards are not.
         """
-        model, (rte, pooled, slope, level, offset) = self.reward_model, kept
+        vanilla = self.vanilla_margins(kept)
         if not self.settings.attends:
-            return self.vanilla_margins(kept)
-        absorbed = model.absorb(rte.flatten(0, 1), self.weight)
-        moved = _difference((slope * absorbed.query.view_as(slope)).flatten(2).sum(-1)) - level
-        vanilla = _difference(absorbed.rte.view_as(rte)) @ model.head.weight
-        value = (pooled * absorbed.direction).flatten(1).sum(-1) + offset * (absorbed.bias - model.head.bias)
+            return vanilla
+        model, (rte, pooled, slope, level, offset) = self.reward_model, kept
+        w_q, w_k = (weight.unflatten(0, (slope.shape[2], -1)) for weight in (model.attention.w_q, model.attention.w_k))
+        with torch.autocast(rte.device.type, enabled=False):
+            # V . u = (W_k V) . (W_q H) / sqrt(d / H), which makes nothing as wide as u.
+            keys = torch.einsum("mrhp,hdp->mrhd", slope.to(w_k), w_k)
+            queries = torch.einsum("mrp,hdp->mrhd", rte, w_q)
+            moved = _difference((keys * queries).flatten(2).sum(-1)) / w_q.shape[1] ** 0.5 - level
+            direction, bias = model.direction(self.weight)
+            value = (pooled * direction).flatten(1).sum(-1) + offset * (bias - model.head.bias)
         return value + self.weight * vanilla + (1 - self.weight) * moved
 
     def vanilla_margins(self, kept: Kept) -> Tensor:
         """The margins [m] at w = 1, without policy feedback."""
-        return _difference(self.reward_model.standardized(kept.rte)) @ self.reward_model.head.weight
+        return _difference(kept.rte) @ self.reward_model.head.weight
 
     def vanilla(self) -> Tensor:
         """The rewards [n * K] of this round at w = 1, without policy feedback."""

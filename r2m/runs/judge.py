@@ -6,15 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from r2m.data.sources import Prompt
-from r2m.names import load_function
 
-# (prompts, responses) -> a score for each response, higher is better
+# (prompts, responses) -> a score for each response, higher is better. Named in a config: `r2m.names.load_function`.
 Judge = Callable[[list[Prompt], list[str]], Sequence[float]]
-
-
-def load_judge(name: str) -> Judge:
-    """The function that "module:function" or "folder/file.py:function" names, with the errors of `load_function`."""
-    return load_function("judge", name)
 
 
 def judge_scores(judge: Judge, prompts: list[Prompt], responses: list[str]) -> list[float]:

@@ -19,10 +19,9 @@ from r2m.commands.train import dry_run, run
 from r2m.config import R2M, R2MConfig, check_names
 from r2m.data.tokenization import encode_prompts, usable_pairs
 from r2m.fitting.recipe import fit_head
-from r2m.names import check_model
+from r2m.names import check_model, load_function
 from r2m.policy.loss import policy_loss
 from r2m.policy.rollout import collate
-from r2m.runs.judge import load_judge
 from r2m.trainer import lr_factor
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +215,7 @@ def test_text_for_a_list_is_a_type_error_that_says_what_makes_one(reward_checkpo
         reward_model.embed(["a", "b"], "bc")
     with pytest.raises(TypeError, match="prompts is a list of messages, which is one prompt"):
         trainer([{"role": "user", "content": "a"}])
-    with pytest.raises(TypeError, match=r"judge is 'judge.py:judge'; expected a function: r2m.runs.judge.load_judge"):
+    with pytest.raises(TypeError, match=r"judge is 'judge.py:judge'; expected a function: r2m.names.load_function"):
         trainer(eval_prompts=["a"], judge="judge.py:judge")
 
 
@@ -261,7 +260,7 @@ def test_a_config_that_was_changed_key_by_key_is_checked_as_a_whole(reward_check
 
 
 def test_a_judge_of_the_file_that_was_named_is_loaded(files):
-    assert load_judge("judge.py:judge")(["a"], ["b"]) == [1.0]
+    assert load_function("judge", "judge.py:judge")(["a"], ["b"]) == [1.0]
 
 
 # ---- options of every command ----

@@ -38,6 +38,7 @@ CASES = {
     "reference": {"r2m": {"standardize": True, "source": "reference"}},
     "anchored": {"r2m": {"standardize": True, "scale_anchor": True}},
     "labels": {"r2m": {"standardize": True}, "preferences": LABELS},
+    "late labels": {"r2m": {"standardize": True}, "preferences": LABELS | {"labeller": "queue", "wait": 0}},
     "labels, head": {"r2m": {"feedback": "head"}, "preferences": LABELS},
     "adapter": {"adapter": True},
     "sharded": SHARDED,

@@ -474,6 +474,7 @@ def test_a_pair_keeps_no_more_than_four_vectors_in_float32(reward_checkpoint, po
     updater.begin_round(data.rte, 8)
     data.collect(updater)
     assert sum(x.nbytes for x in updater.keep(PAIRS)) == len(PAIRS) * 4 * (2 * (24 + 32) + 2)
+    assert updater.margins(updater.keep([])).shape == (0,)
 
 
 def test_a_pair_with_a_sequence_without_feedback(reward_checkpoint, policy):

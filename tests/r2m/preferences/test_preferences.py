@@ -115,11 +115,12 @@ def test_functions_and_commands_are_labellers(tmp_path):
     assert told(f"{sys.executable} {file}", PAIRS) == ([None, 0.75], "", False)
 
 
-def test_the_pages_verifier_is_a_labeller(tmp_path):
-    page = (Path(__file__).parents[3] / "docs" / "labels.md").read_text()
-    (tmp_path / "verifier.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+def test_the_pages_verifier_is_the_examples_and_a_labeller():
+    root = Path(__file__).parents[3]
+    code = re.search(r"```python\n(.*?)```", (root / "docs" / "labels.md").read_text(), re.DOTALL)[1]
+    assert (root / "examples" / "verifier.py").read_text().endswith(code)
     pairs = [Pair("2 + 3 =", "5", "It is 6.", 1), Pair("2 + 3 =", "no", "2 + 3 = 5.", 1), Pair("1 + 1", "2", "= 2", 1)]
-    assert told(f"{tmp_path}/verifier.py:label", pairs) == ([1.0, 0.0, None], "", False)
+    assert told(f"{root}/examples/verifier.py:label", pairs) == ([1.0, 0.0, None], "", False)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +376,21 @@ def test_late_labels_are_learned_from_in_a_later_round(make, monkeypatch, caplog
     may_go_on[1].set()
 
 
+def test_pairs_that_a_function_was_busy_with_are_asked_about_again(make, monkeypatch):
+    over = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "verifier", lambda pairs: over.wait(60))
+        killed = make(preferences={"wait": 0})
+        killed.round(1)
+    resumed = make()
+    resumed.labels.load_state_dict(killed.labels.state_dict())
+    row, *_ = resumed.round(2)
+    assert [pair.round for pair in asked] == [1, 1, 1, 2, 2, 2]
+    assert row["labels/waiting"] == 0
+    assert row["labels/late"] + row["labels/given"] + row["labels/skipped"] == 6
+    over.set()
+
+
 def test_of_too_many_pairs_without_an_answer_the_oldest_are_dropped(make, monkeypatch):
     monkeypatch.setattr(store, "WAITING", 4)
     trainer = make(preferences={"labeller": "queue", "wait": 0})
@@ -385,31 +401,31 @@ def test_of_too_many_pairs_without_an_answer_the_oldest_are_dropped(make, monkey
 
 
 class Person:
-    """Answers, after each round, what was asked in the rounds before it."""
+    """Answers, after each of the first `until` rounds, what was asked in the rounds before it."""
 
-    def __init__(self, folder):
-        self.folder, self.rounds = folder, 0
+    def __init__(self, folder, until):
+        self.folder, self.until, self.rounds = folder, until, 0
 
     def __call__(self, prompts, completions):
         self.rounds += 1
         answers = queue.answers(self.folder)
         for id, row in queue.questions(self.folder).items():
-            if row["round"] < self.rounds and id not in answers:
+            if row["round"] < self.rounds <= self.until and id not in answers:
                 (label,) = verifier([Pair(row["prompt"], row["first"], row["second"], row["round"])])
                 queue.answer(self.folder, id, label, by="test", left="first")
         return {}
 
 
 def test_a_person_answers_late_and_a_resumed_run_has_the_same_bits(make, tmp_path):
-    queued = {"rounds": 4, "preferences": {"labeller": "queue", "wait": 0}}
-    straight = make("straight", Person(tmp_path / "straight"), **queued)
+    queued = {"rounds": 3, "preferences": {"labeller": "queue", "wait": 0}}
+    straight = make("straight", Person(tmp_path / "straight", 2), **queued)
     expected = straight.train()
-    assert [row["labels/late"] + row["labels/skipped"] > 0 for row in expected] == [False, False, True, True]
-    assert [row["labels/given"] for row in expected] == [0] * 4
-    stopped = make("stopped", Person(tmp_path / "stopped"), **queued)
+    assert [row["labels/late"] + row["labels/skipped"] > 0 for row in expected] == [False, False, True]
+    assert [row["labels/given"] for row in expected] == [0] * 3
+    stopped = make("stopped", Person(tmp_path / "stopped", 2), **queued)
     stopped.train()
     folder = stopped.run.folder
-    for t in (2, 3, 4):  # as a kill leaves it once round 4 has asked and been told, and the last checkpoint in round 1
+    for t in (2, 3):  # as a kill leaves it once round 3 has asked and been told, and the last checkpoint in round 1
         (folder / f"checkpoint-{t}").rename(folder / f".unfinished-checkpoint-{t}")
     asked, taken = (folder / name for name in (queue.QUESTIONS, LABELS))
     before = asked.read_text(), taken.read_text()

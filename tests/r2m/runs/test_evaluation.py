@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from r2m.runs.judge import judge_scores, load_judge, mean_score
+from r2m.names import load_function
+from r2m.runs.judge import judge_scores, mean_score
 
 JUDGE = """
 from __future__ import annotations
@@ -30,21 +31,21 @@ def judge_file(tmp_path):
 
 
 def test_a_judge_is_a_function_of_a_file(judge_file):
-    assert load_judge(f"{judge_file}:judge")(["a", "b"], ["xy", "long"]) == [2.0, 3.0]
+    assert load_function("judge", f"{judge_file}:judge")(["a", "b"], ["xy", "long"]) == [2.0, 3.0]
 
 
 def test_a_judge_is_a_function_of_a_module(tmp_path, monkeypatch):
     (tmp_path / "judges").mkdir()
     (tmp_path / "judges" / "short.py").write_text(JUDGE)
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_judge("judges.short:judge")(["a"], ["long"]) == [3.0]
-    assert load_judge("math:dist") is math.dist
+    assert load_function("judge", "judges.short:judge")(["a"], ["long"]) == [3.0]
+    assert load_function("judge", "math:dist") is math.dist
 
 
 @pytest.mark.parametrize("name", ["judge", "math.dist", ":judge", "math:", "some/file.py"])
 def test_a_name_of_another_form_is_an_error(name):
     with pytest.raises(ValueError, match=r"judge is .*; expected 'module:function' or 'file.py:function'"):
-        load_judge(name)
+        load_function("judge", name)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +64,13 @@ def test_a_name_of_another_form_is_an_error(name):
 )
 def test_a_judge_that_is_not_there_is_named(judge_file, name, error, message):
     with pytest.raises(error, match=message):
-        load_judge(name.format(file=judge_file))
+        load_function("judge", name.format(file=judge_file))
 
 
 def test_a_judge_with_a_mistake_inside_keeps_its_own_error(judge_file):
     judge_file.write_text("import math\nlimit = 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
-        load_judge(f"{judge_file}:judge")
+        load_function("judge", f"{judge_file}:judge")
 
 
 @pytest.mark.parametrize("scores", [[1, 2.5], (1, 2.5), torch.tensor([1, 2.5]), [torch.tensor(1), torch.tensor([2.5])]])
