@@ -250,21 +250,21 @@ def training(config, *arguments):
 def test_a_person_labels_while_a_run_trains_is_killed_and_goes_on(browser, tmp_path, reward_checkpoint):
     config, folder = write_config(tmp_path, reward_checkpoint), tmp_path / "out"
     keys = ["rounds=5", "generation.eos_token_ids=[1]", "preferences.labeller=queue", "preferences.per_round=2"]
-    keys += ["preferences.wait=60"]
+    keys += ["preferences.wait=100", *(f'evaluation.{key}=""' for key in ("judge", "prompts", "pairs"))]
 
     def answer(*choices):
         """A pair each, as they are asked about."""
         for choice in choices:
-            until(browser, browser.find_element(By.ID, "pair").is_displayed, seconds=60)
+            until(browser, browser.find_element(By.ID, "pair").is_displayed, seconds=100)
             press(browser, choice)
 
     with training(config, *keys) as run:
-        until(browser, lambda: queue.questions(folder) or run.poll(), seconds=60)
+        until(browser, lambda: queue.questions(folder) or run.poll(), seconds=100)
         assert run.poll() is None, run.stderr.read()
         with serving(folder) as (_, address):
             open_page(browser, address)
             answer(Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.ARROW_RIGHT)
-            until(browser, lambda: len(queue.questions(folder)) == 6, seconds=60)
+            until(browser, lambda: len(queue.questions(folder)) == 6, seconds=100)
             run.kill()
             run.wait()
             press(browser, "u")
@@ -272,7 +272,7 @@ def test_a_person_labels_while_a_run_trains_is_killed_and_goes_on(browser, tmp_p
             answer("t", Keys.ARROW_LEFT)  # while nobody trains
             with training(config, *keys, "--resume") as again:
                 answer("s", Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
-                _, said = again.communicate(timeout=60)
+                _, said = again.communicate(timeout=100)
                 assert again.returncode == 0, said
             until(browser, lambda: "the run has ended" in text(browser, "counts"))
             shown = text(browser, "counts")
