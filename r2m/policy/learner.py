@@ -53,7 +53,7 @@ class Learner:
         self.reference = freeze_reference(policy, offload=place.offload_reference, narrow=narrow)
         disable_dropout(policy)  # the reference adapter's too
         policy.eval()  # but where activations are recomputed: see `training_mode`
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.parameters = [p for _, p in processes.named_parameters(policy) if p.requires_grad]
         if not self.parameters:
             raise ValueError("policy has no trainable weights; an adapter has to be loaded with is_trainable=True")
         wrong = {str(p.dtype) for p in self.parameters if p.dtype != torch.float32}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from hypothesis import given
@@ -49,13 +50,18 @@ TIMEOUT = 240  # seconds; a run takes a few
 
 
 def start(folder, checkpoint, cases, world=2):
-    """Start `world` processes as torchrun does; returns them."""
+    """Start `world` processes of training runs; returns them."""
+    return launch([str(SCRIPT), str(folder), str(checkpoint), json.dumps(cases)], world)
+
+
+def launch(arguments, world=2):
+    """Start `world` processes of Python as torchrun does; returns them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
-    command = [sys.executable, str(SCRIPT), str(folder), str(checkpoint), json.dumps(cases)]
+    command = [sys.executable, *arguments]
     environments = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
     return [
         subprocess.Popen(
@@ -79,10 +85,10 @@ def finish(started):
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
-def run(folder, checkpoint, cases):
-    for status, output in finish(start(folder, checkpoint, cases)):
+def run(folder, checkpoint, cases, world=2):
+    for status, output in finish(start(folder, checkpoint, cases, world)):
         assert status == 0, output
-    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in cases}
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world)] for name in cases}
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +157,39 @@ def test_a_sharded_policy_is_saved_whole(in_two):
     assert all(torch.equal(value, expected[name]) for name, value in saved.items())
 
 
+# Tied weights, buffers that are computed (gemma2) or kept narrow (recurrent_gemma), a block inside a block (mamba), a
+# block with a tied weight (bert), experts that transformers merges (qwen2_moe).
+LOADED = ["llama", "gpt2", "gemma2", "recurrent_gemma", "mamba", "bert", "qwen2_moe"]
+
+
+def test_a_sharded_policy_and_its_reference_have_the_bits_of_the_whole(tmp_path):
+    folders = []
+    for name in LOADED:
+        model = architectures.tiny_model(architectures.tiny_config(name))
+        for dtype in (torch.float32, torch.bfloat16):
+            folders.append(str(tmp_path / f"{name}-{dtype}"))
+            model.to(dtype).save_pretrained(folders[-1], max_shard_size=20_000)  # bytes: several files
+    for status, output in finish(launch([str(SCRIPT.with_name("load_in_processes.py")), json.dumps(folders)])):
+        assert status == 0, output
+        assert str(tmp_path) not in output.replace(f"since {tmp_path}", ""), output
+        assert "read whole into the memory of each process" in output  # of merged experts
+
+
+def test_any_number_of_processes_resumes(reward_checkpoint, tmp_path):
+    """With the same responses they make the same run: weights, and what the optimizer has gathered."""
+    options = {"rounds": 3, "sgd": False, **SHARDED}
+    whole = run(tmp_path, reward_checkpoint, {"run": options})["run"][0]
+    moments = load_file(tmp_path / "run" / "checkpoint-3" / "optimizer.safetensors")
+    for world in (1, 4):
+        again = {"run": options | {"resume": str(tmp_path / "run" / "checkpoint-2")}}
+        for result in run(tmp_path, reward_checkpoint, again, world)["run"]:
+            assert_same_run(result, whole, 1e-3)
+        resumed = load_file(tmp_path / "run" / "checkpoint-3" / "optimizer.safetensors")
+        assert resumed.keys() == moments.keys()
+        for name, value in moments.items():
+            torch.testing.assert_close(resumed[name], value, rtol=1e-2, atol=1e-2 * value.abs().max().item())
+
+
 def test_each_process_draws_its_own_samples(in_two):
     first, second = in_two[1]["sampled"]
     assert len(first["texts"]) == len(second["texts"]) == 8
@@ -204,6 +243,13 @@ def test_accelerate_launch_runs_the_command_line(tmp_path, reward_checkpoint):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("metrics.jsonl and metrics.png are in") == 1
     assert (tmp_path / "run" / "metrics.png").is_file()
+
+
+def test_a_process_takes_its_share_of_memory():
+    """While a sharded run starts, saves and resumes; the script fails where it is more."""
+    script = Path(__file__).parents[2] / "benchmarks" / "sharded.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=4 * TIMEOUT)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- shares ----
