@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
@@ -24,7 +25,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "operations.md"
 BEGIN, END = "<!-- estimates: begin -->", "<!-- estimates: end -->"
 
 # The numbers of the checkpoints' config.json, so that no hub is asked.
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8,
 }  # fmt: skip
