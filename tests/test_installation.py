@@ -101,7 +101,7 @@ def test_the_only_dependency_is_torch_and_the_extras_bring_the_trainer(project):
         inner = {name for one in own if one.name == project["name"] for name in one.extras}
         return {extra}.union(*map(brings, inner))
 
-    assert all("train" in brings(extra) for extra in ("demo", "data", "trl", "dev"))
+    assert all("train" in brings(extra) for extra in ("demo", "data", "label", "trl", "dev"))
     assert not any("train" in brings(extra) for extra in ("build", "triton"))
 
 
@@ -122,6 +122,16 @@ def test_imports_are_what_the_extras_bring(project):
     for path in (ROOT / "r2m").rglob("*.py"):
         wherever = imports(ast.parse(path.read_text()))
         assert wherever <= {"torch", "r2m", "r2m_kernels", *r2m._TRAIN, *BROUGHT, *optional}, path
+
+
+def test_a_wheel_carries_every_file_of_the_packages():
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    carried = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package, patterns in carried.items():
+        found = {path for pattern in patterns for path in (ROOT / package).glob(pattern)}
+        files = {path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        built = ROOT / "r2m_kernels" / "lib"  # on this machine
+        assert {path for path in files - found if path.suffix != ".py" and built not in path.parents} == set()
 
 
 def test_every_extra_that_a_text_names_exists(project):

@@ -4,12 +4,15 @@ import json
 import re
 import socket
 import statistics
+import sys
 import time
 
 import pytest
 from filelock import FileLock
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
+from r2m.cli import app
 from r2m.commands.label import label
 from r2m.preferences import queue
 from r2m.preferences.page import pairs as pairs_module
@@ -234,6 +237,13 @@ def test_a_port_or_folder_that_is_in_use_is_an_error(folder):
         label(folder, port=taken.getsockname()[1])
     with FileLock(folder / ".label.lock"), pytest.raises(OSError, match="another r2m label has this folder"):
         label(folder, port=0)
+
+
+def test_without_its_extra_the_command_names_it(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "r2m.commands.label")
+    result = CliRunner().invoke(app, ["label", str(folder)])
+    assert result.exit_code == 1 and "pip install 'r2m-kernels[label]'" in result.stderr
 
 
 def test_it_answers_fast_with_ten_thousand_pairs(tmp_path):
