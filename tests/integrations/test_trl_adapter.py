@@ -34,7 +34,7 @@ from r2m.method.hidden_states import policy_backbone  # noqa: E402
 from r2m.method.reward_model import R2MRewardModel  # noqa: E402
 from r2m.method.updater import R2MUpdater  # noqa: E402
 from r2m.policy.passes import disable_dropout  # noqa: E402
-from r2m.preferences.store import LABELS, margins_of_pairs  # noqa: E402
+from r2m.preferences.store import LABELS  # noqa: E402
 from r2m_kernels import time_weight  # noqa: E402
 
 K = 4
@@ -258,8 +258,8 @@ def test_a_pass_of_someone_else_does_not_count(run):
 
 def loss_of(labels, updater, texts):
     """Bradley-Terry on the lines of a file of labels, by an updater that has collected `texts`."""
-    rows = [texts.index(label[key]) for label in labels for key in ("first", "second")]
-    margins = margins_of_pairs(updater.rewards(updater.keep(rows)))
+    pairs = [(texts.index(label["first"]), texts.index(label["second"])) for label in labels]
+    margins = updater.margins(updater.keep(pairs))
     signs = torch.tensor([1.0 if label["label"] else -1.0 for label in labels])
     return -torch.nn.functional.logsigmoid(signs * margins).mean()
 
