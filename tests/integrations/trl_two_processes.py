@@ -81,4 +81,5 @@ result = {
     "is_sharded": is_sharded(run.trainer.model),
 }
 torch.save(result, folder / f"{rank}.pt")
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # the group of a sharded policy is not torn down: it waits for work that nobody finishes
