@@ -1,6 +1,7 @@
 """One process of two, started by test_trl_adapter.py: a rollout with a group each and labels, then it by hand."""
 
 import copy
+import importlib
 import os
 import sys
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from test_trl_adapter import LABELLED, K, Run, loss_of, measured, tiny
 from torch.distributed.tensor import DTensor
 
@@ -35,11 +37,24 @@ class RunOfOneOfTwo(Run):
         return model
 
 
+def on_an_accelerator(start):
+    """accelerate's state as on a machine whose processes have an accelerator each: on CPUs it does not shard."""
+
+    def start_with(state, *args, **kwargs):
+        if not AcceleratorState._shared_state:
+            PartialState(cpu=True, backend="gloo")._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        start(state, *args, **kwargs)
+
+    return start_with
+
+
 folder, checkpoint, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+if deepspeed:
+    deepspeed_comm = importlib.import_module("deepspeed.comm.torch")
+    deepspeed_comm.build_shm_op = lambda: None  # faster by shared memory, but compiled at its first use
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    # accelerate shards on no CPU; its FSDP2 itself runs there.
-    PartialState(cpu=True, backend="gloo")._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    AcceleratorState.__init__ = on_an_accelerator(AcceleratorState.__init__)
 args = {"gradient_accumulation_steps": 1, "num_iterations": 1, "max_steps": 1, "ddp_backend": "gloo"}
 args["use_cpu"] = not deepspeed  # which chooses by itself
 capture = "forward" if kind == "grpo" else "scoring"
@@ -66,4 +81,5 @@ result = {
     "is_sharded": is_sharded(run.trainer.model),
 }
 torch.save(result, folder / f"{rank}.pt")
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # the group of a sharded policy is not torn down: it waits for work that nobody finishes
