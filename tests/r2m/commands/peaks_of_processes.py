@@ -50,6 +50,7 @@ def main(config, folder):
     peaks = Peaks()
     with peaks.of("start"):
         trainer = build_trainer(config)
+    trainer.run.folder.mkdir(exist_ok=True)
     with peaks.of("r2m evaluate"):
         trainer.evaluator.held_out()
     for t in (1, 2):  # what a round leaves lies there in the next one

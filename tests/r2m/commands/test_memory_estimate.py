@@ -194,13 +194,14 @@ def resident_peaks(folder, number, settings):
     # Freed memory goes back at once: all but the smallest allocations are mappings of their own.
     shared = {"MALLOC_MMAP_THRESHOLD_": 2**16, "MALLOC_TRIM_THRESHOLD_": 2**16, "PYTHONPATH": ROOT}
     shared |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
-    shared |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environments = [shared | group | {"RANK": i, "LOCAL_RANK": i} for i in range(number)] if number > 1 else [shared]
     started = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(folder / "run.yaml"), str(folder)],
-            env=os.environ | {key: str(value) for key, value in (shared | {"RANK": i, "LOCAL_RANK": i}).items()},
+            env=os.environ | {key: str(value) for key, value in environment.items()},
         )
-        for i in range(number)
+        for environment in environments
     ]
     try:
         assert [process.wait(600) for process in started] == [0] * number
