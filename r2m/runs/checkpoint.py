@@ -280,7 +280,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         for value in tensors.values():
             whole = processes.full(value.detach())
             if file:
-                file.write(whole.float().cpu().contiguous().numpy())
+                file.write(whole.float().cpu().contiguous().numpy().data)
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
