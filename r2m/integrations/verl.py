@@ -75,7 +75,7 @@ class PoolingEngine(FSDPEngineWithLMHead):
         if forward_only:
             output["model_output"] |= dict(zip(POOLS, found[0], strict=True))
         else:
-            self.refreshed.append((micro_batch[ROW].cpu(), *(t.cpu() for t in found[0])))
+            self.refreshed.append((micro_batch[ROW].to(found[0].lse.device), *found[0]))
         return loss, output
 
 
@@ -91,9 +91,8 @@ class PoolingWorker(TrainingWorker):
         data[ROW] = torch.arange(rows)
         self.engine.refreshed, self._rows_before = [], rows * (tu.get(data, "epochs") - 1)
         output = super().train_mini_batch(data)
-        order = torch.cat([made[0] for made in self.engine.refreshed]).argsort()
-        parts = [torch.cat(part)[order] for part in list(zip(*self.engine.refreshed, strict=True))[1:]]
-        self.refreshed = tu.get_tensordict(dict(zip(POOLS, parts, strict=True)))
+        row, *parts = (torch.cat(part) for part in zip(*self.engine.refreshed, strict=True))
+        self.refreshed = tu.get_tensordict({name: t[row.argsort()] for name, t in zip(POOLS, parts, strict=True)})
         return output
 
     def train_batch(self, data: TensorDict) -> TensorDict:
@@ -109,7 +108,7 @@ class PoolingActorRolloutRefWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def refreshed_pools(self, data: TensorDict) -> TensorDict:
         """Of the last update of the same batch, in its order: into the batch, as all that verl's workers return."""
-        return self.actor.refreshed
+        return self.actor.refreshed.cpu()
 
 
 # ---- the controller ----
@@ -227,7 +226,8 @@ def read_settings(config: DictConfig) -> tuple[str, R2M]:
         "actor_rollout_ref.actor.strategy": ("fsdp", "fsdp2"),
         "algorithm.rollout_correction.bypass_mode": (False, None),  # no log-prob pass
         "algorithm.filter_groups.enable": (False, None),  # by scores that are not there yet
-        "reward.reward_model.enable": (False, None),  # verl's own
+        "reward.reward_model.enable": (False, None),  # verl's own rewards
+        "reward.custom_reward_function.path": (None,),
         "trainer.critic_warmup": (0, 1),  # no update, no refresh
     }
     for name, values in expected.items():
