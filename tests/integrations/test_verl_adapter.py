@@ -4,11 +4,13 @@
 """
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("verl", reason="verl is not installed; `make verl` has an environment with it")
+if find_spec("verl") is None:  # not imported yet: it reads the environment that is set here
+    pytest.skip("verl is not installed; `make verl` has an environment with it", allow_module_level=True)
 
 HERE = Path(__file__).parent
 os.environ |= {
