@@ -73,10 +73,15 @@ class PoolingEngine(FSDPEngineWithLMHead):
                 "layers without it hides the hidden states: switch it off (actor_rollout_ref.model.use_fused_kernels)"
             )
         if forward_only:
-            output["model_output"] |= dict(zip(POOLS, found[0], strict=True))
+            output["model_output"] |= by_name(found[0])
         else:
             self.refreshed.append((micro_batch[ROW].to(found[0].lse.device), *found[0]))
         return loss, output
+
+
+def by_name(pools: Pools) -> dict[str, Tensor]:
+    """Fields of a batch; verl wants a dimension beside that of the rows."""
+    return dict(zip(POOLS, (*pools[:2], pools.lse.view(len(pools.lse), -1)), strict=True))
 
 
 class PoolingWorker(TrainingWorker):
@@ -92,7 +97,7 @@ class PoolingWorker(TrainingWorker):
         self.engine.refreshed, self._rows_before = [], rows * (tu.get(data, "epochs") - 1)
         output = super().train_mini_batch(data)
         row, *parts = (torch.cat(part) for part in zip(*self.engine.refreshed, strict=True))
-        self.refreshed = tu.get_tensordict({name: t[row.argsort()] for name, t in zip(POOLS, parts, strict=True)})
+        self.refreshed = tu.get_tensordict(by_name(Pools(*(t[row.argsort()] for t in parts))))
         return output
 
     def train_batch(self, data: TensorDict) -> TensorDict:
@@ -205,7 +210,8 @@ class R2MTrainer(PPOTrainerSync):
 
     def _pools(self, batch: KVBatchMeta) -> Pools:
         data = self._get(batch, POOLS)
-        return Pools(*(torch.stack([data[name][i] for i in self.rows]) for name in POOLS))
+        pooled, gradient, lse = (torch.stack([data[name][i] for i in self.rows]) for name in POOLS)
+        return Pools(pooled, gradient, lse.squeeze(1))
 
 
 def read_settings(config: DictConfig) -> tuple[str, R2M]:

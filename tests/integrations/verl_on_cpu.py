@@ -5,6 +5,7 @@ For tests, by VERL_USE_EXTERNAL_MODULES and VERL_PLATFORM=cpu. Ray counts as man
 
 import types
 from collections import Counter
+from functools import partial
 
 import ray
 import torch
@@ -15,6 +16,15 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 
 class Device(types.ModuleType):
     """What verl asks of torch.cuda: nothing is allocated, nothing has to be waited for."""
+
+    def mem_get_info(self, *_):
+        return 0, 0
+
+    def current_device(self):
+        return torch.device("cpu")
+
+    def get_device_name(self, *_):
+        return "CPU"
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -61,6 +71,13 @@ class PlatformCPU(PlatformCUDA):
 
 
 # After the platform: these modules ask for it as they are imported.
+from verl.utils import distributed
+
+# verl wants one backend for the CPU and one for the device.
+distributed.initialize_global_process_group_ray = partial(
+    distributed.initialize_global_process_group_ray, backend="gloo"
+)
+
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.rollout import base, replica
