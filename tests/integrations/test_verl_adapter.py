@@ -32,9 +32,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.utils import tensordict_utils as tu
 
 from examples.own_rloo import save_tiny_models
 from r2m import R2MRewardModel
+from r2m.integrations.remote import pool_packed
+from r2m.integrations.verl import POOLS, PoolingActorRolloutRefWorker
 from r2m_kernels import policy_feedback_reward, time_weight
 
 PROMPTS, K, STEPS = 3, 3, 2
@@ -88,7 +91,7 @@ def overrides(models, output, ranks):
         f"+{actor}.fsdp_config.mixed_precision={full}",
         f"{actor}.ppo_mini_batch_size=2",
         f"{actor}.ppo_micro_batch_size_per_gpu=3",
-        f"{actor}.optim.lr=0.01",
+        f"{actor}.optim.lr=0.0001",
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=3",
         f"+actor_rollout_ref.ref.fsdp_config.mixed_precision={full}",
         "actor_rollout_ref.rollout.name=transformers",
@@ -222,6 +225,60 @@ def test_two_ranks_with_dynamic_batches_and_an_adapter(models, tmp_path, monkeyp
     ]
     steps = train(options, monkeypatch, gpus=3)
     check(models, steps[0])
+
+
+LENGTHS, RESPONSE = (5, 9, 7, 6, 8, 12), 3
+
+
+def test_an_actor_pools_each_sequence_and_again_in_the_last_epoch(models, tmp_path, monkeypatch):
+    """The worker and its FSDP2 engine, in this process."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DIST_INIT_METHOD", f"file://{tmp_path}/store")
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides(models, tmp_path, 1)).actor_rollout_ref
+    config.actor.optim.total_training_steps = 2
+    worker = PoolingActorRolloutRefWorker(config=config, role="actor")
+    try:
+        worker.init_model()
+        torch.manual_seed(0)
+        ids = [torch.randint(1, 64, (length,)) for length in LENGTHS]
+        query, direction = torch.randn(len(ids), 64), torch.randn(64)
+
+        def batch(**values):
+            ones = [torch.ones(RESPONSE, dtype=torch.long) for _ in ids]
+            rows = {
+                "input_ids": ids,
+                "position_ids": [torch.arange(len(row)) for row in ids],
+                "prompts": [row[:-RESPONSE] for row in ids],
+                "responses": [row[-RESPONSE:] for row in ids],
+                "response_mask": ones,
+                "loss_mask": ones,
+                "old_log_probs": [torch.full((RESPONSE,), -4.0) for _ in ids],
+                "advantages": [torch.randn(RESPONSE) for _ in ids],
+            }
+            nested = {name: torch.nested.as_nested_tensor(row, layout=torch.jagged) for name, row in rows.items()}
+            data = tu.get_tensordict(nested | {"r2m_query": query})
+            for name, value in (values | {"temperature": 1.0, "r2m_direction": direction}).items():
+                tu.assign_non_tensor_data(data, name, value)
+            return data
+
+        policy = AutoModelForCausalLM.from_pretrained(models / "policy", dtype=torch.float32)
+        with torch.no_grad():
+            hidden = torch.cat([policy.base_model(row[None]).last_hidden_state[0] for row in ids])
+        expected = pool_packed(query, direction, hidden, torch.tensor(LENGTHS))
+
+        output = worker.actor.infer_batch(batch(compute_loss=False))
+        for name, value in zip(POOLS, expected, strict=True):
+            found = torch.stack(list(output[name]))
+            torch.testing.assert_close(found.view_as(value), value, rtol=1e-4, atol=1e-4)
+
+        settings = {"mini_batch_size": 3, "global_batch_size": 3, "seed": 1, "dataloader_kwargs": {"shuffle": True}}
+        worker.actor.train_mini_batch(batch(epochs=2, **settings))
+        moved = torch.cdist(worker.actor.refreshed["r2m_pooled"], expected.pooled)
+        assert (moved.diagonal() > 0).all() and torch.equal(moved.argmin(1), torch.arange(len(ids)))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_too_few_gpus_is_an_error_not_a_wait(models, tmp_path, monkeypatch):

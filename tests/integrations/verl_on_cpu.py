@@ -79,10 +79,15 @@ distributed.initialize_global_process_group_ray = partial(
 )
 
 from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.rollout import base, replica
 
-EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")(FSDPEngineWithLMHead)
+EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")(
+    transformer_impl.FSDPEngineWithLMHead
+)
+# There is no accelerator that memory could be pinned for.
+policy = transformer_impl.CPUOffloadPolicy
+transformer_impl.CPUOffloadPolicy = lambda **_: policy(pin_memory=False)
 
 
 class Server:
