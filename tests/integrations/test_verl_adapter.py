@@ -232,9 +232,9 @@ LENGTHS, RESPONSE = (5, 9, 7, 6, 8, 12), 3
 
 def test_an_actor_pools_each_sequence_and_again_in_the_last_epoch(models, tmp_path, monkeypatch):
     """The worker and its FSDP2 engine, in this process."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DIST_INIT_METHOD": f"file://{tmp_path}/store"}
+    for name, value in (one | {"MASTER_ADDR": "not used", "MASTER_PORT": "not used"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("DIST_INIT_METHOD", f"file://{tmp_path}/store")
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides(models, tmp_path, 1)).actor_rollout_ref
     config.actor.optim.total_training_steps = 2
