@@ -28,7 +28,6 @@ import ray
 import torch
 import transfer_queue as tq
 from hydra import compose, initialize_config_module
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.v1 import get_trainer_cls
@@ -185,46 +184,20 @@ def check(models, step):
     return padding
 
 
-def test_two_epochs_with_a_reference_and_rows_that_fill_up_and_a_resumed_run(models, tmp_path, monkeypatch):
-    first = [
-        *overrides(models, tmp_path / "whole", 1),
+def test_rewards_and_refreshed_pools_of_two_epochs_with_a_reference_and_rows_that_fill_up(
+    models, tmp_path, monkeypatch
+):
+    options = [
+        *overrides(models, tmp_path, 1),
         "actor_rollout_ref.actor.use_kl_loss=True",
         "actor_rollout_ref.actor.ppo_epochs=2",
         "actor_rollout_ref.actor.shuffle=True",
         "trainer.val_before_train=True",
     ]
-    steps = train(first, monkeypatch, gpus=2)
+    steps = train(options, monkeypatch, gpus=2)
     assert len(steps) == STEPS
     assert len(check(models, steps[0])) == 3  # 9 rows, in mini-batches of 6
-
-    resumed = [
-        *first,
-        "trainer.val_before_train=False",
-        f"trainer.default_local_dir={tmp_path}/resumed",
-        "trainer.resume_mode=resume_path",
-        f"trainer.resume_from_path={tmp_path}/whole/global_step_1",
-    ]
-    (again,) = train(resumed, monkeypatch, gpus=2)
-    torch.testing.assert_close(again["rm_scores"], steps[1]["rm_scores"], rtol=1e-4, atol=1e-4)
-    whole, part = (
-        load_file(tmp_path / name / "global_step_2" / "r2m" / "r2m.safetensors") for name in ("whole", "resumed")
-    )
-    torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-4)
-
-
-def test_two_ranks_with_dynamic_batches_and_an_adapter(models, tmp_path, monkeypatch):
-    options = [
-        *overrides(models, tmp_path, 2),
-        "actor_rollout_ref.model.lora_rank=4",
-        "actor_rollout_ref.model.lora.merge=True",
-        "actor_rollout_ref.actor.use_kl_loss=True",
-        "actor_rollout_ref.actor.use_dynamic_bsz=True",
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40",
-        "actor_rollout_ref.actor.ppo_epochs=2",
-        "trainer.total_training_steps=2",
-    ]
-    steps = train(options, monkeypatch, gpus=3)
-    check(models, steps[0])
+    assert all((tmp_path / f"global_step_{t}" / "r2m" / "optimizer.pt").is_file() for t in (1, 2))
 
 
 LENGTHS, RESPONSE = (5, 9, 7, 6, 8, 12), 3
