@@ -1,6 +1,6 @@
 """R2M in verl's own trainer, on CPUs: Ray, TransferQueue, FSDP2 and agent loops are verl's; the rollout is a stand-in.
 
-`make verl` has the environment. A run has ten processes and takes about a minute.
+`make verl` has the environment. A run has ten processes, and most of its time goes into starting them.
 """
 
 import os
