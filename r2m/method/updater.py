@@ -47,6 +47,9 @@ class R2MUpdater:
     `hidden` [b, S, D_p] goes through one read in either pass; `collect` keeps two float32 vectors of width D_p a
     sequence.
 
+    The pools of a round are made with `query`, u [n * K, D_p] or [n * K, H, D_p], and `direction`, g [D_p] or [H, D_p],
+    both float32 without gradient. Where that is done elsewhere, `score_pools` and `collect_pools` take the pools.
+
     settings.feedback: "frozen": `step` measures and changes nothing. "head": there are no hidden states, so `score` and
         `collect` are not called; rewards are `reward_model.vanilla_score(rte)`, and `step` trains phi alone.
     settings.scale_anchor: `score` multiplies rewards by `scale`, which `step` sets for the next round.
@@ -91,7 +94,7 @@ class R2MUpdater:
         self.weight = time_weight(step, self.total_steps, self.settings.floor)
         self._absorbed = self.reward_model.absorb(rte, self.weight)
         # What the kernels read; the graph behind `absorbed` waits for `step`.
-        self._query, self._direction = self._absorbed.query.detach(), self._absorbed.direction.detach()
+        self.query, self.direction = self._absorbed.query.detach(), self._absorbed.direction.detach()
         with torch.no_grad():
             self._vanilla = self._absorbed.rte @ self.reward_model.head.weight  # phi . H [B]
             self._offset = self._absorbed.bias - self.reward_model.head.bias
@@ -99,18 +102,27 @@ class R2MUpdater:
                 if self._initial_weight is None:
                     self._initial_weight = self.reward_model.head.weight.clone()
                 self._initial = self._absorbed.rte @ self._initial_weight
-        shape = self._query.shape
+        shape = self.query.shape
         self._feedback_value = self._vanilla.new_full(shape[:1], torch.nan)  # (1 - w) phi . A
-        self._pooled = self._query.new_empty(shape)
-        self._gradient = self._query.new_empty(shape)
-        self._lse = self._query.new_empty(shape[:-1])
-        self._collected = torch.zeros(shape[0], dtype=torch.bool, device=self._query.device)
+        self._pooled = self.query.new_empty(shape)
+        self._gradient = self.query.new_empty(shape)
+        self._lse = self.query.new_empty(shape[:-1])
+        self._collected = torch.zeros(shape[0], dtype=torch.bool, device=self.query.device)
 
     @torch.no_grad()
     def score(self, rows: Rows, hidden: Tensor, mask: Tensor) -> Tensor:
         """Rewards float32 [b] of the sequences `rows`, for hidden [b, S, D_p] and mask bool [b, S] (True = attend)."""
         hidden = self._feedback(hidden, mask)
-        value, lse = attention_pool_dot(self._query[rows], hidden, self._direction, mask=mask, scale=1.0)
+        value, lse = attention_pool_dot(self.query[rows], hidden, self.direction, mask=mask, scale=1.0)
+        return self._fused(rows, value, lse)
+
+    @torch.no_grad()
+    def score_pools(self, rows: Rows, pooled: Tensor, lse: Tensor) -> Tensor:
+        """`score` where the pools were made elsewhere: pooled [b, D_p] or [b, H, D_p], lse [b] or [b, H]."""
+        return self._fused(rows, (pooled * self.direction).sum(-1), lse)
+
+    def _fused(self, rows: Rows, value: Tensor, lse: Tensor) -> Tensor:
+        """Rewards [b] from g . c, `value` [b] or [b, H]."""
         value = value.sum(-1) if value.ndim == 2 else value  # heads
         self._feedback_value[rows] = (value + self._offset).masked_fill(without_feedback(lse), 0)
         fused = self._feedback_value[rows] + self.weight * self._vanilla[rows] + self.reward_model.head.bias
@@ -121,8 +133,12 @@ class R2MUpdater:
         """Keep the pool of each sequence and its gradient, from the hidden states of the last policy epoch."""
         hidden = self._feedback(hidden, mask)
         pooled, gradient, lse = attention_pool_with_gradient(
-            self._query[rows], hidden, self._direction, mask=mask, scale=1.0
+            self.query[rows], hidden, self.direction, mask=mask, scale=1.0
         )
+        self.collect_pools(rows, pooled, gradient, lse)
+
+    def collect_pools(self, rows: Rows, pooled: Tensor, gradient: Tensor, lse: Tensor) -> None:
+        """`collect` where the pools were made elsewhere, as by `attention_pool_with_gradient` with `query`."""
         self._pooled[rows], self._gradient[rows], self._lse[rows] = pooled, gradient, lse
         self._collected[rows] = True
 
@@ -141,7 +157,7 @@ class R2MUpdater:
             scale = self.reward_model.feedback_scale  # a part of u
             # V grows with 1 - w, which is near 0 in the first rounds; at w = 1 it is 0 in all.
             slope = (self._gradient[own] / (scale * ((1 - self.weight) or 1.0))).bfloat16().to(scale)
-            level = (slope * (self._query[own] * scale)).flatten(1).sum(-1)
+            level = (slope * (self.query[own] * scale)).flatten(1).sum(-1)
             parts += [self._pooled[own], slope, level, (~without_feedback(self._lse[own])).to(level)]
         parts = [processes.merge_rows(part, where, len(rows)).unflatten(0, (len(pairs), 2)) for part in parts]
         if not self.settings.attends:
@@ -276,7 +292,7 @@ class R2MUpdater:
 
     def _attended_tokens(self) -> Tensor:
         """exp of the attention's entropy, `lse - E[score]` with `E[score] = u . c`: from what is already at hand."""
-        return (self._lse - (self._query * self._pooled).sum(-1)).exp().mean()
+        return (self._lse - (self.query * self._pooled).sum(-1)).exp().mean()
 
 
 def _difference(pairs: Tensor) -> Tensor:
