@@ -13,7 +13,8 @@ import time
 from http.client import HTTPConnection
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "r2m"))  # for tiny
+HELPERS = str(Path(__file__).parents[1] / "r2m")  # tiny and small_run, whose judge the processes call
+sys.path.append(HELPERS)
 
 import tiny
 from small_run import write_config
@@ -126,9 +127,11 @@ def test_each_round_samples_from_the_policy_as_it_is(server, checkpoint, tmp_pat
 def launch(config, *options):
     """`r2m train` in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "r2m.cli", "train"]
+    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), HELPERS]))
+    on_cpus = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, "--config", str(config), *options],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=os.environ | on_cpus | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=300,
