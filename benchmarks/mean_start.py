@@ -34,7 +34,7 @@ from r2m.policy.generate import Sampling, generate
 from r2m.policy.load import load_tokenizer
 
 PROMPTS, RESPONSES, NEW_TOKENS = 96, 12, 24
-PAIRS, HELD_OUT_PAIRS, SPLITS = (64, 256), 64, 8
+PAIRS, HELD_OUT_PAIRS, SPLITS = (64, 256), 64, 16
 
 
 class States(NamedTuple):
@@ -146,13 +146,19 @@ def main() -> None:
     for count in PAIRS:
         found = defaultdict[str, list[float]](list)
         for seed in range(SPLITS):
-            for reader, value in split(states, model, count, seed).items():
+            try:
+                measures = split(states, model, count, seed)
+            except ValueError as error:  # a head that learns nothing is refused
+                print(f"{count} pairs, split {seed} is left out: {error}", flush=True)
+                continue
+            for reader, value in measures.items():
                 found[reader].append(value)
-        print(f"{count} pairs, mean of {SPLITS} splits; less the RTE alone, in points")
+        number, kept = len(found["RTE alone"]), sum(found.pop("mean start kept"))
+        print(f"{count} pairs, mean of {number} splits, {kept:.0f} of which keep the mean start; less the RTE, in points")
         for reader, values in found.items():
             change = 100 * (torch.tensor(values) - torch.tensor(found["RTE alone"]))
-            half = stats.t.ppf(0.975, SPLITS - 1) * change.std().item() / SPLITS**0.5
-            print(f"{reader:20s} {sum(values) / SPLITS:.3f}  {change.mean():+.1f} +- {half:.1f}", flush=True)
+            half = stats.t.ppf(0.975, number - 1) * change.std().item() / number**0.5
+            print(f"{reader:20s} {sum(values) / number:.3f}  {change.mean():+.1f} +- {half:.1f}", flush=True)
 
 
 if __name__ == "__main__":
