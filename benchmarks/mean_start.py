@@ -154,7 +154,7 @@ def main() -> None:
             for reader, value in measures.items():
                 found[reader].append(value)
         number, kept = len(found["RTE alone"]), sum(found.pop("mean start kept"))
-        print(f"{count} pairs, mean of {number} splits, {kept:.0f} of which keep the mean start; less the RTE, in points")
+        print(f"{count} pairs, mean of {number} splits, {kept:.0f} keep the mean start; less the RTE alone, in points")
         for reader, values in found.items():
             change = 100 * (torch.tensor(values) - torch.tensor(found["RTE alone"]))
             half = stats.t.ppf(0.975, number - 1) * change.std().item() / number**0.5
