@@ -30,8 +30,8 @@ GPUS = {  # the SXM forms, linked by NVLink
 }
 
 # Assumptions: the share of a peak that is reached, of FLOPs and of bytes, and the seconds of a layer and a token that
-# the host takes to launch what transformers' `generate` runs. PyTorch reports 25.5 tokens a second for 32 layers in
-# eager mode (pytorch.org/blog/accelerating-generative-ai-2). vLLM replays CUDA graphs.
+# the host takes to launch what transformers' `generate` runs. PyTorch reports 25.5 tokens a second, bound by launches,
+# for a plain Llama-7B (32 layers) on an A100 (pytorch.org/blog/accelerating-generative-ai-2). vLLM replays CUDA graphs.
 FLOPS_USED, BYTES_USED, LAUNCHES = 0.4, 0.7, 1.2e-3
 
 
