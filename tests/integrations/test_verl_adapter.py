@@ -212,25 +212,29 @@ def test_two_epochs_with_a_reference_and_rows_that_fill_up_and_the_same_run_resu
     ]
     (again,) = train(resumed, monkeypatch, gpus=2)
     assert rewards_by_text(again) == pytest.approx(rewards_by_text(steps[1]), abs=1e-4)
-    whole, part = (
-        load_file(tmp_path / name / "global_step_2" / "r2m" / "r2m.safetensors") for name in ("whole", "resumed")
+    start, whole, part = (
+        load_file(tmp_path / folder / "r2m" / "r2m.safetensors")
+        for folder in ("whole/global_step_1", "whole/global_step_2", "resumed/global_step_2")
     )
-    torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-4)
+    # Rows stand as their responses arrived, so that shuffled mini-batches differ, and by a little the refreshed pools.
+    for name in whole:
+        assert (part[name] - whole[name]).norm() <= 0.05 * (whole[name] - start[name]).norm()
 
 
 def test_two_ranks_with_dynamic_batches_and_an_adapter(models, tmp_path, monkeypatch):
     options = [
         *overrides(models, tmp_path, 2),
         "trainer.total_training_steps=1",
+        "data.train_batch_size=4",
         "actor_rollout_ref.model.lora_rank=4",
         "actor_rollout_ref.model.lora.merge=True",
         "actor_rollout_ref.actor.use_kl_loss=True",
         "actor_rollout_ref.actor.use_dynamic_bsz=True",
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16",  # a rank has six sequences, up to 11 tokens each
         "actor_rollout_ref.actor.ppo_epochs=2",
     ]
     (step,) = train(options, monkeypatch, gpus=3)
-    check(models, step, 1)
+    assert check(models, step, 1) == []
 
 
 LENGTHS, RESPONSE = (5, 9, 7, 6, 8, 12), 3
