@@ -23,7 +23,7 @@ class Trainers(dict[str, Any]):
         return self[name]
 
 
-def offer(module: ModuleType) -> None:
+def offer(module: Any) -> None:
     module.TRAINER_REGISTRY = Trainers(module.TRAINER_REGISTRY)
 
 
