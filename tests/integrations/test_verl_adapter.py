@@ -278,10 +278,11 @@ def test_an_actor_pools_each_sequence_and_again_in_the_last_epoch(models, tmp_pa
             hidden = torch.cat([policy.base_model(row[None]).last_hidden_state[0] for row in ids])
         expected = pool_packed(query, direction, hidden, torch.tensor(LENGTHS))
 
-        output = worker.actor.infer_batch(batch(compute_loss=False))
-        for name, value in zip(POOLS, expected, strict=True):
-            found = torch.stack(list(output[name]))
-            torch.testing.assert_close(found.view_as(value), value, rtol=1e-4, atol=1e-4)
+        for packed in (True, False):
+            output = worker.actor.infer_batch(batch(compute_loss=False, use_remove_padding=packed))
+            for name, value in zip(POOLS, expected, strict=True):
+                found = torch.stack(list(output[name]))
+                torch.testing.assert_close(found.view_as(value), value, rtol=1e-4, atol=1e-4)
 
         settings = {"mini_batch_size": 3, "global_batch_size": 3, "seed": 1, "dataloader_kwargs": {"shuffle": True}}
         worker.actor.train_mini_batch(batch(epochs=2, **settings))
