@@ -179,10 +179,11 @@ def check(models, step, rounds):
     padding = [i for i, tag in enumerate(step["tags"]) if tag.get("is_padding", False)]
     assert sorted(padding + step["rows"]) == list(range(len(step["tags"])))
     assert not any(step["rm_scores"][i].any() for i in padding)
-    # Refreshed pools are those of a policy that has moved a little, of the same sequences in the same order.
+    # Refreshed pools are those of a policy that has moved a little, of the same sequences in the same order. Responses
+    # may be equal, and so their pools.
     before, after = (torch.stack([step[name][i] for i in step["rows"]]) for name in ("r2m_pooled", "refreshed"))
     moved = torch.cdist(after, before)
-    assert (moved.diagonal() > 0).all() and torch.equal(moved.argmin(1), torch.arange(len(moved)))
+    assert (moved.diagonal() > 0).all() and (moved.diagonal() <= 1.01 * moved.min(1).values).all()
     assert step["metrics"]["grebt/loss"] > 0
     return padding
 
