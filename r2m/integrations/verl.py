@@ -1,7 +1,7 @@
 """R2M in verl's PPO trainer: `trainer.v1.trainer_mode=r2m`, with the settings under `+r2m.` (docs/verl.md).
 
-verl loads this module by itself, in each of its processes: it is an entry point of the group `verl.plugins`. What it
-registers, the trainer and its engine, has names of its own, so that runs without R2M stay as they are.
+verl finds the trainer by itself, by an entry point of its group `verl.plugins` (verl_plugin.py). What is registered
+here, the trainer and its engine, has names of its own, so that runs without R2M stay as they are.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from r2m.config import R2M
 from r2m.integrations.remote import Pools, RewardModel, check_settings, pool_packed
+from r2m.integrations.verl_plugin import NAME
 from r2m.method.hidden_states import HiddenStateTap
 from r2m_kernels import attention_pool_with_gradient
 
-NAME = "r2m"
 QUERY, DIRECTION, ROW = "r2m_query", "r2m_direction", "r2m_row"  # of a batch
 POOLS = [f"r2m_{name}" for name in Pools._fields]
 

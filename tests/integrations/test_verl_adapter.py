@@ -4,6 +4,8 @@
 """
 
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import ray
 import torch
 import transfer_queue as tq
 from hydra import compose, initialize_config_module
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.v1 import get_trainer_cls
@@ -154,11 +157,11 @@ def train(options, monkeypatch, gpus):
     return steps
 
 
-def rewards_alone(models, step, t):
-    """Each sequence by itself, through the equations as they stand, by the models on disk."""
+def rewards_alone(models, step, rounds):
+    """Of the first step: each sequence by itself, through the equations as they stand, by the models on disk."""
     policy = AutoModelForCausalLM.from_pretrained(models / "policy", dtype=torch.float32).eval()
     model = R2MRewardModel.from_pretrained(models / "r2m", policy=models / "policy", dtype=torch.float32)
-    attention, head, weight = model.attention, model.head, time_weight(t, STEPS, model.config.floor)
+    attention, head, weight = model.attention, model.head, time_weight(1, rounds, model.config.floor)
     for i in step["rows"]:
         with torch.no_grad():
             hidden = policy.base_model(step["input_ids"][i][None]).last_hidden_state[:, :-1]
@@ -168,27 +171,30 @@ def rewards_alone(models, step, t):
             yield i, policy_feedback_reward(rte, hidden, *weights, weight=weight).item()
 
 
-def check(models, step):
-    for i, expected in rewards_alone(models, step, 1):
+def check(models, step, rounds):
+    for i, expected in rewards_alone(models, step, rounds):
         scores = step["rm_scores"][i]
         assert scores[-1].item() == pytest.approx(expected, abs=2e-5)
         assert not scores[:-1].any()
     padding = [i for i, tag in enumerate(step["tags"]) if tag.get("is_padding", False)]
     assert sorted(padding + step["rows"]) == list(range(len(step["tags"])))
     assert not any(step["rm_scores"][i].any() for i in padding)
-    # Refreshed pools are those of a policy that has moved a little, of the same sequences in the same order.
+    # Refreshed pools are those of a policy that has moved a little, of the same sequences in the same order. Responses
+    # may be equal, and so their pools.
     before, after = (torch.stack([step[name][i] for i in step["rows"]]) for name in ("r2m_pooled", "refreshed"))
     moved = torch.cdist(after, before)
-    assert (moved.diagonal() > 0).all() and torch.equal(moved.argmin(1), torch.arange(len(moved)))
+    assert (moved.diagonal() > 0).all() and (moved.diagonal() <= 1.01 * moved.min(1).values).all()
     assert step["metrics"]["grebt/loss"] > 0
     return padding
 
 
-def test_rewards_and_refreshed_pools_of_two_epochs_with_a_reference_and_rows_that_fill_up(
-    models, tmp_path, monkeypatch
-):
+def rewards_by_text(step):
+    return {tuple(step["input_ids"][i].tolist()): step["rm_scores"][i].sum().item() for i in step["rows"]}
+
+
+def test_two_epochs_with_a_reference_and_rows_that_fill_up_and_the_same_run_resumed(models, tmp_path, monkeypatch):
     options = [
-        *overrides(models, tmp_path, 1),
+        *overrides(models, tmp_path / "whole", 1),
         "actor_rollout_ref.actor.use_kl_loss=True",
         "actor_rollout_ref.actor.ppo_epochs=2",
         "actor_rollout_ref.actor.shuffle=True",
@@ -196,8 +202,41 @@ def test_rewards_and_refreshed_pools_of_two_epochs_with_a_reference_and_rows_tha
     ]
     steps = train(options, monkeypatch, gpus=2)
     assert len(steps) == STEPS
-    assert len(check(models, steps[0])) == 3  # 9 rows, in mini-batches of 6
-    assert all((tmp_path / f"global_step_{t}" / "r2m" / "optimizer.pt").is_file() for t in (1, 2))
+    assert len(check(models, steps[0], STEPS)) == 3  # 9 rows, in mini-batches of 6
+
+    resumed = [
+        *options,
+        "trainer.val_before_train=False",
+        f"trainer.default_local_dir={tmp_path}/resumed",
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={tmp_path}/whole/global_step_1",
+    ]
+    (again,) = train(resumed, monkeypatch, gpus=2)
+    assert rewards_by_text(again) == pytest.approx(rewards_by_text(steps[1]), abs=1e-4)
+    start, whole, part = (
+        load_file(tmp_path / folder / "r2m" / "r2m.safetensors")
+        for folder in ("whole/global_step_1", "whole/global_step_2", "resumed/global_step_2")
+    )
+    # Rows stand as their responses arrived, so that mini-batches differ, and by a little the refreshed pools. The
+    # step of an optimizer that starts anew is longer by a third.
+    for name in whole:
+        assert (part[name] - whole[name]).norm() <= 0.2 * (whole[name] - start[name]).norm()
+
+
+def test_two_ranks_with_dynamic_batches_and_an_adapter(models, tmp_path, monkeypatch):
+    options = [
+        *overrides(models, tmp_path, 2),
+        "trainer.total_training_steps=1",
+        "data.train_batch_size=4",
+        "actor_rollout_ref.model.lora_rank=4",
+        "actor_rollout_ref.model.lora.merge=True",
+        "actor_rollout_ref.actor.use_kl_loss=True",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16",  # a rank has six sequences, up to 11 tokens each
+        "actor_rollout_ref.actor.ppo_epochs=2",
+    ]
+    (step,) = train(options, monkeypatch, gpus=3)
+    assert check(models, step, 1) == []
 
 
 LENGTHS, RESPONSE = (5, 9, 7, 6, 8, 12), 3
@@ -241,10 +280,11 @@ def test_an_actor_pools_each_sequence_and_again_in_the_last_epoch(models, tmp_pa
             hidden = torch.cat([policy.base_model(row[None]).last_hidden_state[0] for row in ids])
         expected = pool_packed(query, direction, hidden, torch.tensor(LENGTHS))
 
-        output = worker.actor.infer_batch(batch(compute_loss=False))
-        for name, value in zip(POOLS, expected, strict=True):
-            found = torch.stack(list(output[name]))
-            torch.testing.assert_close(found.view_as(value), value, rtol=1e-4, atol=1e-4)
+        for packed in (True, False):
+            output = worker.actor.infer_batch(batch(compute_loss=False, use_remove_padding=packed))
+            for name, value in zip(POOLS, expected, strict=True):
+                found = torch.stack(list(output[name]))
+                torch.testing.assert_close(found.view_as(value), value, rtol=1e-4, atol=1e-4)
 
         settings = {"mini_batch_size": 3, "global_batch_size": 3, "seed": 1, "dataloader_kwargs": {"shuffle": True}}
         worker.actor.train_mini_batch(batch(epochs=2, **settings))
@@ -257,3 +297,22 @@ def test_an_actor_pools_each_sequence_and_again_in_the_last_epoch(models, tmp_pa
 def test_too_few_gpus_is_an_error_not_a_wait(models, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"Ray has 1 GPUs; expected 2: 1 for .* 1 for the reward model"):
         train(overrides(models, tmp_path, 1), monkeypatch, gpus=1)
+
+
+def test_verl_alone_imports_no_adapter_and_chooses_no_platform():
+    """Another plugin may register the platform; verl's other trainers, and a name that none has, are as without R2M."""
+    code = """if True:
+        import sys, verl
+        from verl.plugin.platform import platform_manager
+        assert platform_manager._current_platform is None
+        from verl.trainer.ppo.v1 import get_trainer_cls
+        assert get_trainer_cls("sync").__name__ == "PPOTrainerSync"
+        try:
+            get_trainer_cls("none")
+        except ValueError:
+            pass
+        assert "r2m.integrations.verl" not in sys.modules
+        assert get_trainer_cls("r2m").__name__ == "R2MTrainer"
+    """
+    env = {name: value for name, value in os.environ.items() if name != "VERL_USE_EXTERNAL_MODULES"}
+    subprocess.run([sys.executable, "-c", code], env=env | {"VERL_PLATFORM": "nvidia"}, check=True)
