@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -34,6 +35,7 @@ from r2m.method.hidden_states import policy_backbone  # noqa: E402
 from r2m.method.reward_model import R2MRewardModel  # noqa: E402
 from r2m.method.updater import R2MUpdater  # noqa: E402
 from r2m.policy.passes import disable_dropout  # noqa: E402
+from r2m.preferences import queue  # noqa: E402
 from r2m.preferences.store import LABELS  # noqa: E402
 from r2m_kernels import time_weight  # noqa: E402
 
@@ -190,6 +192,21 @@ class At(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.step in (None, state.global_step):
             self.act()
+
+
+def saved_and_labelled(labeller):
+    """Three rollouts, of one epoch, with a checkpoint after each."""
+    preferences = {"labeller": labeller, "per_round": 2, "wait": 0 if labeller == "queue" else 60}
+    prompts = [f"{text} {end}" for text in TEXTS for end in "xy"]  # in another epoch TRL shuffles a resumed run anew
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    return {"prompts": prompts, "preferences": preferences, **saving}
+
+
+def answer_all(folder):
+    """As a person does, by the file that `r2m label` writes."""
+    for id, question in queue.questions(folder).items():
+        if id not in queue.answers(folder):
+            queue.answer(folder, id, float(question["first"] > question["second"]), by="ann", left="first")
 
 
 # ---- rewards ----
@@ -424,6 +441,29 @@ def test_a_resumed_run_ends_where_the_whole_one_does_and_asks_nothing_twice(run,
     assert len(asked) == told == (6 if preferences else 0)
     saved = R2MRewardModel.from_pretrained(tmp_path / "run" / "checkpoint-6" / "r2m", dtype=torch.float32)
     assert not moved(whole.weights(), saved.state_dict())
+
+
+@pytest.mark.parametrize("labeller", [LABELLED["labeller"], "queue"])
+def test_a_run_that_is_killed_ends_as_the_whole_one_and_asks_nothing_twice(tmp_path, reward_checkpoint, labeller):
+    whole = Run(
+        tmp_path / "whole",
+        reward_checkpoint,
+        callbacks=[At(lambda: answer_all(tmp_path / "whole"))],
+        **saved_and_labelled(labeller),
+    ).train()
+    script, folder = Path(__file__).parent / "trl_killed.py", tmp_path / "run"
+    command = [sys.executable, str(script), str(folder), str(reward_checkpoint), labeller]
+    for status in (-signal.SIGKILL, 0):
+        done = subprocess.run(
+            command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == status, done.stderr[-3000:]
+    result = torch.load(folder / "result.pt")
+    assert result["history"] == measured(whole.callback.history) and len(result["history"]) == 3
+    assert not moved(whole.weights(), result["weights"])
+    assert (folder / LABELS).read_text() == (tmp_path / "whole" / LABELS).read_text()
+    assert sum(row["labels/given"] + row["labels/late"] for row in result["history"]) == len(whole.labels) > 0
+    assert queue.questions(folder) == queue.questions(tmp_path / "whole")
 
 
 def measured(rows):
