@@ -154,8 +154,10 @@ $(VLLM)/installed: pyproject.toml constraints.txt
 	    trl==1.16.0 -e '.[train]' pytest && \
 	  $(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec && touch $@
 
+# verl imports the last three, which an engine such as vLLM brings.
 $(VERL)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(VERL): some minutes"
 	-@$(call SETTING_UP,$(VERL)); $(PYTHON) -m venv $(VERL) && \
-	  $(VERL)/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)" -e '.[verl]' pytest && \
+	  $(VERL)/bin/pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)" -e '.[verl]' pytest \
+	    cachetools fastapi uvicorn && \
 	  { $(VERL)/bin/pip install -q --disable-pip-version-check --no-deps openrlhf==0.11.2 || true; } && touch $@
