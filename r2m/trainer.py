@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,7 @@ class R2MTrainer:
         generator: Generator | GenerateFn | None = None,
         eval_prompts: list[Prompt] | None = None,
         judge: Judge | None = None,
-        held_out_pairs: list[Preference] | None = None,
+        held_out_pairs: Sequence[Preference] | None = None,
         sample_metrics: SampleMetrics | None = None,
     ):
         # A copy, checked as a whole: keys may have been assigned one by one.

@@ -147,7 +147,7 @@ def diagnose_config(
             policy.bfloat16()  # nothing of it is trained here
         reward_model.config.floor = config.r2m.floor  # as R2MUpdater does
 
-        def few(some: list[Preference]) -> list[Preference]:
+        def few(some: Sequence[Preference]) -> Sequence[Preference]:
             return some if len(some) <= max_pairs else random.Random(config.seed).sample(some, max_pairs)
 
         training = reward_model.usable_pairs(training, tokenizer, policy)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from r2m import processes
 from r2m.commands.build import load_key
 from r2m.data.sources import Preference, load_pairs
+from r2m.data.spool import picked
 from r2m.devices import compute_dtype
 from r2m.fitting.recipe import TOLERANCE, fit_reward
 from r2m.method.reward_model import R2MRewardModel, saved_config
@@ -172,17 +174,18 @@ def _is_classifier(name: str | Path, revision: str | None, trust_remote_code: bo
     return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
 
 
-def split_pairs(pairs: list[Preference], seed: int, count: int) -> tuple[list[Preference], list[Preference]]:
+def split_pairs(
+    pairs: Sequence[Preference], seed: int, count: int
+) -> tuple[Sequence[Preference], Sequence[Preference]]:
     """All but a random `count`, and these; the pairs of one prompt stay together where prompts are many."""
-    by_prompt: dict[str, list[Preference]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(json.dumps(pair.prompt), []).append(pair)
+    by_prompt: dict[bytes, list[int]] = {}  # by a hash, which is shorter than the prompt
+    for i, pair in enumerate(pairs):
+        by_prompt.setdefault(hashlib.sha256(json.dumps(pair.prompt).encode()).digest(), []).append(i)
     groups = list(by_prompt.values())
     if min(map(len, groups)) > count:  # few prompts for all pairs: they say nothing
-        groups = [[pair] for pair in pairs]
+        groups = [[i] for i in range(len(pairs))]
     random.Random(seed).shuffle(groups)
-    training: list[Preference] = []
-    held_out: list[Preference] = []
+    training, held_out = list[int](), list[int]()
     for group in groups:
         (held_out if len(held_out) + len(group) <= count else training).extend(group)
-    return training, held_out
+    return picked(pairs, training), picked(pairs, held_out)

@@ -11,11 +11,12 @@ import os
 import re
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from r2m.data.spool import Spool
 from r2m.names import FIELDS, check_columns, check_source, data_format
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,14 @@ def load_prompts(
     FileNotFoundError for a source that does not exist; ImportError for a dataset without the package `datasets` or a
     `.parquet` file without `pyarrow`.
     """
-    return _load(source, columns, "prompts", _parse_prompt, skip_invalid)
+    prompts = list[Prompt]()
+    _load(source, columns, "prompts", _parse_prompt, skip_invalid, prompts)
+    return prompts
 
 
 def load_pairs(
     source: str | Path, *, columns: Mapping[str, str] | None = None, skip_invalid: bool = False
-) -> list[Preference]:
+) -> Sequence[Preference]:
     """The preference pairs of a source of `load_prompts`, with its errors; a `.txt` file holds none.
 
     A pair has the fields "prompt", "chosen" and "rejected". Without "prompt" it is implicit, as in TRL: of two texts
@@ -69,11 +72,15 @@ def load_pairs(
     message. That holds also for a prompt of text beside two conversations. A completion is text, or messages that are
     the prompt's (where implicit) and then one of the assistant's, whose content is taken.
 
+    Pairs beyond `r2m.data.spool.IN_MEMORY` bytes stay on disk, in a file without a name, and are read one by one.
+
     Raises ValueError also for completions that are equal or empty, and for an implicit pair that shares no prompt;
-    `skip_invalid` leaves such pairs out.
+    `skip_invalid` leaves such pairs out. Raises OSError where the file without a name cannot be written.
     """
     check_source(source, pairs=True)
-    return _load(source, columns, "pairs", _parse_pair, skip_invalid)
+    pairs = Spool(Preference)
+    _load(source, columns, "pairs", _parse_pair, skip_invalid, pairs)
+    return pairs.sequence()
 
 
 def check_list(name: str, value: object, loader: str | None = None) -> None:
@@ -94,7 +101,9 @@ def _load(
     kind: str,
     parse: Callable[[dict[str, Any], dict[str, str], str], _Item],
     skip_invalid: bool,
-) -> list[_Item]:
+    items: list[_Item] | Spool[_Item],
+) -> None:
+    """Appends what the rows of `source` are to `items`."""
     columns = columns or {}
     check_columns("columns", columns)
     check_source(source)
@@ -112,7 +121,7 @@ def _load(
             row |= {name: _csv_value(row[name], name, where) for name in names.values() if name in row}
         return parse(row, names, where)
 
-    items, skipped = list[_Item](), list[ValueError]()
+    skipped = list[ValueError]()
     for where, row in _rows(source):
         try:
             items.append(parsed(row, where))
@@ -122,12 +131,11 @@ def _load(
             skipped.append(error)
     if skipped:
         count = f"{len(skipped)} of {len(items) + len(skipped)} rows are no {kind}; the first: {skipped[0]}"
-        if not items:
+        if not len(items):
             raise ValueError(f"{source}: {count}")
         logger.warning("%s: skipped, %s", source, count)
-    if not items:
+    if not len(items):
         raise ValueError(f"{source}: no {kind}, the {'file' if Path(source).is_file() else 'dataset'} is empty")
-    return items
 
 
 # ---- sources: each gives (where, row) ----

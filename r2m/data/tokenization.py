@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from r2m.data.sources import Preference, Prompt, check_list
+from r2m.data.spool import picked
 from r2m.models import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,9 @@ def usable_prompts(
     return [prompt for prompt, _ in kept], [ids for _, ids in kept]
 
 
-def usable_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], max_tokens: int) -> list[Preference]:
+def usable_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], max_tokens: int
+) -> Sequence[Preference]:
     """The pairs of which the policy reads at most `max_tokens` tokens, prompt + chosen as well as prompt + rejected,
     and of prompt, chosen and rejected at least 1 each; a warning counts the others.
 
@@ -162,7 +165,7 @@ def usable_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]
 
 def usable_whole_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], max_tokens: int, *, suffix: str = ""
-) -> list[Preference]:
+) -> Sequence[Preference]:
     """The same for a reward model, which reads either text as `encode_whole` gives it."""
 
     def fit(some: Sequence[Preference]) -> list[bool]:
@@ -178,17 +181,19 @@ def usable_whole_pairs(
 
 def _usable_pairs(
     pairs: Sequence[Preference], fit: Callable[[Sequence[Preference]], list[bool]], max_tokens: int
-) -> list[Preference]:
+) -> Sequence[Preference]:
     # A batch at a time: the tokens of all pairs take several times the memory of their texts.
-    starts = range(0, len(pairs), _BATCH)
-    kept = [pair for i in starts for pair in compress(pairs[i : i + _BATCH], fit(pairs[i : i + _BATCH]))]
+    kept: list[int] = []
+    for start in range(0, len(pairs), _BATCH):
+        batch = list(pairs[start : start + _BATCH])
+        kept += compress(range(start, start + len(batch)), fit(batch))
     if not kept:
         raise ValueError(
             f"pairs: none of {len(pairs)} has prompt and completions of at least 1 token each and at most {max_tokens} "
             "together; expected at least 1"
         )
     _warn_of_dropped("pairs", len(pairs) - len(kept), len(pairs), max_tokens)
-    return kept
+    return picked(pairs, kept)
 
 
 def _warn_of_dropped(kind: str, dropped: int, total: int, max_tokens: int) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from r2m import processes
 from r2m.batching import Tokens
-from r2m.data.sources import Preference
+from r2m.data.sources import Preference, Prompt
+from r2m.data.spool import picked
 from r2m.data.tokenization import encode_prompt, encode_responses
 from r2m.method.backbone import hidden_width
 from r2m.method.hidden_states import HiddenStateTap, noise_like, policy_backbone
@@ -37,7 +38,7 @@ from r2m.progress import phase, track
 logger = logging.getLogger(__name__)
 
 STATISTICS_PAIRS = 4096  # the hidden states of so many pairs, a million tokens or more, give their mean and deviation
-CACHED_TEXTS = 4096  # RTEs in one file of the cache: what an interruption loses at most
+TEXTS_AT_ONCE = 4096  # whose tokens are in memory, and RTEs in one file of the cache: what an interruption loses
 
 
 class Feedback(NamedTuple):
@@ -54,27 +55,30 @@ class Batches(Sized, Iterable[Any], Protocol):
 
 
 def embed_pairs(
-    reward_model: R2MRewardModel, pairs: list[Preference], batch_size: int | Tokens = 32, cache: bool = False
+    reward_model: R2MRewardModel, pairs: Sequence[Preference], batch_size: int | Tokens = 32, cache: bool = False
 ) -> Tensor:
     """RTEs [2 N, D_rm], chosen first. batch_size: see `R2MRewardModel.embed`; cache: see `fit_reward`."""
-    prompts = [pair.prompt for pair in pairs] * 2
-    completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    if not cache:
-        return reward_model.embed(prompts, completions, batch_size=batch_size)
-    parts = []
+    number, parts = len(pairs), list[Tensor]()
     with reward_model.backbone_loaded():
-        for start in track(range(0, len(prompts), CACHED_TEXTS), "part"):
-            part = slice(start, start + CACHED_TEXTS)
-            rows = [reward_model.encode(p, text) for p, text in zip(prompts[part], completions[part], strict=True)]
-            parts.append(_cached_embeddings(reward_model, rows, batch_size))
+        for start in track(range(0, 2 * number, TEXTS_AT_ONCE), "part"):
+            prompts, texts = list[Prompt](), list[str]()
+            for i in range(start, min(start + TEXTS_AT_ONCE, 2 * number)):
+                pair = pairs[i % number]
+                prompts.append(pair.prompt)
+                texts.append(pair.chosen if i < number else pair.rejected)
+            if cache:
+                rows = [reward_model.encode(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+                parts.append(_cached_embeddings(reward_model, rows, batch_size))
+            else:
+                parts.append(reward_model.embed(prompts, texts, batch_size=batch_size))
     return torch.cat(parts)
 
 
 def embed_by_share(
-    reward_model: R2MRewardModel, pairs: list[Preference], batch_size: int | Tokens = 32, cache: bool = False
+    reward_model: R2MRewardModel, pairs: Sequence[Preference], batch_size: int | Tokens = 32, cache: bool = False
 ) -> Tensor:
     """`embed_pairs` of the same pairs in all processes: each embeds its share, and has the RTEs of all."""
-    own = embed_pairs(reward_model, processes.share(pairs), batch_size, cache)
+    own = embed_pairs(reward_model, picked(pairs, processes.share(range(len(pairs)))), batch_size, cache)
     by_pair = processes.gather(own.unflatten(0, (2, -1)).transpose(0, 1))[: len(pairs)]  # [N, 2, D_rm]
     return by_pair.transpose(0, 1).flatten(0, 1)
 
@@ -131,7 +135,7 @@ def _identity(reward_model: R2MRewardModel) -> list[str]:
 def feedback_batches(
     policy: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    pairs: list[Preference],
+    pairs: Sequence[Preference],
     rte: Tensor,
     *,
     batch_size: int,
@@ -155,8 +159,8 @@ def feedback_batches(
     indices: list[int] = list(range(len(pairs)))
     model: Any = policy_backbone(policy)
     token_bytes = hidden_width(model) * model.dtype.itemsize
-    own = processes.share(pairs)
-    tokens = sum(_count_tokens(tokenizer, pair) for pair in track(own, "counting tokens, pair"))
+    own = processes.share(indices)
+    tokens = sum(_count_tokens(tokenizer, pairs[i]) for i in track(own, "counting tokens, pair"))
     needed = token_bytes * max(processes.greatest([tokens]))
     if needed <= hidden_budget:
         return [batch_of(indices)]
@@ -176,7 +180,7 @@ def _count_tokens(tokenizer: Any, pair: Preference) -> int:
 
 
 def tokenize_pairs(
-    policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pairs: list[Preference], positions: str = "all"
+    policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pairs: Sequence[Preference], positions: str = "all"
 ) -> Rollout:
     """The pairs as the policy would have sampled them, 2 N sequences, chosen first. positions: see `collate`."""
     if tokenizer is None:
@@ -233,7 +237,7 @@ def take_statistics(
     reward_model: R2MRewardModel,
     policy: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    pairs: list[Preference],
+    pairs: Sequence[Preference],
     rte: Tensor,
     *,
     positions: str,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ TOLERANCE = 5e-3  # see `fit_reward`
 
 def fit_reward(
     reward_model: R2MRewardModel,
-    pairs: list[Preference],
-    validation_pairs: list[Preference],
+    pairs: Sequence[Preference],
+    validation_pairs: Sequence[Preference],
     *,
     policy: nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -194,8 +195,8 @@ def fit_head(
 
 def fit_lora(
     reward_model: R2MRewardModel,
-    pairs: list[Preference],
-    validation_pairs: list[Preference],
+    pairs: Sequence[Preference],
+    validation_pairs: Sequence[Preference],
     *,
     rank: int,
     learning_rate: float,

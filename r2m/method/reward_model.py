@@ -421,7 +421,7 @@ class R2MRewardModel(nn.Module):
         pairs: Sequence[Preference],
         tokenizer: PreTrainedTokenizerBase | None = None,
         policy: nn.Module | None = None,
-    ) -> list[Preference]:
+    ) -> Sequence[Preference]:
         """The pairs whose texts have at most `max_length` tokens, here and, given its tokenizer, for the policy, and no
         more than the policy, if given, has positions.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class Evaluator:
         config: R2MConfig,
         *,
         prompts: list[Prompt],
-        pairs: list[Preference] | None,
+        pairs: Sequence[Preference] | None,
         judge: Judge | None,
     ):
         self.scorer, self.config, self.prompts, self.judge = scorer, config, prompts, judge

@@ -258,7 +258,7 @@ def test_embeddings_of_another_backbone_or_text_are_not_taken(tmp_path, policy, 
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(reward_checkpoint, policy, embedded, monkeypatch):
-    monkeypatch.setattr(pairs_module, "CACHED_TEXTS", 4)
+    monkeypatch.setattr(pairs_module, "TEXTS_AT_ONCE", 4)
     model, pairs = tiny.reward_model(reward_checkpoint, policy), preferences(6)
     encode, calls = model.encode, []
 
