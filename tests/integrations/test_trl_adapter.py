@@ -443,6 +443,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does_and_asks_nothing_twice(run,
     assert not moved(whole.weights(), saved.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labeller", [LABELLED["labeller"], "queue"])
 def test_a_run_that_is_killed_ends_as_the_whole_one_and_asks_nothing_twice(tmp_path, reward_checkpoint, labeller):
     whole = Run(
@@ -598,7 +599,7 @@ def test_completions_that_the_policy_did_not_run_over(run, ids, error):
 
 
 def test_training_on_a_sequence_without_reward():
-    rollout = passes.Rollout(3, torch.zeros(2), 1, {(1, 2): [0, 1]}, [0, 0])
+    rollout = passes.Rollout(3, [], [], torch.zeros(2), torch.zeros(2), 1, {(1, 2): [0, 1]}, [0, 0])
     assert [rollout.row_of((1, 2)), rollout.row_of((1, 2))] == [0, 1] and rollout.is_complete
     with pytest.raises(RuntimeError, match="rollout 3: the policy trains on a sequence that was not rewarded"):
         rollout.row_of((1, 3))

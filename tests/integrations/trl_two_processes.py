@@ -66,6 +66,7 @@ run.train()
 
 calls = [None, None]
 dist.all_gather_object(calls, run.calls[0])
+processes.number = lambda: 1  # by hand each process has the sequences of both
 updater = R2MUpdater(by_hand, run.settings, total_steps=1, num_generations=K)
 updater.begin_round(torch.cat([by_hand.embed(call.prompts, call.texts) for call in calls]), 1)
 hidden = [states for call in calls for states in run.hidden(call, tiny.policy())]  # the refresh is before the only step
