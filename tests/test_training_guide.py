@@ -191,7 +191,7 @@ def test_the_judge_sees_no_text_of_the_files(tmp_path, monkeypatch):
 
 def test_every_command_of_r2m_is_in_the_guide():
     used = {line.split()[1] for line in commands() if line.startswith("r2m ")}
-    elsewhere = {"demo", "bench"}  # docs/results.md and docs/benchmarks.md
+    elsewhere = {"demo", "bench", "label"}  # docs/results.md, docs/benchmarks.md and docs/labels.md
     assert used | elsewhere == set(typer.main.get_command(app).commands)
 
 

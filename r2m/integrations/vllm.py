@@ -75,7 +75,8 @@ class VLLM:
                 import vllm
 
                 made_of = copy.deepcopy(model.config)
-                made_of.architectures = [type(model).__name__]  # of a model that no checkpoint was read for it has none
+                # Of a model that no checkpoint was read for it has none. FSDP2 puts its name before the class's.
+                made_of.architectures = [type(model).__name__.removeprefix("FSDP")]
                 made_of.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 self.engine = vllm.LLM(
