@@ -196,7 +196,7 @@ def test_a_round_says_its_phase_epoch_and_micro_batch_and_no_pass_is_larger(make
         "round 1 of 1, policy update, epoch 2 of 2, minibatch 1 of 1, micro-batch 2 of 2",
         "round 1 of 1, reward model update",
         "round 1 of 1, held-out prompts, sampling, batch 1 of 1, token 1 of 5",
-        "held-out pairs, embedding, batch 1 of 1",
+        "held-out pairs, part 1 of 1, embedding, batch 1 of 1",
         "round 1 of 1, held-out pairs, hidden states of the policy, pass 1 of 1",
     ):
         assert line in said, (line, said)
