@@ -167,8 +167,8 @@ class Preferences:
     # "module:function", "file.py:function", a command that reads and writes JSON lines, or "queue", a person by
     # `r2m label`; None: nobody is asked
     labeller: str | None = None
-    per_round: int = 12  # pairs, of as many prompts
-    # The pair of a prompt: its best and worst response by the reward, the margin nearest to zero, the margin that the
+    per_round: int = 12  # pairs, one of each prompt before a second one of any
+    # A prompt's pair: its best and worst response by the reward, the margin nearest to zero, the margin that the
     # policy feedback changes most, or any
     choose: Literal["best_worst", "uncertain", "disagreement", "random"] = "best_worst"
     weight: float = 1.0  # of the labels' Bradley-Terry loss

@@ -17,7 +17,9 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -142,10 +144,11 @@ def fit_judge(reviews: Sequence[Review], *, window_words: int = 30) -> Scorer:
     classifier = LogisticRegression(C=4.0, solver="liblinear", random_state=0)
     classifier.fit(features.fit_transform(texts), labels)
 
-    def judge(texts: Sequence[str]) -> np.ndarray:
-        return classifier.decision_function(features.transform([text.removeprefix(PROMPT) for text in texts]))
+    return partial(_logits, classifier, features)
 
-    return judge
+
+def _logits(classifier: Any, features: Any, texts: Sequence[str]) -> np.ndarray:
+    return classifier.decision_function(features.transform([text.removeprefix(PROMPT) for text in texts]))
 
 
 def pair_accuracy(scorer: Scorer, pairs: Sequence[Preference]) -> float:

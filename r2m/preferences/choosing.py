@@ -44,7 +44,8 @@ def choose_pairs(
     seed: int,
     t: int,
 ) -> list[tuple[int, int]]:
-    """Rows of at most `count` pairs of distinct texts: of as many prompts, drawn at random, one pair each.
+    """Rows of at most `count` pairs of distinct texts: one of each prompt, in random order; where that is too few, a
+    second one of each, and so on. No response is in two pairs.
 
     rewards, vanilla (without policy feedback), texts: of a round's responses, `group` to a prompt. Which of a pair
     comes first is random, too. A function of its arguments: the seed and the round t give the random numbers.
@@ -52,12 +53,14 @@ def choose_pairs(
     rng, worth = random.Random(round_seed(seed, t)), CHOICES[choose]
     starts = list(range(0, len(texts), group))
     rng.shuffle(starts)
+    left = {start: list(range(start, start + group)) for start in starts}
     chosen: list[tuple[int, int]] = []
-    for start in starts:
-        pairs = [(i, j) for i, j in combinations(range(start, start + group), 2) if texts[i] != texts[j]]
+    for start in starts * (group // 2):
+        pairs = [(i, j) for i, j in combinations(left[start], 2) if texts[i] != texts[j]]
         if pairs and len(chosen) < count:
             i, j = max(
                 pairs, key=lambda ij: worth(rewards[ij[0]] - rewards[ij[1]], vanilla[ij[0]] - vanilla[ij[1]], rng)
             )
+            left[start] = [row for row in left[start] if row not in (i, j)]
             chosen.append((i, j) if rng.random() < 0.5 else (j, i))
     return chosen

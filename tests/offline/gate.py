@@ -1,9 +1,10 @@
 """Compiles every shipped configuration of the Triton kernels for every architecture and judges the machine code.
 
-    python tests/offline/gate.py [--target sm_90] [--kernel rows] [--all]
+    python tests/offline/gate.py [--target sm_90] [--kernel rows] [--all] [--full]
 
 Needs no GPU. Prints a row per target, kernel and configuration, and last the problems; exits with 1 if there are any.
-The first run takes minutes; Triton keeps what it compiled.
+The first run takes minutes; Triton keeps what it compiled. Where record.py knows these sources as judged, it compiles
+a sample of the configurations, without --full.
 """
 
 import argparse
@@ -11,10 +12,13 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterable
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import compiling
+import record
 import torch
+import triton
 from compiling import Facts, Launch
 from torch import Tensor
 
@@ -23,6 +27,7 @@ from r2m_kernels.fusion import triton_impl as fusion
 from r2m_kernels.grebt import triton_impl as grebt
 
 WORKERS = 2
+SAMPLE = 16  # one configuration in so many
 STREAMED = "hidden"  # a kernel with an argument of this name reads its rows in a loop
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # GPUs that run the machine code of another: where they are launched in the same way, it is compiled once.
@@ -181,9 +186,11 @@ def examine(launch: Launch) -> Facts | str:
         return f"{type(error).__name__}: {str(error).strip()[:500]}"
 
 
-def gate(targets: Iterable[str], kernel: str = "", share: bool = True) -> tuple[list[list[str]], list[str]]:
-    """The rows of the table, and the problems."""
-    todo = plan(targets, kernel)
+def gate(
+    targets: Iterable[str], kernel: str = "", share: bool = True, one_in: int = 1
+) -> tuple[list[list[str]], list[str]]:
+    """The rows of the table, and the problems; of one configuration in `one_in`."""
+    todo = plan(targets, kernel)[::one_in]
     # To be compiled: each launch once, for GPUs with the same code the first one's.
     code: dict[tuple[str, str], Launch] = {}
     source: list[tuple[str, str]] = []
@@ -238,12 +245,20 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=compiling.TARGETS, help="default: all; may be repeated")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--all", action="store_true", help="compile for sm_86 and sm_89 even what is equal to sm_80")
+    parser.add_argument("--full", action="store_true", help="compile all, on record or not")
     arguments = parser.parse_args()
     targets = arguments.target or list(compiling.TARGETS)
-    rows, problems = gate(targets, arguments.kernel, share=not arguments.all)
+    sources = [*(record.ROOT / "r2m_kernels").rglob("*.py"), *map(Path, (__file__, compiling.__file__))]
+    found = record.fingerprint(sources, f"triton {triton.__version__}")
+    is_whole = not (arguments.target or arguments.kernel)
+    samples = is_whole and not arguments.full and record.is_judged("triton", found)
+    rows, problems = gate(targets, arguments.kernel, share=not arguments.all, one_in=SAMPLE if samples else 1)
     problems += recompiled(targets[0])
     print(table([HEAD, *rows]))
-    print(f"\n{len(rows)} rows, {len(problems)} problems", *problems, sep="\n")
+    of = f", one in {SAMPLE} (all are on record as judged; --full compiles them)" if samples else ""
+    print(f"\n{len(rows)} rows{of}, {len(problems)} problems", *problems, sep="\n")
+    if is_whole and not samples and not problems:
+        record.write("triton", found)
     return int(bool(problems))
 
 

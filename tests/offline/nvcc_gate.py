@@ -1,10 +1,11 @@
 """Compiles every CUDA C++ kernel for every GPU, with the commands of build.py, and judges what ptxas says of it.
 
-    python tests/offline/nvcc_gate.py [--kernel rows]
+    python tests/offline/nvcc_gate.py [--kernel rows] [--full]
 
 Needs nvcc and no GPU. Prints a row per GPU and kernel, and last the problems: a kernel that spills or has a stack
 frame, a file without kernels, a symbol that nothing supplies when the library is loaded; exits with 1 if there are any.
-TORCH_CUDA_ARCH_LIST="9.0a" takes fewer GPUs, MAX_JOBS says how many compilers run at a time.
+TORCH_CUDA_ARCH_LIST="9.0a" takes fewer GPUs, MAX_JOBS says how many compilers run at a time. Where record.py knows
+these sources as judged, it compiles them for one GPU, without --full.
 """
 
 import argparse
@@ -13,14 +14,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import record
+import torch
+
 from r2m_kernels import build
 
 TORCH_C_API = build.TORCH / "include" / "torch" / "csrc"
+
+
+SAMPLE = "9.0a"
 
 
 class Kernel(NamedTuple):
@@ -100,12 +107,15 @@ def unknown_symbols(library: Path) -> list[str]:
     return wrong
 
 
-def gate(csrc: Path | None = None, kernel: str = "") -> tuple[list[list[str]], list[str]]:
-    """The rows of the table, and the problems."""
+def gate(
+    csrc: Path | None = None, kernel: str = "", architectures: Sequence[str] | None = None
+) -> tuple[list[list[str]], list[str]]:
+    """The rows of the table, and the problems. architectures: None: build.py's."""
+    architectures = architectures or build.cuda_architectures()
     # A recipe per GPU, all of which can run at a time; host code, the same in each, is linked from the first.
     recipes = [
         build.recipe_for("cuda", csrc, extra_flags=["-Xptxas=-v"], architectures=[name])
-        for name in build.cuda_architectures()
+        for name in architectures
     ]
     steps = [(i, step) for i, recipe in enumerate(recipes) for step in recipe.compiling if i == 0 or _is_cuda(step)]
     rows, wrong = [], []
@@ -134,7 +144,7 @@ def gate(csrc: Path | None = None, kernel: str = "") -> tuple[list[list[str]], l
         if _is_cuda(step):
             kernels = parse(output)
             if not any(k.registers for k in kernels):
-                wrong.append(f"{step.output}: no kernel for {build.cuda_architectures()[i]}")
+                wrong.append(f"{step.output}: no kernel for {architectures[i]}")
             names = short_names(k.name for k in kernels)
             for k in kernels:
                 if kernel in names[k.name]:
@@ -163,20 +173,29 @@ def table(rows: list[list[str]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--full", action="store_true", help="compile for all GPUs, on record or not")
     arguments = parser.parse_args()
     start = time.monotonic()
     try:
-        build.find_nvcc()
+        nvcc = build.find_nvcc()
     except build.BuildError as error:
         print(f"the CUDA kernels were not compiled: {error}")
         return 0
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    sources = [*(record.ROOT / "csrc").rglob("*"), Path(build.__file__), Path(__file__)]
+    found = record.fingerprint(sources, f"{version} torch {torch.__version__} {build.cuda_architectures()}")
+    is_whole = not arguments.kernel
+    samples = is_whole and not arguments.full and record.is_judged("nvcc", found)
     try:
-        rows, wrong = gate(kernel=arguments.kernel)
+        rows, wrong = gate(kernel=arguments.kernel, architectures=[SAMPLE] if samples else None)
     except build.BuildError as error:
         print(f"error: {error}")
         return 1
     print(table([HEAD, *rows]))
-    print(f"\n{len(rows)} rows, {len(wrong)} problems, {time.monotonic() - start:.0f} s", *wrong, sep="\n")
+    of = f" for {SAMPLE} alone (all are on record as judged; --full compiles them)" if samples else ""
+    print(f"\n{len(rows)} rows{of}, {len(wrong)} problems, {time.monotonic() - start:.0f} s", *wrong, sep="\n")
+    if is_whole and not samples and not wrong:
+        record.write("nvcc", found)
     return int(bool(wrong))
 
 

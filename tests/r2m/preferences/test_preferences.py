@@ -183,18 +183,21 @@ REWARDS, VANILLA = [0.0, 3.0, 1.0, 1.5], [0.0, 3.1, 1.1, -4.0]
 
 @pytest.mark.parametrize(("choose", "pair"), [("best_worst", {0, 1}), ("uncertain", {2, 3}), ("disagreement", {1, 3})])
 def test_a_choice_takes_the_pair_of_a_prompt_that_is_worth_most(choose, pair):
-    ((i, j),) = choose_pairs(choose, REWARDS, VANILLA, "abcd", group=4, count=2, seed=0, t=1)
+    ((i, j),) = choose_pairs(choose, REWARDS, VANILLA, "abcd", group=4, count=1, seed=0, t=1)
     assert {i, j} == pair
 
 
-def test_pairs_have_distinct_texts_and_each_another_prompt():
+def test_pairs_have_distinct_texts_and_share_no_response():
     texts = ["a", "a", "b", "a", "same", "same", "same", "same", "c", "d", "e", "f", "g", "h", "g", "h"]
     rng = random.Random(0)
     rewards = [rng.random() for _ in texts]
     for choose in CHOICES:
         rows = choose_pairs(choose, rewards, rewards, texts, group=4, count=9, seed=1, t=2)
-        assert sorted(i // 4 for i, _ in rows) == sorted(j // 4 for _, j in rows) == [0, 2, 3]
+        assert [i // 4 for i, _ in rows] == [j // 4 for _, j in rows]
+        # One of each prompt before a second one of any; the first prompt has two texts, all of the second's are alike.
+        assert sorted(i // 4 for i, _ in rows[:3]) == [0, 2, 3] and sorted(i // 4 for i, _ in rows[3:]) == [2, 3]
         assert all(texts[i] != texts[j] for i, j in rows)
+        assert len({row for pair in rows for row in pair}) == 10
 
 
 def test_prompts_and_order_are_drawn_by_seed_and_round():

@@ -1,0 +1,210 @@
+"""The testbed's language model, and how its runs save two thirds of the products of a round.
+
+SmolLM2-135M-Instruct with the tokens that reviews are made of: its output layer is a quarter as wide. Policy, reference
+and reward model share the layers below the adapter, which none of them trains: `Trunk` runs these once a sequence,
+while it is sampled.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+
+from r2m.demo.movie_reviews import PROMPT, Review
+from r2m.demo.run import SUFFIX
+from r2m.models import cached, smollm2
+from r2m.policy.generate import Sampling, until_end
+from r2m.policy.load import load_tokenizer
+
+COVERED = 0.97  # of the tokens in the reviews
+
+
+def small_smollm2(reviews: Sequence[Review]) -> Path:
+    """The checkpoint, in the user's cache; the first call takes a minute."""
+    return cached(
+        "smollm2-135m-instruct-reviews",
+        functools.partial(_prune, reviews=reviews),
+        megabytes=600,
+        action="making SmolLM2-135M-Instruct with the reviews' vocabulary",
+    )
+
+
+def half_of(model: Path) -> Path:
+    """The lower half of its layers, below its own final norm: a reward model's backbone that is not the policy's."""
+
+    def cut(folder: Path) -> None:
+        whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        whole.config.num_hidden_layers //= 2
+        whole.model.layers = whole.model.layers[: whole.config.num_hidden_layers]
+        whole.save_pretrained(folder)
+        load_tokenizer(str(model)).save_pretrained(folder)
+
+    return cached(f"{model.name}-half", cut, megabytes=400, action=f"halving {model.name}")
+
+
+def _prune(folder: Path, reviews: Sequence[Review]) -> None:
+    tokenizer = load_tokenizer(str(smollm2()))
+    counts: Counter[int] = Counter()
+    for ids in tokenizer([f"{PROMPT} {review.text}{SUFFIX}" for review in reviews]).input_ids:
+        counts.update(ids)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, merges = state["model"]["vocab"], [tuple(merge) for merge in state["model"]["merges"]]
+    parts: dict[str, tuple[str, str]] = {}
+    for left, right in merges:
+        parts.setdefault(left + right, (left, right))
+    names = {id: name for name, id in vocabulary.items()}
+    kept = {name for name in vocabulary if len(name) == 1} | {token["content"] for token in state["added_tokens"]}
+    covered = 0
+    for id, count in counts.most_common():
+        if covered >= COVERED * counts.total():
+            break
+        covered += count
+        wanted = [names[id]]
+        while wanted:  # a token needs those that merge into it
+            name = wanted.pop()
+            if name not in kept:
+                kept.add(name)
+                wanted += parts[name]
+    ids = sorted(vocabulary[name] for name in kept)
+    new = {old: i for i, old in enumerate(ids)}
+    state["model"]["vocab"] = {names[old]: i for old, i in new.items()}
+    state["model"]["merges"] = [m for m in merges if m[0] in kept and m[1] in kept and m[0] + m[1] in kept]
+    for token in state["added_tokens"]:
+        token["id"] = new[token["id"]]
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        **tokenizer.special_tokens_map,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+    rows = model.get_input_embeddings().weight.data[ids].clone()
+    model.resize_token_embeddings(len(ids))
+    model.get_input_embeddings().weight.data.copy_(rows)
+    for settings in (model.config, model.generation_config):
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(settings, key, new.get(getattr(settings, key)))
+    model.save_pretrained(folder)
+
+
+class Trunk(nn.Module):
+    """The lower layers of a model, in place of them: sequences that start as one sampled last are looked up.
+
+    `share` puts one trunk under several models. Only for models without dropout, whose causal attention makes a state a
+    function of the tokens up to it.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.ids, self.mask = torch.empty(0), torch.empty(0)  # [B, S] of the pass that goes on
+        self.known: dict[tuple[int, ...], Tensor] = {}  # states [S, D] of a sequence, by its first S tokens
+        self.recorded: list[Tensor] | None = None  # of the batch that is being sampled
+
+    def forward(self, hidden: Tensor, **settings: Any) -> Tensor:
+        if settings.get("past_key_values") is not None:
+            hidden = self._run(hidden, settings)
+            if self.recorded is not None:
+                self.recorded.append(hidden.detach())
+            return hidden
+        rows = [tuple(ids[mask].tolist()) for ids, mask in zip(self.ids, self.mask.bool(), strict=True)]
+        unknown = [i for i, row in enumerate(rows) if row not in self.known]
+        states = torch.zeros_like(hidden)
+        if unknown:
+            picked = {name: _rows(value, unknown, len(rows)) for name, value in settings.items()}
+            states[unknown] = self._run(hidden[unknown], picked)
+        for i in set(range(len(rows))) - set(unknown):
+            states[i, self.mask[i].bool()] = self.known[rows[i]]
+        return states
+
+    @torch.no_grad()
+    def _run(self, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden, **settings)
+        return hidden
+
+    def keep(self, ids: Tensor, mask: Tensor, states: Tensor) -> None:
+        """Of sampled sequences [B, S]: their states [B, S, D], in place of those kept before."""
+        self.known = {}
+        for row, m_row, state in zip(ids, mask.bool(), states, strict=True):
+            tokens, state = tuple(row[m_row].tolist()), state[m_row]
+            self.known |= {tokens[:length]: state[:length] for length in range(1, len(tokens) + 1)}
+
+
+def _rows(value: Any, rows: list[int], count: int) -> Any:
+    """Those rows of whatever has one for each sequence."""
+    if isinstance(value, tuple):
+        return tuple(_rows(part, rows, count) for part in value)
+    return value[rows] if isinstance(value, Tensor) and len(value) == count > 1 else value
+
+
+def share(trunk: Trunk, model: Any) -> None:
+    """Put the trunk in place of the lowest layers of a decoder (a base model of the Llama family)."""
+    model.layers = nn.ModuleList([trunk, *model.layers[len(trunk.layers) :]])
+
+    def tell(_: nn.Module, __: Any, inputs: dict[str, Any]) -> None:
+        trunk.ids, trunk.mask = inputs["input_ids"], inputs["attention_mask"]
+
+    model.register_forward_pre_hook(tell, with_kwargs=True)
+
+
+class RecordingGenerator:
+    """A generator (`r2m.policy.generate.Generator`) that fills a trunk: responses, and `suffix` behind each, as the
+    reward model reads it."""
+
+    def __init__(self, policy: Any, tokenizer: PreTrainedTokenizerFast, trunk: Trunk, suffix: str):
+        self.policy, self.tokenizer, self.trunk = policy, tokenizer, trunk
+        self.suffix = torch.tensor(tokenizer(suffix, add_special_tokens=False).input_ids)
+
+    def update(self, policy: nn.Module) -> None:
+        """It samples from the policy itself."""
+
+    @torch.no_grad()
+    def generate(
+        self, prompt_ids: list[list[int]], num_generations: int, settings: Sampling
+    ) -> tuple[list[list[int]], None]:
+        model, pad = self.policy.get_base_model(), self.tokenizer.pad_token_id
+        width = max(map(len, prompt_ids))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompt_ids])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids])
+        self.trunk.recorded, cache, new = [], DynamicCache(), ids
+
+        def read(new: Tensor, mask: Tensor) -> Tensor:
+            """The next token's logits [B, V]."""
+            position = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
+            return model(
+                input_ids=new, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
+            ).logits[:, -1]
+
+        logits = read(new, mask).repeat_interleave(num_generations, 0)
+        cache.batch_repeat_interleave(num_generations)
+        ids, mask = (x.repeat_interleave(num_generations, 0) for x in (ids, mask))
+        self.trunk.recorded = [state.repeat_interleave(num_generations, 0) for state in self.trunk.recorded]
+        ended = torch.zeros(len(ids), 1, dtype=torch.bool)
+        for step in range(settings.max_new_tokens):
+            token = torch.multinomial((logits / settings.temperature).softmax(-1), 1)
+            # Behind an end, and behind the last token, only the suffix is read.
+            ids, mask = torch.cat([ids, token], 1), torch.cat([mask, ~ended], 1)
+            ended |= torch.isin(token, torch.tensor(settings.eos_ids))
+            if step < settings.max_new_tokens - 1:
+                logits = read(token, mask)
+        suffix = self.suffix.expand(len(ids), -1)
+        read(torch.cat([token, suffix], 1), torch.cat([mask, torch.ones_like(suffix)], 1))
+        responses = [
+            until_end(self.tokenizer, row, settings.eos_ids, settings.stop_strings) for row in ids[:, width:].tolist()
+        ]
+        self.trunk.keep(
+            torch.cat([ids, suffix], 1),
+            torch.cat([mask, torch.ones_like(suffix)], 1),
+            torch.cat(self.trunk.recorded, 1),
+        )
+        self.trunk.recorded = None
+        return responses, None
