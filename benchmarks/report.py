@@ -18,15 +18,17 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import predicted
 from PIL import Image
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
+
+from benchmarks import predicted
 from r2m.plots import PHASES
 from r2m_kernels.bench.ops import OURS
 from r2m_kernels.bench.plots import format_bytes, format_seconds, memory, plot_growth, plot_update, sweeps
 from r2m_kernels.bench.results import Results, Row, format_number, format_percent, format_shape
 
-ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SMALL_OPS = ("time_weighted_fusion", "fused_reward", "grebt_loss")
 README_LEGEND = (

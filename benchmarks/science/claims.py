@@ -67,4 +67,4 @@ def verdict(claim: Claim, estimate: Estimate) -> str:
         return f"{estimate.seeds} seed{'s' * (estimate.seeds > 1)}"
     if estimate.low > 0 or estimate.high < 0:
         return "**for**" if estimate.mean * claim.sign > 0 else "**against**"
-    return "open"
+    return "not tested"
