@@ -69,7 +69,9 @@ class Trigrams:
     def mean_log_probability(self, text: str, skipped: int) -> float:
         """Of the words of `text` behind the first `skipped`, in nats; of no words that of an unknown one."""
         columns = self._columns(words(text))[skipped:]
-        probability = np.full(max(len(columns), 1), 1 / self._base)
+        if not len(columns):
+            return -math.log(self._base)
+        probability = np.full(len(columns), 1 / self._base)
         for order, (grams, numbers, contexts, followers, different) in enumerate(self.orders):
             keys = self._key(columns[:, 2 - order :])
             number, kinds = _at(grams, numbers, keys), _at(contexts, different, keys // self._base)

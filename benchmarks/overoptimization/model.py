@@ -1,8 +1,8 @@
 """The testbed's language model, and how its runs save two thirds of the products of a round.
 
-SmolLM2-135M-Instruct with the tokens that reviews are made of: its output layer is a quarter as wide. Policy, reference
-and reward model share the layers below the adapter, which none of them trains: `Trunk` runs these once a sequence,
-while it is sampled.
+SmolLM2-135M-Instruct with the tokens that reviews are made of: its output layer is a third as wide. Policies, reference
+and reward models share the layers below the adapters, which none of them trains: `Trunk` runs these once a sequence,
+while it is sampled, and for the arms of a seed together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,40 +96,29 @@ def _prune(folder: Path, reviews: Sequence[Review]) -> None:
 
 
 class Trunk(nn.Module):
-    """The lower layers of a model, in place of them: sequences that start as one sampled last are looked up.
+    """The lower layers of a model, in place of them: of sequences that start as ones sampled last, the states are looked
+    up. `share` puts one trunk under several models.
 
-    `share` puts one trunk under several models. Only for models without dropout, whose causal attention makes a state a
-    function of the tokens up to it.
+    Only for decoders without dropout, whose causal attention makes a state a function of the tokens up to it.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]):
+    def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.ids, self.mask = torch.empty(0), torch.empty(0)  # [B, S] of the pass that goes on
-        self.known: dict[tuple[int, ...], Tensor] = {}  # states [S, D] of a sequence, by its first S tokens
-        self.recorded: list[Tensor] | None = None  # of the batch that is being sampled
+        self.known: dict[tuple[int, ...], Tensor] = {}  # states [S, D] of a sequence, by its S tokens
 
+    @torch.no_grad()
     def forward(self, hidden: Tensor, **settings: Any) -> Tensor:
-        if settings.get("past_key_values") is not None:
-            hidden = self._run(hidden, settings)
-            if self.recorded is not None:
-                self.recorded.append(hidden.detach())
-            return hidden
-        rows = [tuple(ids[mask].tolist()) for ids, mask in zip(self.ids, self.mask.bool(), strict=True)]
+        rows = [tuple(ids[m_row].tolist()) for ids, m_row in zip(self.ids, self.mask.bool(), strict=True)]
         unknown = [i for i, row in enumerate(rows) if row not in self.known]
         states = torch.zeros_like(hidden)
         if unknown:
             picked = {name: _rows(value, unknown, len(rows)) for name, value in settings.items()}
-            states[unknown] = self._run(hidden[unknown], picked)
+            states[unknown] = through(self.layers, hidden[unknown], picked)
         for i in set(range(len(rows))) - set(unknown):
             states[i, self.mask[i].bool()] = self.known[rows[i]]
         return states
-
-    @torch.no_grad()
-    def _run(self, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
-        for layer in self.layers:
-            hidden = layer(hidden, **settings)
-        return hidden
 
     def keep(self, ids: Tensor, mask: Tensor, states: Tensor) -> None:
         """Of sampled sequences [B, S]: their states [B, S, D], in place of those kept before."""
@@ -137,6 +126,12 @@ class Trunk(nn.Module):
         for row, m_row, state in zip(ids, mask.bool(), states, strict=True):
             tokens, state = tuple(row[m_row].tolist()), state[m_row]
             self.known |= {tokens[:length]: state[:length] for length in range(1, len(tokens) + 1)}
+
+
+def through(layers: Iterable[nn.Module], hidden: Tensor, settings: dict[str, Any]) -> Tensor:
+    for layer in layers:
+        hidden = layer(hidden, **settings)
+    return hidden
 
 
 def _rows(value: Any, rows: list[int], count: int) -> Any:
@@ -156,55 +151,88 @@ def share(trunk: Trunk, model: Any) -> None:
     model.register_forward_pre_hook(tell, with_kwargs=True)
 
 
-class RecordingGenerator:
-    """A generator (`r2m.policy.generate.Generator`) that fills a trunk: responses, and `suffix` behind each, as the
-    reward model reads it."""
+class Drawn:
+    """A generator (`r2m.policy.generate.Generator`) whose responses have been drawn before, by `sample_together`."""
 
-    def __init__(self, policy: Any, tokenizer: PreTrainedTokenizerFast, trunk: Trunk, suffix: str):
-        self.policy, self.tokenizer, self.trunk = policy, tokenizer, trunk
-        self.suffix = torch.tensor(tokenizer(suffix, add_special_tokens=False).input_ids)
+    responses: list[list[int]]
 
     def update(self, policy: nn.Module) -> None:
-        """It samples from the policy itself."""
+        """They were drawn from these weights."""
 
-    @torch.no_grad()
-    def generate(
-        self, prompt_ids: list[list[int]], num_generations: int, settings: Sampling
-    ) -> tuple[list[list[int]], None]:
-        model, pad = self.policy.get_base_model(), self.tokenizer.pad_token_id
-        width = max(map(len, prompt_ids))
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompt_ids])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids])
-        self.trunk.recorded, cache, new = [], DynamicCache(), ids
+    def generate(self, prompt_ids: Any, num_generations: int, settings: Sampling) -> tuple[list[list[int]], None]:
+        return self.responses, None
 
-        def read(new: Tensor, mask: Tensor) -> Tensor:
-            """The next token's logits [B, V]."""
-            position = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
-            return model(
-                input_ids=new, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
-            ).logits[:, -1]
 
-        logits = read(new, mask).repeat_interleave(num_generations, 0)
-        cache.batch_repeat_interleave(num_generations)
-        ids, mask = (x.repeat_interleave(num_generations, 0) for x in (ids, mask))
-        self.trunk.recorded = [state.repeat_interleave(num_generations, 0) for state in self.trunk.recorded]
-        ended = torch.zeros(len(ids), 1, dtype=torch.bool)
-        for step in range(settings.max_new_tokens):
-            token = torch.multinomial((logits / settings.temperature).softmax(-1), 1)
-            # Behind an end, and behind the last token, only the suffix is read.
-            ids, mask = torch.cat([ids, token], 1), torch.cat([mask, ~ended], 1)
-            ended |= torch.isin(token, torch.tensor(settings.eos_ids))
-            if step < settings.max_new_tokens - 1:
-                logits = read(token, mask)
-        suffix = self.suffix.expand(len(ids), -1)
-        read(torch.cat([token, suffix], 1), torch.cat([mask, torch.ones_like(suffix)], 1))
-        responses = [
-            until_end(self.tokenizer, row, settings.eos_ids, settings.stop_strings) for row in ids[:, width:].tolist()
-        ]
-        self.trunk.keep(
-            torch.cat([ids, suffix], 1),
-            torch.cat([mask, torch.ones_like(suffix)], 1),
-            torch.cat(self.trunk.recorded, 1),
+@torch.no_grad()
+def sample_together(
+    policies: Sequence[Any],
+    trunk: Trunk,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt_ids: list[list[int]],
+    num_generations: int,
+    settings: Sampling,
+    suffix: str,
+) -> list[list[list[int]]]:
+    """Ids of the n * K responses of each policy (a causal LM on the trunk), all with the same random numbers; the trunk
+    knows the responses and `suffix` behind each, as a reward model reads them.
+
+    The trunk, three quarters of a model, runs once for all: products of many rows are several times as fast.
+    """
+    count, base = len(policies), policies[0].model
+    width = max(map(len, prompt_ids))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in prompt_ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids]).bool()
+    lower, upper = DynamicCache(), [DynamicCache() for _ in policies]
+
+    def context(new: Tensor, mask: Tensor, cache: DynamicCache) -> dict[str, Any]:
+        """What layers take beside the states of the `new` tokens [B, s], the last ones of `mask` [B, S]."""
+        position = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
+        causal = torch.ones(new.shape[1], mask.shape[1], dtype=torch.bool).tril(mask.shape[1] - new.shape[1])
+        visible = mask[:, None, None] & causal
+        return {
+            # A row that may see nothing, of padding, would be NaN.
+            "attention_mask": visible | ~visible.any(-1, keepdim=True),
+            "position_ids": position,
+            "position_embeddings": base.rotary_emb(torch.empty(0), position_ids=position),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+    def below(new: Tensor, mask: Tensor) -> Tensor:
+        return through(trunk.layers, base.embed_tokens(new), context(new, mask, lower))
+
+    def probabilities(i: int, new: Tensor, mask: Tensor, states: Tensor) -> Tensor:
+        model = policies[i].model
+        hidden = model.norm(through(model.layers[1:], states, context(new, mask, upper[i]))[:, -1:])
+        return (policies[i].lm_head(hidden)[:, 0] / settings.temperature).softmax(-1)
+
+    states = below(ids, mask)
+    next_token = [probabilities(i, ids, mask, states).repeat_interleave(num_generations, 0) for i in range(count)]
+    for cache in (lower, *upper):
+        for layer in cache.layers:
+            if layer.keys is not None and layer.keys.numel():
+                layer.batch_repeat_interleave(num_generations)
+    for layer in lower.layers:
+        layer.keys, layer.values = layer.keys.repeat(count, 1, 1, 1), layer.values.repeat(count, 1, 1, 1)
+    rows = len(prompt_ids) * num_generations
+    ids, mask, states = (x.repeat_interleave(num_generations, 0).repeat(count, *[1] * (x.ndim - 1)) for x in
+                         (ids, mask, states))  # fmt: skip
+    read, ended = [states], torch.zeros(len(ids), 1, dtype=torch.bool)
+    draws = [torch.Generator().manual_seed(settings.seed) for _ in policies]
+    for step in range(settings.max_new_tokens):
+        token = torch.cat(
+            [torch.multinomial(chances, 1, generator=own) for chances, own in zip(next_token, draws, strict=True)]
         )
-        self.trunk.recorded = None
-        return responses, None
+        # Behind an end, and behind the last token, only the suffix is read.
+        ids, mask = torch.cat([ids, token], 1), torch.cat([mask, ~ended], 1)
+        ended |= torch.isin(token, torch.tensor(settings.eos_ids))
+        if step < settings.max_new_tokens - 1:
+            read.append(below(token, mask))
+            parts = zip(token.split(rows), mask.split(rows), read[-1].split(rows), strict=True)
+            next_token = [probabilities(i, *part) for i, part in enumerate(parts)]
+    behind = torch.tensor(tokenizer(suffix, add_special_tokens=False).input_ids).expand(len(ids), -1)
+    ids, mask = torch.cat([ids, behind], 1), torch.cat([mask, torch.ones_like(behind).bool()], 1)
+    read.append(below(torch.cat([token, behind], 1), mask))
+    trunk.keep(ids, mask, torch.cat(read, 1))
+    responses = ids[:, width : width + settings.max_new_tokens].unflatten(0, (count, rows)).tolist()
+    return [[until_end(tokenizer, row, settings.eos_ids, []) for row in of_policy] for of_policy in responses]

@@ -27,6 +27,7 @@ from r2m.models import cached
 from r2m.policy.generate import Sampling, generate, until_end
 from r2m.policy.load import load_tokenizer
 from r2m.policy.rollout import collate
+from r2m_kernels import attention_pool
 
 NEW_TOKENS, TEMPERATURE = 24, 0.7
 SAMPLES = 4  # of each training prompt: two disjoint pairs
@@ -160,35 +161,38 @@ def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor:
     hidden = samples.hidden.float()
     with torch.no_grad():
         model.set_statistics(samples.rte[backbone], hidden.mean(0), hidden.std(0))
-    batches = [feedback(samples, [*pairs.chosen, *pairs.rejected], backbone)] if reads_states else []
-    fit_head(model, start, pairs, backbone, batches)
+    fit_head(model, start, pairs, backbone, reads_states=reads_states)
     model.head_is_new = False
     return model
 
 
 @torch.no_grad()
-def fit_head(
-    model: R2MRewardModel, start: Start, pairs: Pairs, backbone: str, batches: Sequence[Feedback] = ()
-) -> None:
-    """The head by ridge Bradley-Terry, scaled to start samples' scores of mean 0 and, inside prompts, deviation 1.
-    batches: the pairs for the reader of the mean state, which keeps its share of the unscaled head's scores."""
-    rte = model.standardized(start.train.rte[backbone])
+def fit_head(model: R2MRewardModel, start: Start, pairs: Pairs, backbone: str, *, reads_states: bool = False) -> None:
+    """The head by ridge Bradley-Terry; reads_states: beside it the reader of the mean state. Both are scaled to rewards
+    at w = Omega of mean 0 and, inside a prompt's samples, deviation 1."""
+    samples = start.train
+    rte = model.standardized(samples.rte[backbone])
     differences = rte[pairs.chosen] - rte[pairs.rejected]
     phi, _ = cross_validated(differences, torch.zeros(len(differences)))
     model.head.weight.copy_(phi)
-    if batches:
-        mean_start(model, batches)
-    scores = (rte @ phi).view(-1, SAMPLES)
-    scale = 1 / scores.var(1).mean().sqrt()
+    model.head.bias.zero_()
+    rewards = rte @ phi
+    if reads_states:
+        mean_start(model, [feedback(samples, [*pairs.chosen, *pairs.rejected], backbone)])
+        everything = feedback(samples, range(len(samples.texts)), backbone)
+        means = attention_pool(torch.zeros_like(everything.rte[:, :1]).expand(-1, everything.hidden.shape[1]),
+                               everything.hidden, cu_seqlens=everything.cu_seqlens)  # fmt: skip
+        rewards = model.score(everything.rte, means[:, None], weight=model.config.floor)
+    scale = 1 / rewards.view(-1, SAMPLES).var(1).mean().sqrt()
     model.head.weight.mul_(scale)
-    model.head.bias.fill_(-scale * scores.mean())
+    model.head.bias.fill_(-scale * rewards.mean())
 
 
-def feedback(samples: Samples, rows: list[int], backbone: str) -> Feedback:
+def feedback(samples: Samples, rows: Sequence[int], backbone: str) -> Feedback:
     lengths = samples.cu_seqlens.diff()
     hidden = torch.cat([samples.hidden[samples.cu_seqlens[i] : samples.cu_seqlens[i + 1]] for i in rows]).float()
-    cu_seqlens = F.pad(lengths[rows].cumsum(0), (1, 0)).int()
-    return Feedback(samples.rte[backbone][rows], hidden, cu_seqlens, len(rows) // 2)
+    cu_seqlens = F.pad(lengths[list(rows)].cumsum(0), (1, 0)).int()
+    return Feedback(samples.rte[backbone][list(rows)], hidden, cu_seqlens, len(rows) // 2)
 
 
 def kept(model: R2MRewardModel, start: Start, pairs: Pairs, backbone: str, settings: R2M) -> Kept:

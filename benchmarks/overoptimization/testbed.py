@@ -1,6 +1,6 @@
 """What is compared: scenarios, arms, and one run with its measures.
 
-python benchmarks/overoptimization/testbed.py base fixed 0 --output result.json.gz     # one run
+python benchmarks/overoptimization/testbed.py base 0 fixed labels-head --output FOLDER     # two runs
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,13 +26,14 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
 from benchmarks.overoptimization import gold, start
-from benchmarks.overoptimization.model import RecordingGenerator, Trunk, share
+from benchmarks.overoptimization.model import Drawn, Trunk, sample_together, share
 from r2m.config import R2MConfig, load_config
+from r2m.data.order import round_seed
 from r2m.demo.movie_reviews import vader
 from r2m.demo.run import SUFFIX
 from r2m.method.reward_model import R2MRewardModel
+from r2m.policy.generate import Sampling
 from r2m.policy.load import load_policy, load_tokenizer
-from r2m.policy.rollout import Annotations, Rollout
 from r2m.preferences.labellers import InThread, Label, Pair
 from r2m.presets import preset_path
 from r2m.trainer import R2MTrainer
@@ -145,18 +146,23 @@ def config_of(run: Run, model: Path, output: str, changed: Sequence[str] = ()) -
 # ---- one run ----
 
 
-class Recorded(R2MTrainer):
-    """Keeps the samples of every round, with what is known of them."""
+@dataclass
+class Member:
+    """A run that goes on: its trainer, and what each round has shown."""
 
-    record: list[dict[str, Any]]
-    before_round: Callable[[int], None] | None = None
+    trainer: R2MTrainer
+    generator: Drawn
+    accuracy: float  # of the initial head on held-out pairs
+    before_round: Callable[[int], None]
+    record: list[dict[str, Any]] = field(default_factory=list)
 
-    def round(self, t: int) -> tuple[dict[str, float], Rollout, Annotations]:
-        if self.before_round is not None:
-            self.before_round(t)
-        row, rollout, batch = super().round(t)
+    def round(self, t: int, responses: list[list[int]]) -> None:
+        self.before_round(t)
+        self.generator.responses = responses
+        row, rollout, batch = self.trainer.round(t)
         self.record.append(
             {
+                "row": row,
                 "prompts": rollout.prompts,
                 "texts": rollout.completions,
                 "kl": batch.kl.tolist(),
@@ -164,61 +170,82 @@ class Recorded(R2MTrainer):
                 "reward": batch.rewards.tolist(),
             }
         )
-        return row, rollout, batch
 
 
-def perform(run: Run, changed: Sequence[str] = ()) -> dict[str, Any]:
+def perform(runs: Sequence[Run], changed: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Runs of one scenario and seed, a round of each after the other; their results."""
     begin = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    scenario, arm = SCENARIOS[run.scenario], ARMS[run.arm]
     shared = start.load()
+    tokenizer = load_tokenizer(str(shared.model))
     with tempfile.TemporaryDirectory(prefix="r2m-overoptimization-") as output:
-        config = config_of(run, shared.model, output, changed)
-        count = scenario.pairs + (ROUNDS * LABELS if arm.before else 0)
-        pairs = start.draw_pairs(shared, count, run.seed, FLIPPED)
-        torch.manual_seed(run.seed)
-        reward_model = start.fit(
-            shared, pairs, backbone=scenario.backbone, reads_states=arm.reads_states, floor=config.r2m.floor
-        )
-        accuracy = start.pair_accuracy(
-            shared, reward_model.vanilla_score(shared.held_out.rte[scenario.backbone]).detach().numpy()
-        )
-        torch.manual_seed(run.seed)  # the same adapter for every arm
-        policy: Any = load_policy(config)
-        decoder = policy.get_base_model().model
-        trunk = Trunk(decoder.layers[: len(decoder.layers) - config.lora.top_layers])
-        share(trunk, decoder)
-        if scenario.backbone == "same":
-            share(trunk, reward_model.backbone)
-        tokenizer = load_tokenizer(config.policy)
-        trainer = Recorded(
-            policy,
-            reward_model,
-            tokenizer,
-            list(shared.splits.prompts),
-            config,
-            generator=RecordingGenerator(policy, tokenizer, trunk, SUFFIX),
-        )
-        trainer.record = []
-        if trainer.labels is not None:
-            trainer.labels.labeller = InThread(partial(label, run=run, shared=shared, scorer=trainer.scorer))
-            trainer.labels.kept = start.kept(reward_model, shared, pairs, scenario.backbone, config.r2m)
-            trainer.labels.labels = torch.ones(count)
-        if arm.refits:
-            trainer.before_round = partial(refit, trainer, shared, pairs, run)
-        ready = time.perf_counter()
-        history = trainer.train()
-        end = time.perf_counter()
-    rounds = {name: [round_[name] for round_ in trainer.record] for name in trainer.record[0]}
-    parts = [shared.judges.parts(p, t) for p, t in zip(rounds["prompts"], rounds["texts"], strict=True)]
-    texts = [[f"{p}{t}" for p, t in zip(*both, strict=True)] for both in zip(rounds["prompts"], rounds["texts"])]
-    numbers = {prompt: i for i, prompt in enumerate(shared.splits.prompts)}
+        trunk: Trunk | None = None
+        members = []
+        for run in runs:
+            config = config_of(run, shared.model, f"{output}/{run.arm}", changed)
+            torch.manual_seed(run.seed)  # the same adapter for every arm
+            policy: Any = load_policy(config)
+            decoder = policy.get_base_model().model
+            trunk = trunk or Trunk(decoder.layers[: -config.lora.top_layers])
+            share(trunk, decoder)
+            members.append(_member(run, config, shared, policy, trunk))
+        config = members[0].trainer.config
+        for t in range(1, config.rounds + 1):
+            settings = Sampling(
+                config.generation.temperature,
+                config.generation.max_new_tokens,
+                [tokenizer.eos_token_id],
+                [],
+                round_seed(config.seed, t) % 2**32,
+            )
+            prompts = [str(prompt) for prompt in members[0].trainer.prompts_of_round(t)]
+            ids = tokenizer(prompts, add_special_tokens=False).input_ids
+            policies = [member.trainer.policy.get_base_model() for member in members]
+            drawn = sample_together(policies, trunk, tokenizer, ids, config.num_generations, settings, SUFFIX)
+            for member, responses in zip(members, drawn, strict=True):
+                member.round(t, responses)
+            print(f"round {t} of {config.rounds}, {time.perf_counter() - begin:.0f} s", flush=True)
+    seconds = (time.perf_counter() - begin) / len(runs)
+    return [_result(run, member, shared, seconds) for run, member in zip(runs, members, strict=True)]
+
+
+def _member(run: Run, config: R2MConfig, shared: start.Start, policy: Any, trunk: Trunk) -> Member:
+    scenario, arm = SCENARIOS[run.scenario], ARMS[run.arm]
+    pairs = start.draw_pairs(shared, scenario.pairs + (ROUNDS * LABELS if arm.before else 0), run.seed, FLIPPED)
+    torch.manual_seed(run.seed)
+    reward_model = start.fit(
+        shared, pairs, backbone=scenario.backbone, reads_states=arm.reads_states, floor=config.r2m.floor
+    )
+    if scenario.backbone == "same":
+        share(trunk, reward_model.backbone)
+    held_out = reward_model.vanilla_score(shared.held_out.rte[scenario.backbone]).detach().numpy()
+    generator = Drawn()
+    trainer = R2MTrainer(
+        policy,
+        reward_model,
+        load_tokenizer(config.policy),
+        list(shared.splits.prompts),
+        config,
+        generator=generator,
+    )
+    if trainer.labels is not None:
+        trainer.labels.labeller = InThread(partial(label, run=run, shared=shared, scorer=trainer.scorer))
+        trainer.labels.kept = start.kept(reward_model, shared, pairs, scenario.backbone, config.r2m)
+        trainer.labels.labels = torch.ones(len(pairs.chosen))
+    before = partial(refit, trainer, shared, pairs, run) if arm.refits else lambda t: None
+    return Member(trainer, generator, start.pair_accuracy(shared, held_out), before)
+
+
+def _result(run: Run, member: Member, shared: start.Start, seconds: float) -> dict[str, Any]:
+    rounds = {name: [of_round[name] for of_round in member.record] for name in member.record[0]}
+    both = list(zip(rounds["prompts"], rounds["texts"], strict=True))
+    history, numbers = rounds["row"], {prompt: i for i, prompt in enumerate(shared.splits.prompts)}
     return {
         "settings": settings(run),
         "machine": describe(torch.device("cpu")),
-        "seconds": {"prepare": round(ready - begin, 1), "train": round(end - ready, 1), "total": round(end - begin, 1)},
-        "accuracy": round(accuracy, 4),
+        "seconds": round(seconds, 1),
+        "accuracy": round(member.accuracy, 4),
         "metrics": {
             name: [rounded(row[name]) for row in history]
             for name in sorted(history[-1])
@@ -227,8 +254,8 @@ def perform(run: Run, changed: Sequence[str] = ()) -> dict[str, Any]:
         "kl": rounded(rounds["kl"]),
         "proxy": rounded(rounds["proxy"]),
         "reward": rounded(rounds["reward"]),
-        "parts": rounded([shared.standard(part, np.inf) for part in parts]),
-        "vader": rounded([vader(text) for text in texts]),
+        "parts": rounded([shared.standard(shared.judges.parts(p, t), np.inf) for p, t in both]),
+        "vader": rounded([vader([f"{p}{t}" for p, t in zip(*of_round, strict=True)]) for of_round in both]),
         "prompts": [[numbers[prompt] for prompt in prompts] for prompts in rounds["prompts"]],
         "texts": rounds["texts"],
     }
@@ -312,12 +339,14 @@ def read(path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", choices=SCENARIOS)
-    parser.add_argument("arm", choices=ARMS)
     parser.add_argument("seed", type=int)
-    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="the result, as JSON in gzip")
+    parser.add_argument("arms", nargs="+", choices=ARMS)
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for <arm>-<seed>.json.gz")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings, for a trial")
     arguments = parser.parse_args()
-    write(perform(Run(arguments.scenario, arguments.arm, arguments.seed), arguments.set), arguments.output)
+    runs = [Run(arguments.scenario, arm, arguments.seed) for arm in arguments.arms]
+    for run, result in zip(runs, perform(runs, arguments.set), strict=True):
+        write(result, arguments.output / f"{run.arm}-{run.seed}.json.gz")
 
 
 if __name__ == "__main__":

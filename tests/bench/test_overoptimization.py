@@ -1,5 +1,6 @@
 """The testbed of overoptimisation: judges and statistics by hand, the shared trunk on a tiny model."""
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -10,11 +11,10 @@ import torch
 
 from benchmarks.overoptimization import analysis, gold, testbed
 from benchmarks.overoptimization.analysis import Curve
-from benchmarks.overoptimization.model import RecordingGenerator, Trunk, share
+from benchmarks.overoptimization.model import Trunk, sample_together, share
 from benchmarks.overoptimization.run import path_of, pending, plan
 from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run
-from r2m.config import Generation
-from r2m.policy.rollout import sample
+from r2m.policy.generate import Sampling
 from tests.r2m import tiny
 
 # ---- gold ----
@@ -63,64 +63,74 @@ def test_standard_is_of_deviations_inside_prompts():
 
 # ---- the shared trunk ----
 
+SETTINGS = Sampling(0.7, 9, list(range(2, 40)), [], 5)  # an eighth of what is sampled ends a response
+PROMPTS = ["one", "another one"]
+
 
 @pytest.fixture
 def shared():
-    """A policy of four layers whose upper two were moved away from those of another model; both on one trunk."""
-    policy, other = (tiny.policy(num_hidden_layers=4) for _ in range(2))
-    for parameter in policy.model.layers[2:].parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    policy.get_base_model = lambda: policy
-    plain = [tiny.policy(num_hidden_layers=4) for _ in range(2)]
-    plain[0].load_state_dict(policy.state_dict())
-    trunk = Trunk(policy.model.layers[:2])
-    share(trunk, policy.model)
-    share(trunk, other.model)
-    return trunk, (policy, other), plain
+    """Three policies of four layers, whose upper two differ, on one trunk; and the same without."""
+    plain = [tiny.policy(num_hidden_layers=4) for _ in range(3)]
+    for seed, policy in enumerate(plain):
+        torch.manual_seed(seed)
+        for parameter in policy.model.layers[2:].parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    policies = copy.deepcopy(plain)
+    trunk = Trunk(policies[0].model.layers[:2])
+    for policy in policies:
+        share(trunk, policy.model)
+    return trunk, policies, plain
 
 
+def padded(rows):
+    width = max(map(len, rows))
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    return {
+        "input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
+        "use_cache": False,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def test_policies_sample_what_each_says(shared):
+    trunk, policies, plain = shared
+    tokenizer = tiny.tokenizer(pad="</s>")
+    prompt_ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    drawn = sample_together(policies, trunk, tokenizer, prompt_ids, 3, SETTINGS, " end")
+    assert len({str(responses) for responses in drawn}) == 3 and [len(responses) for responses in drawn] == [6] * 3
+    lengths = {len(row) for responses in drawn for row in responses}
+    assert max(lengths) == 9 and len(lengths) > 2
+    # The same again from the whole model, a token at a time.
+    for twin, responses in zip(plain, drawn, strict=True):
+        draws = torch.Generator().manual_seed(SETTINGS.seed)
+        rows = [list(ids) for ids in prompt_ids for _ in range(3)]
+        for step in range(9):
+            chances = (twin(**padded(rows)).logits[:, -1] / SETTINGS.temperature).softmax(-1)
+            tokens = torch.multinomial(chances, 1, generator=draws)[:, 0].tolist()
+            for row, response, token in zip(rows, responses, tokens, strict=True):
+                if step < len(response):
+                    assert response[step] == token
+                    row.append(token)
+    assert all(set(row[:-1]).isdisjoint(SETTINGS.eos_ids) for responses in drawn for row in responses)
+
+
+@torch.no_grad()
 def test_what_is_looked_up_is_what_is_computed(shared):
-    trunk, models, plain = shared
+    trunk, policies, plain = shared
     tokenizer = tiny.tokenizer(pad="</s>")
-    generator = RecordingGenerator(models[0], tokenizer, trunk, " end")
-    torch.manual_seed(0)
-    rollout = sample(
-        models[0], tokenizer, ["one", "another one"], 3, Generation(max_new_tokens=9), generator=generator
-    )
-    assert {len(row) for row in rollout.completions} != {0}
-    suffix = tokenizer(" end").input_ids
-    for batch in range(2):
-        for model, twin in zip(models, plain, strict=True):
-            rows = [row[m].tolist() for row, m in zip(rollout.input_ids, rollout.attention_mask, strict=True)]
-            rows = [row + suffix for row in rows] if batch else rows
-            rows.append([5, 6, 7])  # nobody sampled that
-            width = max(map(len, rows))
-            ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-            inputs = {
-                "input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
-                "use_cache": False,
-            }  # fmt: skip
-            ran = []
+    prompt_ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    drawn = sample_together(policies, trunk, tokenizer, prompt_ids, 3, SETTINGS, " end")
+    for suffix in ([], tokenizer(" end").input_ids):
+        for policy, twin, responses in zip(policies, plain, drawn, strict=True):
+            rows = [prompt_ids[i // 3] + response + suffix for i, response in enumerate(responses)]
+            inputs, ran = padded([*rows, [50, 60, 70]]), []  # nobody sampled the last one
             hook = trunk.layers[0].register_forward_pre_hook(lambda _, args, ran=ran: ran.append(len(args[0])))
-            with torch.no_grad():
-                found, expected = model(**inputs).logits, twin(**inputs).logits
+            found, expected = policy(**inputs).logits, twin(**inputs).logits
             hook.remove()
-            assert ran == [1]  # the one that is not known
-            torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
-
-
-def test_a_response_ends_with_its_end(shared):
-    trunk, (policy, _), _ = shared
-    tokenizer = tiny.tokenizer(pad="</s>")
-    generator = RecordingGenerator(policy, tokenizer, trunk, " end")
-    settings = Generation(max_new_tokens=12, eos_token_ids=list(range(2, 90)))  # a third of what is sampled
-    rollout = sample(policy, tokenizer, ["one"], 8, settings, generator=generator)
-    lengths = rollout.completion_lengths
-    assert len(set(lengths)) > 1
-    suffix = tokenizer(" end").input_ids
-    for row, m_row in zip(rollout.input_ids, rollout.attention_mask, strict=True):
-        assert (*row[m_row].tolist(), *suffix) in trunk.known
+            assert ran == [1]
+            m_token = inputs["attention_mask"].bool()
+            torch.testing.assert_close(found[m_token], expected[m_token], atol=1e-4, rtol=1e-4)
 
 
 # ---- statistics ----
