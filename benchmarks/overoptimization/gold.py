@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import sklearn
 
-from r2m.demo.movie_reviews import PROMPT, Review, Scorer, fit_judge, vader
+from r2m.demo.movie_reviews import PROMPT, Review, Scorer, fit_judge
 from r2m.models import cached
 
 PARTS = ("sentiment", "fluency", "variety")

@@ -96,8 +96,8 @@ def _prune(folder: Path, reviews: Sequence[Review]) -> None:
 
 
 class Trunk(nn.Module):
-    """The lower layers of a model, in place of them: of sequences that start as ones sampled last, the states are looked
-    up. `share` puts one trunk under several models.
+    """The lower layers of a model, in place of them: the states of what was sampled last are looked up. `share` puts it
+    under several models.
 
     Only for decoders without dropout, whose causal attention makes a state a function of the tokens up to it.
     """

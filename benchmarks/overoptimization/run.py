@@ -1,6 +1,7 @@
-"""Every arm of the testbed on every seed, each run one file in benchmarks/overoptimization/results/.
+"""Every arm of the testbed on every seed, each run one file in benchmarks/overoptimization/results/. The arms of a
+scenario and seed run in groups, in one process each.
 
-python benchmarks/overoptimization/run.py --minutes 60        # goes on where it stopped; no run starts that would not end
+python benchmarks/overoptimization/run.py --minutes 60        # goes on where it stopped; none starts that would not end
 python benchmarks/overoptimization/run.py --scenario base --arms fixed,labels-head --seeds 0-2
 
 What is compared, and every setting, is in testbed.py; `python benchmarks/overoptimization/report.py` makes the page.
@@ -21,8 +22,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
@@ -31,7 +30,8 @@ from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run, check_sett
 RESULTS = ROOT / "benchmarks" / "overoptimization" / "results"
 LOGS = ROOT / "runs" / "overoptimization"
 FIRST_GUESS = 200.0  # seconds of a run, before any was measured
-RUN_BYTES = 4e9  # of memory that a run has to have; on a CPU it takes up to 2.4 GB
+GROUP_BYTES = 8e9  # of memory that a group has to have
+TOGETHER = 7  # runs of a group
 
 
 def main() -> None:
@@ -39,8 +39,10 @@ def main() -> None:
     parser.add_argument("--scenario", choices=SCENARIOS, action="append", help="may be repeated; default: all")
     parser.add_argument("--arms", default="all", help="all, or names with commas between: " + ", ".join(ARMS))
     parser.add_argument("--seeds", type=seeds_of, help="such as 0-9 or 0,3,7; default: those of the plan")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run that would end after that time")
-    parser.add_argument("--workers", type=int, default=workers(), help="runs at once; default here: %(default)s")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no group of runs that would end after that time"
+    )
+    parser.add_argument("--workers", type=int, default=workers(), help="groups at once; default here: %(default)s")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     try:
@@ -53,12 +55,9 @@ def main() -> None:
 
 
 def workers() -> int:
-    """One run a core, as far as there is memory: the device's, or the host's."""
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(os.cpu_count() or 1, int(free / RUN_BYTES)))
+    """One group a core, as far as there is memory."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, int(free / GROUP_BYTES)))
 
 
 def seeds_of(text: str) -> list[int]:
@@ -91,88 +90,83 @@ def path_of(run: Run, results: Path) -> Path:
     return results / run.scenario / f"{run.arm}-{run.seed}.json.gz"
 
 
-def pending(runs: Sequence[Run], results: Path) -> list[Run]:
-    """The runs without a result. Raises ValueError, which names the file, for a result of other settings."""
-    missing = []
-    for run in runs:
-        path = path_of(run, results)
-        if path.exists():
-            check_settings(run, path, read(path))
-        else:
-            missing.append(run)
-    return missing
+def groups(runs: Sequence[Run], results: Path) -> list[list[Run]]:
+    """The runs without a result, in groups of one scenario and seed. Raises ValueError, which names the file, for a
+    result of other settings."""
+    found = list[list[Run]]()
+    for _, of_seed in itertools.groupby(runs, key=lambda run: (run.scenario, run.seed)):
+        members = list(of_seed)
+        for start in range(0, len(members), TOGETHER):
+            found.append([run for run in members[start : start + TOGETHER] if not _is_done(run, results)])
+    return [group for group in found if group]
+
+
+def _is_done(run: Run, results: Path) -> bool:
+    path = path_of(run, results)
+    if path.exists():
+        check_settings(run, path, read(path))
+    return path.exists()
 
 
 def carry_out(
     runs: Sequence[Run],
     results: Path,
-    begin: Callable[[Run, Path], subprocess.Popen[Any]],
+    begin: Callable[[list[Run], Path], subprocess.Popen[Any]],
     *,
     workers: int,
     deadline: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Run]:
-    """Carry out, `workers` at once, what has no result, until the next would end after `deadline` by `clock`; returns
-    what failed. begin: starts a run in a process of its own, which writes the path."""
-    waiting, failed = pending(runs, results), []
+    """Carry out, `workers` groups at once, what has no result, until the next would end after `deadline` by `clock`;
+    returns what failed. begin: starts a group in a process of its own, which writes the results into a folder."""
+    waiting, failed = groups(runs, results), list[Run]()
     seconds = measured(results)
-    going: dict[Run, subprocess.Popen[Any]] = {}
-    print(f"{len(runs) - len(waiting)} of {len(runs)} runs done; {left(waiting, seconds, workers)}", flush=True)
+    going: list[tuple[list[Run], subprocess.Popen[Any]]] = []
+    print(left(waiting, seconds, workers), flush=True)
     try:
         while True:
-            while waiting and len(going) < workers and clock() + expected(waiting[0].arm, seconds) <= deadline:
-                run = waiting.pop(0)
-                going[run] = begin(run, path_of(run, results))
+            while waiting and len(going) < workers and clock() + len(waiting[0]) * seconds <= deadline:
+                group = waiting.pop(0)
+                going.append((group, begin(group, results / group[0].scenario)))
             if not going:
                 return failed
-            ended = [run for run, process in going.items() if process.poll() is not None]
-            for run in ended:
-                if going.pop(run).returncode or not path_of(run, results).exists():
-                    failed.append(run)
-                seconds, outcome = measured(results), "failed" if run in failed else "done"
-                print(f"{run}: {outcome}; {left([*going, *waiting], seconds, workers)}", flush=True)
+            ended = [pair for pair in going if pair[1].poll() is not None]
+            for group, process in ended:
+                going.remove((group, process))
+                missing = [run for run in group if not path_of(run, results).exists()]
+                failed += missing
+                seconds, outcome = measured(results), "failed" if missing else "done"
+                names = ", ".join(map(str, group))
+                print(f"{names}: {outcome}; {left([g for g, _ in going] + waiting, seconds, workers)}", flush=True)
             if not ended:
                 time.sleep(0.1)
     finally:
-        for process in going.values():
+        for _, process in going:
             process.terminate()
 
 
-def measured(results: Path) -> dict[str, list[float]]:
-    """Seconds of the runs so far, by arm."""
-    seconds: dict[str, list[float]] = {}
-    for path in results.glob("*/*.json.gz"):
-        seconds.setdefault(path.name.rpartition("-")[0], []).append(read(path)["seconds"]["total"])
-    return seconds
+def measured(results: Path) -> float:
+    """Seconds of a run: the median of those so far, a guess before there are any."""
+    found = [read(path)["seconds"] for path in results.glob("*/*.json.gz")]
+    return statistics.median(found) if found else FIRST_GUESS
 
 
-def expected(arm: str, seconds: dict[str, list[float]]) -> float:
-    """Seconds of a run: the median of the arm's; of all, if it has none; a guess before there are any."""
-    known = seconds.get(arm) or list(itertools.chain(*seconds.values()))
-    return statistics.median(known) if known else FIRST_GUESS
+def left(waiting: Sequence[list[Run]], seconds: float, workers: int) -> str:
+    count = sum(map(len, waiting))
+    return f"{count} runs to go, about {count * seconds / workers / 60:.0f} minutes"
 
 
-def left(runs: Sequence[Run], seconds: dict[str, list[float]], workers: int) -> str:
-    minutes = sum(expected(run.arm, seconds) for run in runs) / workers / 60
-    return f"{len(runs)} runs to go, about {minutes:.0f} minutes"
-
-
-def begin(run: Run, path: Path) -> subprocess.Popen[Any]:
-    """The run in a process of its own, on one core; its log is in runs/overoptimization/."""
-    log = LOGS / f"{run}.log"
+def begin(group: list[Run], folder: Path) -> subprocess.Popen[Any]:
+    """The runs in a process of its own, on one core; its log is in runs/overoptimization/."""
+    scenario, _, seed = group[0]
+    log = LOGS / f"{scenario}-{seed}-{group[0].arm}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "overoptimization" / "testbed.py"),
-        *map(str, run),
-        "--output",
-        str(path),
-    ]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(Path(__file__).with_name("testbed.py")), scenario, str(seed)]
+    command += [*(run.arm for run in group), "--output", str(folder)]
+    # Huge pages: products that read each weight for a few rows are a quarter faster.
+    settings = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
     with log.open("wb") as file:
-        return subprocess.Popen(
-            command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-        )
+        return subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | settings)
 
 
 if __name__ == "__main__":

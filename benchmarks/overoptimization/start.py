@@ -1,4 +1,4 @@
-"""What all runs share: data, gold judges, samples of the start policy; and the reward models that are fitted on them."""
+"""What all runs share: data, gold judges, samples of the start policy; and reward models that are fitted on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from r2m.config import R2M
 from r2m.data.tokenization import encode_responses
 from r2m.demo.movie_reviews import Splits, load_reviews, load_splits
 from r2m.demo.run import SUFFIX
-from r2m.fitting.mean_start import cross_validated, mean_start
+from r2m.fitting.mean_start import cross_validated, mean_start, ridge
 from r2m.fitting.pairs import Feedback, pack_hidden
 from r2m.method.reward_model import R2MRewardModel
 from r2m.method.updater import Kept, R2MUpdater
@@ -27,7 +27,6 @@ from r2m.models import cached
 from r2m.policy.generate import Sampling, generate, until_end
 from r2m.policy.load import load_tokenizer
 from r2m.policy.rollout import collate
-from r2m_kernels import attention_pool
 
 NEW_TOKENS, TEMPERATURE = 24, 0.7
 SAMPLES = 4  # of each training prompt: two disjoint pairs
@@ -129,8 +128,8 @@ class Pairs(NamedTuple):
 
 
 def draw_pairs(start: Start, count: int, seed: int, flipped: float) -> Pairs:
-    """Disjoint pairs of samples to one prompt, labelled by gold; a share of the labels is the wrong way round. The pairs
-    of a larger `count` are those of a smaller one and others."""
+    """Disjoint pairs of samples to one prompt, labelled by gold; a share of the labels is the wrong way round. A larger
+    `count` adds pairs to those of a smaller one."""
     rng = np.random.default_rng(seed)
     worth = gold.gold(start.standard(start.train.parts, gold.CLIP_OF_LABELS))
     firsts = [i for i in range(0, len(worth), 2) if start.train.texts[i] != start.train.texts[i + 1]]
@@ -143,9 +142,17 @@ def draw_pairs(start: Start, count: int, seed: int, flipped: float) -> Pairs:
     return Pairs([a for a, _ in ranked], [b for _, b in ranked])
 
 
-def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor: float) -> R2MRewardModel:
-    """A reward model with `fit_head`'s head. reads_states: its attention reads the mean state, fitted on the same
-    pairs; else it is as it was drawn."""
+class Fitted(NamedTuple):
+    model: R2MRewardModel
+    strength: float  # of the head's ridge, in `mean_start.STRENGTHS`
+
+
+def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor: float) -> Fitted:
+    """A reward model whose head is the ridge Bradley-Terry one of the pairs. reads_states: its attention reads the mean
+    state, fitted on the same pairs beside the head; else it is as it was drawn.
+
+    Rewards at w = Omega have mean 0 and, inside a prompt's samples, deviation 1; without the reader, those at w = 1.
+    """
     samples = start.train
     model = R2MRewardModel.from_pretrained(
         backbones(start.model)[backbone],
@@ -161,31 +168,40 @@ def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor:
     hidden = samples.hidden.float()
     with torch.no_grad():
         model.set_statistics(samples.rte[backbone], hidden.mean(0), hidden.std(0))
-    fit_head(model, start, pairs, backbone, reads_states=reads_states)
+        rte = model.standardized(samples.rte[backbone])
+        differences = rte[pairs.chosen] - rte[pairs.rejected]
+        phi, strength = cross_validated(differences, torch.zeros(len(differences)))
+        set_head(model, phi, rte @ phi)
+        if reads_states:
+            model.head.weight.copy_(phi)  # of the scale that the labels say
+            model.head.bias.zero_()
+            mean_start(model, [feedback(samples, [*pairs.chosen, *pairs.rejected], backbone)])
+            rewards = [
+                model.score(part.rte, part.hidden[None], weight=floor)
+                for part in (feedback(samples, [i], backbone) for i in range(len(rte)))
+            ]
+            set_head(model, phi, torch.cat(rewards))
     model.head_is_new = False
-    return model
+    return Fitted(model, strength)
 
 
 @torch.no_grad()
-def fit_head(model: R2MRewardModel, start: Start, pairs: Pairs, backbone: str, *, reads_states: bool = False) -> None:
-    """The head by ridge Bradley-Terry; reads_states: beside it the reader of the mean state. Both are scaled to rewards
-    at w = Omega of mean 0 and, inside a prompt's samples, deviation 1."""
-    samples = start.train
-    rte = model.standardized(samples.rte[backbone])
-    differences = rte[pairs.chosen] - rte[pairs.rejected]
-    phi, _ = cross_validated(differences, torch.zeros(len(differences)))
-    model.head.weight.copy_(phi)
-    model.head.bias.zero_()
-    rewards = rte @ phi
-    if reads_states:
-        mean_start(model, [feedback(samples, [*pairs.chosen, *pairs.rejected], backbone)])
-        everything = feedback(samples, range(len(samples.texts)), backbone)
-        means = attention_pool(torch.zeros_like(everything.rte[:, :1]).expand(-1, everything.hidden.shape[1]),
-                               everything.hidden, cu_seqlens=everything.cu_seqlens)  # fmt: skip
-        rewards = model.score(everything.rte, means[:, None], weight=model.config.floor)
+def set_head(model: R2MRewardModel, phi: Tensor, rewards: Tensor) -> None:
+    """The head phi, with the bias and scale that give the start samples' `rewards` mean 0 and deviation 1."""
     scale = 1 / rewards.view(-1, SAMPLES).var(1).mean().sqrt()
-    model.head.weight.mul_(scale)
+    model.head.weight.copy_(scale * phi)
     model.head.bias.fill_(-scale * rewards.mean())
+
+
+@torch.no_grad()
+def refit(model: R2MRewardModel, start: Start, backbone: str, differences: Tensor, strength: float) -> None:
+    """Another head, by a ridge of known strength: to differences [N, D_rm] of standardised RTEs, the better one's less
+    the worse one's."""
+    scale = differences.square().mean(0).sqrt()
+    x = (differences / scale).double()
+    unit = x.square().sum(1).mean().item()
+    phi = ridge(x, x.new_zeros(len(x)), strength * unit, x.new_zeros(x.shape[1])).float() / scale
+    set_head(model, phi, model.standardized(start.train.rte[backbone]) @ phi)
 
 
 def feedback(samples: Samples, rows: Sequence[int], backbone: str) -> Feedback:

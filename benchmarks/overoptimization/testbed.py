@@ -45,7 +45,8 @@ PRESET = "smollm2-demo"
 ROUNDS = 24
 SETTINGS = (
     f"rounds={ROUNDS}",
-    "learning_rate=2.5e-3",
+    "learning_rate=4e-3",
+    "lora.top_layers=4",
     "epochs=1",
     "kl.beta=0",
     "precision=float32",  # whatever the machine: results of two precisions are not to be compared
@@ -71,51 +72,56 @@ class Scenario:
 class Arm:
     """reads_states: the attention starts as the fitted reader of the mean state, else as it is drawn.
     labels: what says which response of a pair of the run is better; before: as many labels of start samples are given
-    before the run in their place; refits: the head is fitted anew every second round, to another bootstrap sample of
-    the same pairs."""
+    before the run in their place.
+    refits: the head is fitted anew, by the ridge of the first fit: every round to all labels so far, or every second
+    round to a bootstrap sample of the pairs before the run."""
 
     overrides: tuple[str, ...]
     reads_states: bool = False
     labels: Literal["", "gold", "clean gold", "initial model"] = ""
     before: bool = False
-    refits: bool = False
+    refits: Literal["", "labels", "bootstrap"] = ""
 
 
-def _labelled(per_round: int, *overrides: str, grebt: float = 0) -> tuple[str, ...]:
-    total = 256 + ROUNDS * per_round  # no label is forgotten
+LABELS = 12  # pairs a round, all of its samples
+LABELS_RATE = 1e-3  # learning rate of the reward model where labels teach it
+
+
+def _labelled(*overrides: str, per_round: int = LABELS, rate: float = LABELS_RATE, grebt: float = 0) -> tuple[str, ...]:
     return (
         *overrides,
+        f"r2m.learning_rate={rate}",
         f"preferences.per_round={per_round}",
-        f"preferences.reservoir={total}",
+        "preferences.reservoir=1000",  # no label is forgotten
         f"preferences.noise={FLIPPED}",
         f"preferences.grebt={grebt}",
         "preferences.labeller=benchmarks.overoptimization.testbed:labels_of_a_run",
-        f"r2m.learning_rate={LABELS_RATE}",
     )
 
 
-LABELS, LABELS_RATE = 12, 2e-3
 SCENARIOS = {
     "base": Scenario(),
     "beta": Scenario(overrides=("kl.beta=0.02",)),
     "64-pairs": Scenario(pairs=64),
     "half-backbone": Scenario(backbone="half"),
 }
-FIXED = ("r2m.feedback=none",)
+FIXED, HEAD = "r2m.feedback=none", "r2m.feedback=head"
+REFITTED = _labelled(HEAD, rate=0)
 ARMS = {
-    "fixed": Arm(FIXED),
+    "fixed": Arm((FIXED,)),
+    "labels": Arm(REFITTED, labels="gold", refits="labels"),
+    "labels-few": Arm(_labelled(HEAD, rate=0, per_round=3), labels="gold", refits="labels"),
+    "labels-clean": Arm(REFITTED, labels="clean gold", refits="labels"),
+    "labels-before": Arm((FIXED,), before=True),
+    "r2m": Arm(()),
+    "labels-step": Arm(_labelled(HEAD), labels="gold"),
+    "labels-r2m": Arm(_labelled(), reads_states=True, labels="gold"),
+    "labels-grebt": Arm(_labelled(grebt=1), reads_states=True, labels="gold"),
     "mean-frozen": Arm(("r2m.feedback=frozen", "r2m.source=reference"), reads_states=True),
     "mean-policy": Arm(("r2m.feedback=frozen",), reads_states=True),
-    "r2m": Arm(()),
     "scale-anchor": Arm(("r2m.scale_anchor=true",)),
-    "labels-head-few": Arm(_labelled(3, "r2m.feedback=head"), labels="gold"),
-    "labels-head": Arm(_labelled(LABELS, "r2m.feedback=head"), labels="gold"),
-    "labels-r2m": Arm(_labelled(LABELS), reads_states=True, labels="gold"),
-    "labels-grebt": Arm(_labelled(LABELS, grebt=1), reads_states=True, labels="gold"),
-    "labels-before": Arm(FIXED, before=True),
-    "labels-clean": Arm(_labelled(LABELS, "r2m.feedback=head"), labels="clean gold"),
-    "refits": Arm(FIXED, refits=True),
-    "teacher": Arm(_labelled(LABELS), reads_states=True, labels="initial model"),
+    "refits": Arm((FIXED,), refits="bootstrap"),
+    "teacher": Arm(_labelled(), reads_states=True, labels="initial model"),
 }
 SEEDS = range(10)
 
@@ -214,7 +220,7 @@ def _member(run: Run, config: R2MConfig, shared: start.Start, policy: Any, trunk
     scenario, arm = SCENARIOS[run.scenario], ARMS[run.arm]
     pairs = start.draw_pairs(shared, scenario.pairs + (ROUNDS * LABELS if arm.before else 0), run.seed, FLIPPED)
     torch.manual_seed(run.seed)
-    reward_model = start.fit(
+    reward_model, strength = start.fit(
         shared, pairs, backbone=scenario.backbone, reads_states=arm.reads_states, floor=config.r2m.floor
     )
     if scenario.backbone == "same":
@@ -233,7 +239,7 @@ def _member(run: Run, config: R2MConfig, shared: start.Start, policy: Any, trunk
         trainer.labels.labeller = InThread(partial(label, run=run, shared=shared, scorer=trainer.scorer))
         trainer.labels.kept = start.kept(reward_model, shared, pairs, scenario.backbone, config.r2m)
         trainer.labels.labels = torch.ones(len(pairs.chosen))
-    before = partial(refit, trainer, shared, pairs, run) if arm.refits else lambda t: None
+    before = partial(refit, trainer=trainer, shared=shared, pairs=pairs, run=run, strength=strength)
     return Member(trainer, generator, start.pair_accuracy(shared, held_out), before)
 
 
@@ -285,14 +291,18 @@ def labels_of_a_run(pairs: list[Pair]) -> list[Label]:
     raise AssertionError("a run's own labeller takes its place")
 
 
-def refit(trainer: R2MTrainer, shared: start.Start, pairs: start.Pairs, run: Run, t: int) -> None:
-    """Every second round another head: to a bootstrap sample of the pairs."""
-    if t % 2 == 0:
-        return
-    rng = np.random.default_rng([run.seed, t])
-    drawn = rng.integers(len(pairs.chosen), size=len(pairs.chosen))
-    sample = start.Pairs([pairs.chosen[i] for i in drawn], [pairs.rejected[i] for i in drawn])
-    start.fit_head(trainer.reward_model, shared, sample, SCENARIOS[run.scenario].backbone)
+def refit(t: int, *, trainer: R2MTrainer, shared: start.Start, pairs: start.Pairs, run: Run, strength: float) -> None:
+    """Before round t."""
+    model, backbone, how = trainer.reward_model, SCENARIOS[run.scenario].backbone, ARMS[run.arm].refits
+    if how == "labels" and t > 1:
+        labels = trainer.labels
+        signs = 2 * labels.labels[:, None] - 1
+        start.refit(model, shared, backbone, signs * (labels.kept.rte[:, 0] - labels.kept.rte[:, 1]), strength)
+    if how == "bootstrap" and t % 2:
+        drawn = np.random.default_rng([run.seed, t]).integers(len(pairs.chosen), size=len(pairs.chosen))
+        rte = model.standardized(shared.train.rte[backbone])
+        differences = rte[pairs.chosen][drawn] - rte[pairs.rejected][drawn]
+        start.refit(model, shared, backbone, differences, strength)
 
 
 def settings(run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from benchmarks.overoptimization import analysis, gold, testbed
 from benchmarks.overoptimization.analysis import Curve
 from benchmarks.overoptimization.model import Trunk, sample_together, share
-from benchmarks.overoptimization.run import path_of, pending, plan
+from benchmarks.overoptimization.run import TOGETHER, carry_out, groups, path_of, plan
 from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run
 from r2m.policy.generate import Sampling
 from tests.r2m import tiny
@@ -38,7 +38,7 @@ def test_trigrams_against_witten_bell_by_hand():
             return lower
         return (followers[word] + len(followers) * lower) / (followers.total() + len(followers))
 
-    text = "the film was unheard of , good film".split()
+    text = ["the", "film", "was", "unheard", "of", ",", "good", "film"]
     padded = ["<", "<", *text]
     expected = [math.log(probability(tuple(padded[i - 2 : i]), padded[i])) for i in range(2, len(padded))]
     assert model.mean_log_probability(" ".join(text), 0) == pytest.approx(np.mean(expected))
@@ -180,21 +180,69 @@ def test_holm():
 
 
 def test_no_two_arms_or_scenarios_are_the_same():
-    chosen = [
-        testbed.settings(Run(scenario, arm, 0)) for scenario, arm in itertools.product(SCENARIOS, ARMS)
-    ]
+    chosen = [testbed.settings(Run(scenario, arm, 0)) for scenario, arm in itertools.product(SCENARIOS, ARMS)]
     assert all(chosen.count(one) == 1 for one in chosen)
+
+
+def store(results, run, seconds=100.0):
+    testbed.write({"settings": testbed.settings(run), "seconds": seconds}, path_of(run, results))
 
 
 def test_a_result_is_of_its_settings(tmp_path, monkeypatch):
     run = Run("base", "fixed", 0)
-    testbed.write({"settings": testbed.settings(run)}, path_of(run, tmp_path))
-    assert pending([run, Run("base", "fixed", 1)], tmp_path) == [Run("base", "fixed", 1)]
+    store(tmp_path, run)
+    assert groups([run, Run("base", "fixed", 1)], tmp_path) == [[Run("base", "fixed", 1)]]
     monkeypatch.setattr(testbed, "FLIPPED", 0.5)
     with pytest.raises(ValueError, match=r"fixed-0\.json\.gz: .*flipped was 0\.25, is 0\.5; delete it"):
-        pending([run], tmp_path)
+        groups([run], tmp_path)
 
 
-def test_order_of_runs():
-    runs = plan(list(SCENARIOS), ["fixed", "r2m"], [0, 1])
-    assert runs[:3] == [Run("base", "fixed", 0), Run("base", "r2m", 0), Run("base", "fixed", 1)]
+def test_groups_are_of_one_scenario_and_seed(tmp_path):
+    runs = plan(["base", "beta"], list(ARMS), [0, 1])
+    found = groups(runs, tmp_path)
+    assert [run for group in found for run in group] == runs
+    assert {len({(run.scenario, run.seed) for run in group}) for group in found} == {1}
+    assert max(map(len, found)) <= TOGETHER
+    store(tmp_path, found[0][1])
+    assert groups(runs, tmp_path)[0] == [found[0][0], *found[0][2:]]
+
+
+class Process:
+    """A group that is over when it is first asked about."""
+
+    def poll(self):
+        return 0
+
+    def terminate(self):
+        raise AssertionError("nothing was left to stop")
+
+
+def carried_out(runs, results, *, deadline=math.inf, fails=(), workers=2):
+    """The groups that were started, and what failed; every `workers` groups take 200 seconds of the clock."""
+    started = []
+
+    def begin(group, folder):
+        started.append(group)
+        for run in group:
+            if run not in fails:
+                store(results, run)
+        return Process()
+
+    failed = carry_out(
+        runs, results, begin, workers=workers, deadline=deadline, clock=lambda: 200 * (len(started) // workers)
+    )
+    return started, failed
+
+
+def test_what_is_done_is_not_run_again_and_a_failure_stops_nothing(tmp_path):
+    runs = plan(["base"], ["fixed", "r2m"], [0, 1])
+    assert carried_out(runs, tmp_path, fails=runs[:1]) == ([runs[:2], runs[2:]], runs[:1])
+    assert carried_out(runs, tmp_path) == ([runs[:1]], [])
+    assert carried_out(runs, tmp_path) == ([], [])
+
+
+def test_no_group_starts_that_would_not_end(tmp_path):
+    store(tmp_path, Run("beta", "fixed", 0))
+    runs = plan(["base"], ["fixed", "r2m"], [0, 1, 2, 3, 4])
+    started, failed = carried_out(runs, tmp_path, deadline=450.0)  # two end at 200, two at 400
+    assert (len(started), failed) == (4, [])

@@ -114,8 +114,7 @@ def gate(
     architectures = architectures or build.cuda_architectures()
     # A recipe per GPU, all of which can run at a time; host code, the same in each, is linked from the first.
     recipes = [
-        build.recipe_for("cuda", csrc, extra_flags=["-Xptxas=-v"], architectures=[name])
-        for name in architectures
+        build.recipe_for("cuda", csrc, extra_flags=["-Xptxas=-v"], architectures=[name]) for name in architectures
     ]
     steps = [(i, step) for i, recipe in enumerate(recipes) for step in recipe.compiling if i == 0 or _is_cuda(step)]
     rows, wrong = [], []

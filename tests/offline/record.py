@@ -1,7 +1,7 @@
 """Which sources had all of their machine code judged, and by which compiler: judged.json, which is committed.
 
-A gate whose sources and compiler are on record compiles a sample. So what changes no kernel need not wait for a thousand
-compilations; `--full` makes them all the same.
+A gate whose sources and compiler are on record compiles a sample: what changes no kernel need not wait for a thousand
+compilations. `--full` makes them all the same.
 """
 
 import json
