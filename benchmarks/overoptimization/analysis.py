@@ -21,21 +21,20 @@ LEVEL, POWER = 0.05, 0.8
 
 
 class Curve(NamedTuple):
-    """Means over `WINDOW` rounds, as changes from samples of the start policy to the same prompts."""
+    """Means over `WINDOW` rounds, [T] each. gold and its parts: less those of start samples to the same prompts."""
 
-    kl: np.ndarray  # [T]
-    values: dict[str, np.ndarray]  # gold, proxy, and gold's parts, each [T]
+    kl: np.ndarray
+    values: dict[str, np.ndarray]  # gold, proxy, and gold's parts
 
 
-def curve(result: Mapping[str, Any], start: Mapping[str, np.ndarray]) -> Curve:
-    """start: of each prompt the means over its start samples: "gold", "sentiment", "fluency", "variety"."""
-    parts = np.clip(np.array(result["parts"]), -gold.CLIP, gold.CLIP)  # [T, n K, 3]
-    prompts = np.array(result["prompts"])
-    values = {"gold": gold.gold(parts) - start["gold"][prompts], "proxy": np.array(result["proxy"])}
-    for i, name in enumerate(gold.PARTS):
-        values[name] = parts[..., i] - start[name][prompts]
-    means = {name: _smooth(value.mean(-1)) for name, value in values.items()}
-    return Curve(_smooth(np.array(result["kl"]).mean(-1)), means)
+def curve(result: Mapping[str, Any]) -> Curve:
+    parts = np.clip(np.array(result["parts"]), -gold.CLIP, gold.CLIP)  # [T, n * K, 3]
+    worth = np.concatenate([gold.gold(parts)[..., None], parts], -1)
+    began = np.array(result["start"])  # [T, n, 4]
+    gain = worth.reshape(*began.shape[:2], -1, 4).mean(2) - began
+    values = dict(zip(("gold", *gold.PARTS), np.moveaxis(gain.mean(1), -1, 0), strict=True))
+    values["proxy"] = np.array(result["proxy"]).mean(-1)
+    return Curve(_smooth(np.array(result["kl"]).mean(-1)), {name: _smooth(value) for name, value in values.items()})
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

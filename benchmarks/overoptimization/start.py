@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,13 +47,21 @@ class Samples(NamedTuple):
     cu_seqlens: Tensor  # int32 [N + 1]
 
 
-class Start(NamedTuple):
+@dataclass(frozen=True)
+class Start:
     model: Path  # of the policy and of the backbone "same"
     splits: Splits
     judges: gold.Judges
     standard: gold.Standard
     train: Samples
     held_out: Samples
+
+    @functools.cached_property
+    def start_means(self) -> np.ndarray:
+        """Of each training prompt's samples: gold and its parts, [prompts, 4]."""
+        parts = self.standard(self.train.parts)
+        worth = np.concatenate([gold.gold(parts)[:, None], parts], 1)
+        return worth.reshape(-1, SAMPLES, 4).mean(1)
 
 
 def backbones(model: Path) -> dict[str, Path]:

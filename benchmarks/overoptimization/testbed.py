@@ -246,6 +246,7 @@ def _member(run: Run, config: R2MConfig, shared: start.Start, policy: Any, trunk
 def _result(run: Run, member: Member, shared: start.Start, seconds: float) -> dict[str, Any]:
     rounds = {name: [of_round[name] for of_round in member.record] for name in member.record[0]}
     both = list(zip(rounds["prompts"], rounds["texts"], strict=True))
+    config = member.trainer.config
     history, numbers = rounds["row"], {prompt: i for i, prompt in enumerate(shared.splits.prompts)}
     return {
         "settings": settings(run),
@@ -262,7 +263,13 @@ def _result(run: Run, member: Member, shared: start.Start, seconds: float) -> di
         "reward": rounded(rounds["reward"]),
         "parts": rounded([shared.standard(shared.judges.parts(p, t), np.inf) for p, t in both]),
         "vader": rounded([vader([f"{p}{t}" for p, t in zip(*of_round, strict=True)]) for of_round in both]),
-        "prompts": [[numbers[prompt] for prompt in prompts] for prompts in rounds["prompts"]],
+        "start": rounded(
+            [
+                [shared.start_means[numbers[p]] for p in of_round[:: config.num_generations]]
+                for of_round in rounds["prompts"]
+            ]
+        ),
+        "prompts": [[numbers[p] for p in of_round[:: config.num_generations]] for of_round in rounds["prompts"]],
         "texts": rounds["texts"],
     }
 

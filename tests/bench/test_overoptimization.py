@@ -145,16 +145,17 @@ def test_at_kl(level, expected):
 
 
 def test_a_curve_is_of_changes_from_the_start_in_windows():
-    parts = np.zeros((4, 2, 3))
-    parts[:, :, 0] = np.array([1.0, 2.0, 3.0, 100.0])[:, None]
-    start = {name: np.full(5, 0.5) for name in ("gold", *gold.PARTS)}
-    result = {"parts": parts, "prompts": [[0, 3]] * 4, "kl": [[0, 2], [4, 4], [6, 6], [9, 9]], "proxy": [[1, 1]] * 4}
-    found = analysis.curve(result, start)
-    assert found.kl.tolist() == pytest.approx([2.5, 11 / 3, 19 / 3, 7.5])
+    parts = np.zeros((4, 4, 3))  # two prompts, two samples each
+    parts[:, :2, 0] = np.array([1.0, 2.0, 3.0, 100.0])[:, None]
+    began = np.zeros((4, 2, 4))
+    began[:, 1] = 0.5
+    result = {"parts": parts, "start": began, "kl": np.tile([[2], [4], [6], [9]], 4), "proxy": np.ones((4, 4))}
+    found = analysis.curve(result)
+    assert found.kl.tolist() == pytest.approx([3, 4, 19 / 3, 7.5])
     clipped = [1.0, 2.0, 3.0, gold.CLIP]
-    means = [np.mean(clipped[:2]), np.mean(clipped[:3]), np.mean(clipped[1:]), np.mean(clipped[2:])]
-    np.testing.assert_allclose(found.values["sentiment"], np.array(means) - 0.5)
-    np.testing.assert_allclose(found.values["gold"], np.array(means) / 3**0.5 - 0.5)
+    means = np.array([np.mean(clipped[:2]), np.mean(clipped[:3]), np.mean(clipped[1:]), np.mean(clipped[2:])])
+    np.testing.assert_allclose(found.values["sentiment"], (means - 0.5) / 2)
+    np.testing.assert_allclose(found.values["gold"], (means / 3**0.5 - 0.5) / 2)
 
 
 def test_an_estimate_leaves_out_what_is_missing_and_states_its_power():
