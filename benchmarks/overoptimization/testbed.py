@@ -84,7 +84,7 @@ class Arm:
 
 
 LABELS = 12  # pairs a round, all of its samples
-LABELS_RATE = 1e-3  # learning rate of the reward model where labels teach it
+LABELS_RATE = 2e-3  # learning rate of the reward model where labels teach it
 
 
 def _labelled(*overrides: str, per_round: int = LABELS, rate: float = LABELS_RATE, grebt: float = 0) -> tuple[str, ...]:
