@@ -17,6 +17,7 @@ from benchmarks.overoptimization import gold
 
 KL_LEVELS = (2.0, 5.0, 10.0, 20.0, 40.0)  # nats a response
 WINDOW = 3  # rounds whose mean is one point of a curve
+LATE = 8  # rounds after which the policies have left the start, and count
 LEVEL, POWER = 0.05, 0.8
 
 
@@ -41,6 +42,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     """The mean over the rounds around each, fewer at the ends."""
     reach = WINDOW // 2
     return np.array([values[max(0, t - reach) : t + reach + 1].mean() for t in range(len(values))])
+
+
+def late(curve: Curve, name: str) -> float:
+    """The mean over all but the first `LATE` rounds: what a user has of the same number of rounds."""
+    return float(curve.values[name][LATE:].mean())
 
 
 def at_kl(curve: Curve, name: str, level: float) -> float:

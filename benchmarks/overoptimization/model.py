@@ -225,7 +225,7 @@ def sample_together(
         )
         # Behind an end, and behind the last token, only the suffix is read.
         ids, mask = torch.cat([ids, token], 1), torch.cat([mask, ~ended], 1)
-        ended |= torch.isin(token, torch.tensor(settings.eos_ids))
+        ended |= torch.isin(token, torch.tensor(settings.eos_ids, dtype=torch.long))
         if step < settings.max_new_tokens - 1:
             read.append(below(token, mask))
             parts = zip(token.split(rows), mask.split(rows), read[-1].split(rows), strict=True)

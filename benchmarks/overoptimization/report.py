@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,19 +17,19 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
-from benchmarks.overoptimization.analysis import KL_LEVELS, Curve, Estimate, at_kl, curve, estimate, holm
+from benchmarks.overoptimization.analysis import KL_LEVELS, LATE, Curve, Estimate, at_kl, curve, estimate, holm, late
 from benchmarks.overoptimization.gold import PARTS
 from benchmarks.overoptimization.run import RESULTS
 from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, SEEDS, Run, check_settings, read
 from benchmarks.report import table
 
 BASE = "fixed"
-KL = 10.0  # of the contrasts: what all arms reach
+KL = 10.0  # of the second measure: nearly all arms get as far
 Curves = Mapping[str, Mapping[int, Curve]]  # arm -> seed -> curve
 
 
 class Contrast(NamedTuple):
-    """That `arm` has more gold than `base` at a KL of `KL`."""
+    """Whether `arm` has more gold than `base` in late rounds."""
 
     question: str
     arm: str
@@ -70,57 +70,49 @@ def load(folder: Path) -> dict[str, Curves]:
     return found
 
 
-def gold_at(curves: Curves, arm: str, level: float | None) -> dict[int, float]:
-    """Of each seed: gold at a KL, or, None, in the last rounds."""
-    return {
-        seed: float(own.values["gold"][-1]) if level is None else at_kl(own, "gold", level)
-        for seed, own in curves.get(arm, {}).items()
-    }
+def late_gold(curve: Curve) -> float:
+    return late(curve, "gold")
 
 
-def difference(curves: Curves, arm: str, base: str, level: float | None) -> Estimate:
+def gold_at_kl(curve: Curve) -> float:
+    return at_kl(curve, "gold", KL)
+
+
+def difference(curves: Curves, arm: str, base: str, measure: Callable[[Curve], float]) -> Estimate:
     """Seed by seed, of those that both have; the power is that of all planned seeds."""
-    ours, theirs = gold_at(curves, arm, level), gold_at(curves, base, level)
-    return estimate([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())], len(SEEDS))
-
-
-def fall(curves: Curves, arm: str) -> Estimate:
-    """From the greatest gold of a run to its last."""
-    return estimate([float(own.values["gold"][-1] - own.values["gold"].max()) for own in curves.get(arm, {}).values()])
+    ours, theirs = curves[arm], curves[base]
+    differences = [measure(ours[seed]) - measure(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    return estimate(differences, len(SEEDS))
 
 
 def levels_table(curves: Curves) -> str:
     """Gold as a change from the start, in its deviations; in brackets how many seeds get that far."""
     lines = []
     for arm, of_arm in curves.items():
-        cells = [_mean(gold_at(curves, arm, level).values(), len(of_arm)) for level in KL_LEVELS]
-        ends = [np.mean([own.values[name][-1] for own in of_arm.values()]) for name in ("gold", "proxy")]
-        kl = np.mean([own.kl[-1] for own in of_arm.values()])
-        lines.append([f"`{arm}`", str(len(of_arm)), *cells, f"{kl:.1f}", *(f"{end:+.2f}" for end in ends),
-                      interval(fall(curves, arm))])  # fmt: skip
-    head = ["gold at a KL of", "seeds", *(f"{level:g}" for level in KL_LEVELS), "last KL", "last gold", "last proxy"]
-    return table([*head, "fall of gold"], lines)
+        cells = [_mean([at_kl(own, "gold", level) for own in of_arm.values()], len(of_arm)) for level in KL_LEVELS]
+        kl, proxy, worth = zip(*((own.kl[-1], own.values["proxy"][-1], own.values["gold"][-1])
+                                 for own in of_arm.values()), strict=True)  # fmt: skip
+        ends = [f"{np.mean(kl):.1f}", f"{np.mean(proxy):+.2f}", interval(estimate(worth))]
+        lines.append([f"`{arm}`", str(len(of_arm)), *cells, *ends])
+    head = ["gold at a KL of", "seeds", *(f"{level:g}" for level in KL_LEVELS), "last KL", "last proxy", "last gold"]
+    return table(head, lines)
 
 
 def contrast_table(curves: Curves) -> str:
-    found = {
-        contrast: difference(curves, contrast.arm, contrast.base, KL)
-        for contrast in CONTRASTS
-        if contrast.arm in curves and contrast.base in curves
-    }
-    adjusted = holm({contrast.question: own.p for contrast, own in found.items() if not np.isnan(own.p)})
-    lines = [
-        [c.question, f"`{c.arm}` less `{c.base}`", interval(own), f"{adjusted.get(c.question, np.nan):.3f}",
-         f"{own.detectable:.2f}", interval(difference(curves, c.arm, c.base, None))]
-        for c, own in found.items()
-    ]  # fmt: skip
-    others = [arm for arm in curves if arm != BASE and (arm, BASE) not in {(c.arm, c.base) for c in CONTRASTS}]
-    for arm in others:
-        own = difference(curves, arm, BASE, KL)
-        last = interval(difference(curves, arm, BASE, None))
-        lines.append(["", f"`{arm}` less `{BASE}`", interval(own), "", f"{own.detectable:.2f}", last])
-    head = ["", "gold", f"at a KL of {KL:g}", "p by Holm", f"{len(SEEDS)} seeds detect", "in the last rounds"]
-    return table(head, lines)
+    asked = [contrast for contrast in CONTRASTS if contrast.arm in curves and contrast.base in curves]
+    found = [difference(curves, contrast.arm, contrast.base, late_gold) for contrast in asked]
+    adjusted = holm({c.question: own.p for c, own in zip(asked, found, strict=True) if not np.isnan(own.p)})
+    known = {(contrast.arm, contrast.base) for contrast in asked}
+    rest = [Contrast("", arm) for arm in curves if arm != BASE and (arm, BASE) not in known]
+    lines = []
+    for contrast in [*asked, *rest]:
+        own = difference(curves, contrast.arm, contrast.base, late_gold)
+        p = f"{adjusted[contrast.question]:.3f}" if contrast.question in adjusted else ""
+        at_equal_kl = interval(difference(curves, contrast.arm, contrast.base, gold_at_kl))
+        name = f"`{contrast.arm}` less `{contrast.base}`"
+        lines.append([contrast.question, name, interval(own), p, f"{own.detectable:.2f}", at_equal_kl])
+    head = ["", f"gold, rounds {LATE + 1} on", "difference", "p by Holm", f"{len(SEEDS)} seeds detect"]
+    return table([*head, f"at a KL of {KL:g}"], lines)
 
 
 def parts_table(curves: Curves) -> str:

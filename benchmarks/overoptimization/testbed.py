@@ -52,6 +52,7 @@ SETTINGS = (
     "precision=float32",  # whatever the machine: results of two precisions are not to be compared
     f"generation.max_new_tokens={start.NEW_TOKENS}",
     f"generation.temperature={start.TEMPERATURE}",
+    "generation.eos_token_ids=[]",  # all responses are as long: ending early would be one more exploit, of another kind
     "r2m.positions=response",
     f"r2m.inner_width={start.INNER_WIDTH}",
     "evaluation.every=1000000",
@@ -201,7 +202,7 @@ def perform(runs: Sequence[Run], changed: Sequence[str] = ()) -> list[dict[str, 
             settings = Sampling(
                 config.generation.temperature,
                 config.generation.max_new_tokens,
-                [tokenizer.eos_token_id],
+                config.generation.eos_token_ids,
                 [],
                 round_seed(config.seed, t) % 2**32,
             )

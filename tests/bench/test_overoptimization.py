@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.overoptimization import analysis, gold, testbed
+from benchmarks.overoptimization import analysis, gold, report, testbed
 from benchmarks.overoptimization.analysis import Curve
 from benchmarks.overoptimization.model import Trunk, sample_together, share
 from benchmarks.overoptimization.run import TOGETHER, carry_out, groups, path_of, plan
@@ -175,6 +175,46 @@ def test_the_detectable_mean_is_detected_with_the_stated_power():
 
 def test_holm():
     assert analysis.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+# ---- the report ----
+
+
+def result(run, gains, kl=None):
+    """Two prompts with two samples; every sample's sentiment gains as much in a round."""
+    rounds = len(gains)
+    parts = np.zeros((rounds, 4, 3))
+    parts[..., 0] = np.array(gains)[:, None] * 3**0.5
+    kl = np.linspace(0, 20, rounds) if kl is None else kl
+    return {
+        "settings": testbed.settings(run), "seconds": 1.0, "parts": parts.tolist(),
+        "start": np.zeros((rounds, 2, 4)).tolist(), "kl": np.tile(kl[:, None], 4).tolist(),
+        "proxy": np.ones((rounds, 4)).tolist(),
+    }  # fmt: skip
+
+
+def test_the_report_compares_seed_by_seed(tmp_path, capsys, monkeypatch):
+    steady = np.r_[np.zeros(analysis.LATE + 1), np.ones(12)]
+    for seed, (fixed, ours) in enumerate([(1.0, 1.5), (2.0, 2.25), (0.5, 1.0)]):
+        for arm, gain in (("fixed", fixed), ("labels", ours)):
+            run = Run("base", arm, seed)
+            testbed.write(result(run, gain * steady), path_of(run, tmp_path))
+    testbed.write(result(Run("base", "labels", 7), 9 * steady), path_of(Run("base", "labels", 7), tmp_path))
+    monkeypatch.setattr("sys.argv", ["report.py", "--results", str(tmp_path)])
+    report.main()
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("| Do fresh labels?"))
+    share = (1 / 3 + 2 / 3 + 11) / 13  # the first two of thirteen late rounds are means with rounds before the gain
+    found = analysis.estimate(np.array([0.5, 0.25, 0.5]) * share, len(testbed.SEEDS))
+    assert (
+        f"| {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] | {found.p:.3f} | {found.detectable:.2f} |" in line
+    )
+    assert "| `labels` | 4 |" in printed and "## base" in printed
+
+
+def test_no_results_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no results; run python"):
+        report.load(tmp_path)
 
 
 # ---- runs ----
