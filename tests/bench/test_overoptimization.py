@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.overoptimization import analysis, gold, report, testbed
+from benchmarks.overoptimization import analysis, gold, report, start, testbed
 from benchmarks.overoptimization.analysis import Curve
 from benchmarks.overoptimization.model import Trunk, sample_together, share
 from benchmarks.overoptimization.run import TOGETHER, carry_out, groups, path_of, plan
-from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run
+from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run, Scenario
+from r2m.demo.movie_reviews import Splits
 from r2m.policy.generate import Sampling
 from tests.r2m import tiny
 
@@ -218,6 +219,90 @@ def test_no_results_are_an_error(tmp_path):
 
 
 # ---- runs ----
+
+
+@pytest.fixture
+def small_world(tmp_path, monkeypatch):
+    """All that runs share, on a tiny model, with few short samples."""
+    monkeypatch.setenv("R2M_CACHE", str(tmp_path / "cache"))
+    for name, value in {"NEW_TOKENS": 6, "HELD_OUT": (3, 4), "INNER_WIDTH": 8}.items():
+        monkeypatch.setattr(start, name, value)
+    monkeypatch.setattr(testbed, "ROUNDS", 2)
+    monkeypatch.setattr(testbed, "LABELS", 6)  # of labels-before: there are 24 pairs of start samples
+    monkeypatch.setattr(testbed, "SCENARIOS", {"base": Scenario(pairs=8), "half": Scenario(pairs=8, backbone="half")})
+    model = tmp_path / "model"
+    tiny.policy(num_hidden_layers=4).save_pretrained(model)
+    tiny.tokenizer(pad="</s>").save_pretrained(model)
+    prompts = [f"Movie review: {word}" for word in ["a", "bad", "good", "fine", "dull", "long", "odd", "new"] * 2]
+    splits = Splits([], [], [], prompts[:12], prompts[12:], [], [])
+    judges = gold.Judges(lambda texts: np.array([float(len(text.split())) for text in texts]), gold.Trigrams(TEXTS))
+    (folder := tmp_path / "samples").mkdir()
+    start._sample(folder, model, splits, judges)
+    train, held_out = (
+        start.Samples(**torch.load(folder / f"{name}.pt", weights_only=False)) for name in ("train", "held_out")
+    )
+    standard = gold.Standard(held_out.parts.mean(0), np.ones(3))  # of so few samples some deviation may be 0
+    world = start.Start(model, splits, judges, standard, train, held_out)
+    monkeypatch.setattr(start, "load", lambda: world)
+    return world
+
+
+CHANGED = [
+    "rounds=2", "generation.max_new_tokens=6", "generation.max_prompt_tokens=40", "lora.top_layers=2",
+    "r2m.inner_width=8",
+]  # fmt: skip
+
+
+def test_all_arms_run(small_world):
+    runs = [Run("base", arm, 3) for arm in ARMS]
+    found = dict(zip(ARMS, testbed.perform(runs, CHANGED), strict=True))
+    for arm, of_arm in found.items():
+        assert np.shape(of_arm["parts"]) == (2, 24, 3) and np.isfinite(of_arm["parts"]).all()
+        assert np.shape(of_arm["start"]) == (2, 3, 4) and np.shape(of_arm["texts"]) == (2, 24)
+        assert of_arm["texts"][0] == found["fixed"]["texts"][0], arm  # the same policies, the same noise
+        assert ("labels/agreement" in of_arm["metrics"]) == bool(ARMS[arm].labels)
+        assert np.isfinite(analysis.curve(of_arm).values["gold"]).all()
+    assert found["labels"]["metrics"]["labels/given"] == [12, 12]
+    assert found["labels-few"]["metrics"]["labels/given"] == [3, 3]
+    # What is not fixed gives other rewards in the second round; before it has learned, the first round's are the same.
+    fixed = found["fixed"]["reward"]
+    for arm in ("labels", "labels-step", "labels-clean"):
+        assert found[arm]["reward"][0] == fixed[0] and found[arm]["reward"][1] != fixed[1], arm
+    assert found["labels-before"]["reward"][0] != fixed[0] and found["refits"]["reward"][0] != fixed[0]
+
+
+def test_a_reward_model_on_another_backbone(small_world):
+    runs = [Run("half", arm, 3) for arm in ("fixed", "labels-r2m")]
+    fixed, labelled = testbed.perform(runs, CHANGED)
+    assert np.isfinite(fixed["reward"]).all() and np.isfinite(labelled["reward"]).all()
+    (same,) = testbed.perform([Run("base", "fixed", 3)], CHANGED)
+    assert same["texts"][0] == fixed["texts"][0] and same["reward"][0] != fixed["reward"][0]
+
+
+def test_pairs_are_disjoint_and_labelled_by_gold(small_world):
+    clean, flipped = (start.draw_pairs(small_world, 12, 5, share) for share in (0.0, 0.5))
+    worth = gold.gold(small_world.standard(small_world.train.parts, gold.CLIP_OF_LABELS))
+    assert all(worth[a] >= worth[b] for a, b in zip(*clean, strict=True))
+    assert len({*clean.chosen, *clean.rejected}) == 24
+    assert {*map(frozenset, zip(*clean, strict=True))} == {*map(frozenset, zip(*flipped, strict=True))}
+    assert 0 < sum(a != b for a, b in zip(clean.chosen, flipped.chosen, strict=True)) < 12
+    assert start.draw_pairs(small_world, 5, 5, 0.5).chosen == flipped.chosen[:5]
+    with pytest.raises(ValueError, match="count is 100; expected at most"):
+        start.draw_pairs(small_world, 100, 5, 0.0)
+
+
+@pytest.mark.parametrize("reads_states", [False, True])
+def test_rewards_of_start_samples_have_deviation_one_inside_prompts(small_world, reads_states):
+    pairs = start.draw_pairs(small_world, 12, 5, 0.0)
+    model, _ = start.fit(small_world, pairs, backbone="same", reads_states=reads_states, floor=0.6)
+    samples = small_world.train
+    parts = [start.feedback(samples, [i], "same") for i in range(len(samples.texts))]
+    rewards = torch.cat([
+        model.score(part.rte, part.hidden[None], weight=0.6) if reads_states else model.vanilla_score(part.rte)
+        for part in parts
+    ])  # fmt: skip
+    assert rewards.view(-1, start.SAMPLES).var(1).mean().sqrt().item() == pytest.approx(1, rel=1e-3)
+    assert rewards.mean().item() == pytest.approx(0, abs=1e-3)
 
 
 def test_no_two_arms_or_scenarios_are_the_same():
