@@ -1,7 +1,7 @@
 """What the results in benchmarks/overoptimization/results/ say, as tables in Markdown.
 
 python benchmarks/overoptimization/report.py                     # after run.py, finished or not
-python benchmarks/overoptimization/report.py --results FOLDER    # of trials: the power of ten such seeds
+python benchmarks/overoptimization/report.py --results FOLDER    # of trials: what the planned seeds would detect
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 from benchmarks.overoptimization.analysis import KL_LEVELS, LATE, Curve, Estimate, at_kl, curve, estimate, holm, late
 from benchmarks.overoptimization.gold import PARTS
 from benchmarks.overoptimization.run import RESULTS
-from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, SEEDS, Run, check_settings, read
+from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run, check_settings, read, seeds_for
 from benchmarks.report import table
 
 BASE = "fixed"
@@ -50,7 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         for scenario, curves in load(arguments.results).items():
-            print(f"## {scenario}\n\n{levels_table(curves)}\n\n{contrast_table(curves)}\n\n{parts_table(curves)}\n")
+            parts = [f"## {scenario}", levels_table(curves), contrast_table(scenario, curves), parts_table(curves)]
+            print("\n\n".join(parts) + "\n")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 
@@ -78,11 +79,11 @@ def gold_at_kl(curve: Curve) -> float:
     return at_kl(curve, "gold", KL)
 
 
-def difference(curves: Curves, arm: str, base: str, measure: Callable[[Curve], float]) -> Estimate:
-    """Seed by seed, of those that both have; the power is that of all planned seeds."""
-    ours, theirs = curves[arm], curves[base]
+def difference(scenario: str, curves: Curves, contrast: Contrast, measure: Callable[[Curve], float]) -> Estimate:
+    """Seed by seed, of those that both have; what is detectable is so by as many seeds as are planned."""
+    ours, theirs = curves[contrast.arm], curves[contrast.base]
     differences = [measure(ours[seed]) - measure(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    return estimate(differences, len(SEEDS))
+    return estimate(differences, len(seeds_for(scenario, contrast.arm)))
 
 
 def levels_table(curves: Curves) -> str:
@@ -98,20 +99,20 @@ def levels_table(curves: Curves) -> str:
     return table(head, lines)
 
 
-def contrast_table(curves: Curves) -> str:
+def contrast_table(scenario: str, curves: Curves) -> str:
     asked = [contrast for contrast in CONTRASTS if contrast.arm in curves and contrast.base in curves]
-    found = [difference(curves, contrast.arm, contrast.base, late_gold) for contrast in asked]
+    found = [difference(scenario, curves, contrast, late_gold) for contrast in asked]
     adjusted = holm({c.question: own.p for c, own in zip(asked, found, strict=True) if not np.isnan(own.p)})
     known = {(contrast.arm, contrast.base) for contrast in asked}
     rest = [Contrast("", arm) for arm in curves if arm != BASE and (arm, BASE) not in known]
     lines = []
     for contrast in [*asked, *rest]:
-        own = difference(curves, contrast.arm, contrast.base, late_gold)
+        own = difference(scenario, curves, contrast, late_gold)
         p = f"{adjusted[contrast.question]:.3f}" if contrast.question in adjusted else ""
-        at_equal_kl = interval(difference(curves, contrast.arm, contrast.base, gold_at_kl))
+        at_equal_kl = interval(difference(scenario, curves, contrast, gold_at_kl))
         name = f"`{contrast.arm}` less `{contrast.base}`"
         lines.append([contrast.question, name, interval(own), p, f"{own.detectable:.2f}", at_equal_kl])
-    head = ["", f"gold, rounds {LATE + 1} on", "difference", "p by Holm", f"{len(SEEDS)} seeds detect"]
+    head = ["", f"gold, rounds {LATE + 1} on", "difference", "p by Holm", "planned seeds detect"]
     return table([*head, f"at a KL of {KL:g}"], lines)
 
 

@@ -1,6 +1,6 @@
 """What is compared: scenarios, arms, and one run with its measures.
 
-python benchmarks/overoptimization/testbed.py base 0 fixed labels-head --output FOLDER     # two runs
+python benchmarks/overoptimization/testbed.py base 0 fixed labels --output FOLDER     # two runs
 """
 
 from __future__ import annotations
@@ -124,12 +124,14 @@ ARMS = {
     "refits": Arm((FIXED,), refits="bootstrap"),
     "teacher": Arm(_labelled(), reads_states=True, labels="initial model"),
 }
-SEEDS = range(10)
+CONTRASTED = ("fixed", "labels", "labels-before", "r2m", "labels-step", "labels-r2m")
 
 
-def seeds_for(scenario: str, arm: str) -> Sequence[int]:
-    """Of a scenario's arm, as the plan has it; none: it is not run there."""
-    return SEEDS
+def seeds_for(scenario: str, arm: str) -> range:
+    """As results/PLAN.md has it; none: the arm is not run in the scenario."""
+    if arm in CONTRASTED:
+        return range(20 if scenario == "base" else 10)
+    return range(10 if scenario == "base" else 0)
 
 
 class Run(NamedTuple):

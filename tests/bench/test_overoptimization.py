@@ -206,7 +206,7 @@ def test_the_report_compares_seed_by_seed(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("| Do fresh labels?"))
     share = (1 / 3 + 2 / 3 + 11) / 13  # the first two of thirteen late rounds are means with rounds before the gain
-    found = analysis.estimate(np.array([0.5, 0.25, 0.5]) * share, len(testbed.SEEDS))
+    found = analysis.estimate(np.array([0.5, 0.25, 0.5]) * share, 20)
     assert (
         f"| {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] | {found.p:.3f} | {found.detectable:.2f} |" in line
     )
@@ -325,6 +325,7 @@ def test_a_result_is_of_its_settings(tmp_path, monkeypatch):
 
 def test_groups_are_of_one_scenario_and_seed(tmp_path):
     runs = plan(["base", "beta"], list(ARMS), [0, 1])
+    assert len(runs) == 2 * (len(ARMS) + len(testbed.CONTRASTED))
     found = groups(runs, tmp_path)
     assert [run for group in found for run in group] == runs
     assert {len({(run.scenario, run.seed) for run in group}) for group in found} == {1}
