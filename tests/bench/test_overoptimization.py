@@ -213,6 +213,13 @@ def test_the_report_compares_seed_by_seed(tmp_path, capsys, monkeypatch):
     assert "| `labels` | 4 |" in printed and "## base" in printed
 
 
+def test_committed_trials_are_of_today_s_settings():
+    (curves,) = report.load(report.ROOT / "benchmarks" / "overoptimization" / "pilots").values()
+    assert curves.keys() >= {"fixed", "labels", "r2m"} and all(
+        of_arm.keys() == {101, 102} for of_arm in curves.values()
+    )
+
+
 def test_no_results_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="no results; run python"):
         report.load(tmp_path)
