@@ -28,9 +28,9 @@ from r2m.models import cached
 
 PARTS = ("sentiment", "fluency", "variety")
 REVIEWS = 14_000  # that the trigram model reads: enough for every word of a sample to be known, and 200 MB
+FILE = "judges.pickle"
 # Deviations beyond which a part counts no more. Labels see further than the measure that is reported, so that a
 # labeller still tells a bad text from a worse one after the policy has collapsed.
-FILE = "judges.pickle"
 CLIP, CLIP_OF_LABELS = 4.0, 12.0
 
 _WORD = re.compile(r"[a-z']+|[0-9]+|[^\sa-z0-9]")

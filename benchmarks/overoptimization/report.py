@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from benchmarks.report import table
 
 BASE = "fixed"
 KL = 10.0  # of the second measure: nearly all arms get as far
+LATE_GOLD, GOLD_AT_KL = partial(late, name="gold"), partial(at_kl, name="gold", level=KL)
 Curves = Mapping[str, Mapping[int, Curve]]  # arm -> seed -> curve
 
 
@@ -71,14 +73,6 @@ def load(folder: Path) -> dict[str, Curves]:
     return found
 
 
-def late_gold(curve: Curve) -> float:
-    return late(curve, "gold")
-
-
-def gold_at_kl(curve: Curve) -> float:
-    return at_kl(curve, "gold", KL)
-
-
 def difference(scenario: str, curves: Curves, contrast: Contrast, measure: Callable[[Curve], float]) -> Estimate:
     """Seed by seed, of those that both have; what is detectable is so by as many seeds as are planned."""
     ours, theirs = curves[contrast.arm], curves[contrast.base]
@@ -101,15 +95,15 @@ def levels_table(curves: Curves) -> str:
 
 def contrast_table(scenario: str, curves: Curves) -> str:
     asked = [contrast for contrast in CONTRASTS if contrast.arm in curves and contrast.base in curves]
-    found = [difference(scenario, curves, contrast, late_gold) for contrast in asked]
+    found = [difference(scenario, curves, contrast, LATE_GOLD) for contrast in asked]
     adjusted = holm({c.question: own.p for c, own in zip(asked, found, strict=True) if not np.isnan(own.p)})
     known = {(contrast.arm, contrast.base) for contrast in asked}
     rest = [Contrast("", arm) for arm in curves if arm != BASE and (arm, BASE) not in known]
     lines = []
     for contrast in [*asked, *rest]:
-        own = difference(scenario, curves, contrast, late_gold)
+        own = difference(scenario, curves, contrast, LATE_GOLD)
         p = f"{adjusted[contrast.question]:.3f}" if contrast.question in adjusted else ""
-        at_equal_kl = interval(difference(scenario, curves, contrast, gold_at_kl))
+        at_equal_kl = interval(difference(scenario, curves, contrast, GOLD_AT_KL))
         name = f"`{contrast.arm}` less `{contrast.base}`"
         lines.append([contrast.question, name, interval(own), p, f"{own.detectable:.2f}", at_equal_kl])
     head = ["", f"gold, rounds {LATE + 1} on", "difference", "p by Holm", "planned seeds detect"]

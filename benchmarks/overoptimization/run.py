@@ -4,7 +4,7 @@ scenario and seed run in groups, in one process each.
 python benchmarks/overoptimization/run.py --minutes 60        # goes on where it stopped; none starts that would not end
 python benchmarks/overoptimization/run.py --scenario base --arms fixed,labels --seeds 0-2
 
-What is compared, and every setting, is in testbed.py; `python benchmarks/overoptimization/report.py` makes the page.
+What is compared, and every setting, is in testbed.py; report.py says what they show.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from r2m.config import R2M
 from r2m.data.tokenization import encode_responses
 from r2m.demo.movie_reviews import Splits, load_reviews, load_splits
 from r2m.demo.run import SUFFIX
-from r2m.fitting.mean_start import cross_validated, mean_start, ridge
+from r2m.fitting.mean_start import cross_validated, mean_start
 from r2m.fitting.pairs import Feedback, pack_hidden
 from r2m.method.reward_model import R2MRewardModel
 from r2m.method.updater import Kept, R2MUpdater
@@ -206,10 +206,7 @@ def set_head(model: R2MRewardModel, phi: Tensor, rewards: Tensor) -> None:
 def refit(model: R2MRewardModel, start: Start, backbone: str, differences: Tensor, strength: float) -> None:
     """Another head, by a ridge of known strength: to differences [N, D_rm] of standardised RTEs, the better one's less
     the worse one's."""
-    scale = differences.square().mean(0).sqrt()
-    x = (differences / scale).double()
-    unit = x.square().sum(1).mean().item()
-    phi = ridge(x, x.new_zeros(len(x)), strength * unit, x.new_zeros(x.shape[1])).float() / scale
+    phi, _ = cross_validated(differences, torch.zeros(len(differences)), [strength])
     set_head(model, phi, model.standardized(start.train.rte[backbone]) @ phi)
 
 

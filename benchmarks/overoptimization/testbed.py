@@ -279,8 +279,6 @@ def _result(run: Run, member: Member, shared: start.Start, seconds: float) -> di
 
 def label(pairs: list[Pair], *, run: Run, shared: start.Start, scorer: Any) -> list[Label]:
     kind = ARMS[run.arm].labels
-    if not pairs:
-        return []
     prompts = [str(pair.prompt) for pair in pairs]
     if kind == "initial model":
         model: R2MRewardModel = scorer.reward_model
@@ -332,8 +330,12 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def check_settings(run: Run, path: Path, result: dict[str, Any]) -> None:
-    """Raises ValueError, which names the file and what differs, for the result of another run or of other settings."""
-    made, now = result["settings"], json.loads(json.dumps(settings(run)))
+    check_same(path, result["settings"], settings(run))
+
+
+def check_same(path: Path, made: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError, which names the file and what differs, for a result that was `made` by other settings."""
+    now = json.loads(json.dumps(now))  # tuples are lists there
     if differing := [name for name in {**made, **now} if made.get(name) != now.get(name)]:
         what = "; ".join(f"{name} was {made.get(name)}, is {now.get(name)}" for name in differing)
         raise ValueError(f"{path}: a result of other settings: {what}; delete it to run it again")

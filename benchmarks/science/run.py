@@ -27,6 +27,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
+from benchmarks.overoptimization.run import seeds_of
 from benchmarks.science.testbed import ARMS, CORE, CORE_SEEDS, OTHER_SEEDS, SCENARIOS, Run, check_settings
 
 RESULTS = ROOT / "benchmarks" / "science" / "results"
@@ -63,12 +64,6 @@ def workers() -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(os.cpu_count() or 1, int(free / RUN_BYTES)))
-
-
-def seeds_of(text: str) -> list[int]:
-    """ "0-2,7" -> [0, 1, 2, 7]"""
-    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    return [seed for part in ends for seed in range(part[0], part[-1] + 1)]
 
 
 def arms_of(text: str) -> list[str]:

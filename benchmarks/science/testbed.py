@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
+from benchmarks.overoptimization.testbed import Run, check_same
 from benchmarks.science.optional import REPLAY_WEIGHT, REPLAYED_PAIRS, AgreementGate, HumanReplay
 from r2m.config import R2MConfig, load_config
 from r2m.data.sources import Preference, Prompt
@@ -121,15 +122,6 @@ CORE = ("sft", "rloo", "r2m", "untrained", "frozen", "reference", "head")
 CORE_SEEDS, OTHER_SEEDS = range(10), range(3)
 
 
-class Run(NamedTuple):
-    scenario: str
-    arm: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.scenario}/{self.arm}-{self.seed}"
-
-
 def settings(run: Run) -> dict[str, Any]:
     """Everything that was chosen for a run; two results whose settings differ are not to be compared."""
     chosen = {
@@ -154,12 +146,8 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def check_settings(run: Run, path: Path, result: dict[str, Any]) -> None:
-    """Raises ValueError, which names the file and what differs, for the result of another run or of other settings."""
-    made, now = result["settings"], json.loads(json.dumps(settings(run)))  # tuples are lists there
-    differing = [name for name in {**made, **now} if made.get(name) != now.get(name)]
-    if differing:
-        what = "; ".join(f"{name} was {made.get(name)}, is {now.get(name)}" for name in differing)
-        raise ValueError(f"{path}: a result of other settings: {what}; delete it to run it again")
+    """Raises ValueError for the result of another run or of other settings."""
+    check_same(path, result["settings"], settings(run))
 
 
 def config_of(run: Run, output: str = "") -> R2MConfig:

@@ -7,6 +7,8 @@ gradient: training goes on from there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +54,9 @@ def mean_differences(reward_model: R2MRewardModel, batches: Batches) -> tuple[Te
     return torch.cat(states), torch.cat(scores)
 
 
-def cross_validated(differences: Tensor, offsets: Tensor) -> tuple[Tensor, float]:
+def cross_validated(
+    differences: Tensor, offsets: Tensor, strengths: Sequence[float] = STRENGTHS
+) -> tuple[Tensor, float]:
     """The direction [D] that minimises `ridge`'s loss, and the strength chosen; differences [N, D], offsets [N].
 
     Features are scaled by their root mean square over the pairs; the rest is in float64.
@@ -63,14 +67,14 @@ def cross_validated(differences: Tensor, offsets: Tensor) -> tuple[Tensor, float
     x = coordinates.T
     unit = x.square().sum(1).mean().item() or 1.0  # 0: the texts of every pair have the same states
     fold = torch.arange(len(x), device=x.device) * FOLDS // len(x)
-    losses = torch.zeros(len(STRENGTHS))
-    for left_out in fold.unique() if len(x) > 1 else ():
+    losses = torch.zeros(len(strengths))
+    for left_out in fold.unique() if len(x) > 1 and len(strengths) > 1 else ():
         theta = x.new_zeros(x.shape[1])
-        for i, strength in enumerate(STRENGTHS):
+        for i, strength in enumerate(strengths):
             theta = ridge(x[fold != left_out], offsets[fold != left_out], strength * unit, theta)
             margins = offsets[fold == left_out] + x[fold == left_out] @ theta
             losses[i] -= F.logsigmoid(margins).sum().item()
-    strength = STRENGTHS[int(losses.argmin())]
+    strength = strengths[int(losses.argmin())]
     theta = ridge(x, offsets, strength * unit, x.new_zeros(x.shape[1]))
     return (basis @ theta).to(differences.dtype) / scale, strength
 

@@ -93,12 +93,19 @@ def padded(rows):
     }  # fmt: skip
 
 
-@torch.no_grad()
-def test_policies_sample_what_each_says(shared):
-    trunk, policies, plain = shared
+@pytest.fixture
+def sampled(shared):
+    """The ids of the prompts, of three responses to each by each policy, and of the suffix behind them."""
+    trunk, policies, _ = shared
     tokenizer = tiny.tokenizer(pad="</s>")
     prompt_ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     drawn = sample_together(policies, trunk, tokenizer, prompt_ids, 3, SETTINGS, " end")
+    return prompt_ids, drawn, tokenizer(" end").input_ids
+
+
+@torch.no_grad()
+def test_policies_sample_what_each_says(shared, sampled):
+    (_, _, plain), (prompt_ids, drawn, _) = shared, sampled
     assert len({str(responses) for responses in drawn}) == 3 and [len(responses) for responses in drawn] == [6] * 3
     lengths = {len(row) for responses in drawn for row in responses}
     assert max(lengths) == 9 and len(lengths) > 2
@@ -117,12 +124,9 @@ def test_policies_sample_what_each_says(shared):
 
 
 @torch.no_grad()
-def test_what_is_looked_up_is_what_is_computed(shared):
-    trunk, policies, plain = shared
-    tokenizer = tiny.tokenizer(pad="</s>")
-    prompt_ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    drawn = sample_together(policies, trunk, tokenizer, prompt_ids, 3, SETTINGS, " end")
-    for suffix in ([], tokenizer(" end").input_ids):
+def test_what_is_looked_up_is_what_is_computed(shared, sampled):
+    (trunk, policies, plain), (prompt_ids, drawn, behind) = shared, sampled
+    for suffix in ([], behind):
         for policy, twin, responses in zip(policies, plain, drawn, strict=True):
             rows = [prompt_ids[i // 3] + response + suffix for i, response in enumerate(responses)]
             inputs, ran = padded([*rows, [50, 60, 70]]), []  # nobody sampled the last one
