@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from r2m.demo.movie_reviews import PROMPT, Review
 from r2m.demo.run import SUFFIX
@@ -128,6 +136,12 @@ class Trunk(nn.Module):
             self.known |= {tokens[:length]: state[:length] for length in range(1, len(tokens) + 1)}
 
 
+def drawn(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """One of V outcomes a row, by inversion: probabilities [B, V], uniform [B, 1] in [0, 1) -> [B, 1]. With 15,000
+    outcomes 30 times as fast as `torch.multinomial`."""
+    return torch.searchsorted(probabilities.cumsum(-1), uniform, right=True).clamp_max(probabilities.shape[-1] - 1)
+
+
 def through(layers: Iterable[nn.Module], hidden: Tensor, settings: dict[str, Any]) -> Tensor:
     for layer in layers:
         hidden = layer(hidden, **settings)
@@ -139,6 +153,25 @@ def _rows(value: Any, rows: list[int], count: int) -> Any:
     if isinstance(value, tuple):
         return tuple(_rows(part, rows, count) for part in value)
     return value[rows] if isinstance(value, Tensor) and len(value) == count > 1 else value
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention by SDPA; for one new token, queries of a head of keys [B, G, S, d] are as rows of one
+    query, so that keys are not copied for each. query: [B, H, s, d], mask: [B, 1, s, S] bool or None."""
+    (count, heads, new, width), groups = query.shape, key.shape[1]
+    if new > 1 or mask is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)
+    query = query.reshape(count, groups, heads // groups, width)
+    found = nn.functional.scaled_dot_product_attention(
+        query, key, value, mask.expand(-1, -1, heads // groups, -1), scale=settings["scaling"]
+    )
+    return found.view(count, 1, heads, width), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def share(trunk: Trunk, model: Any) -> None:
@@ -193,7 +226,7 @@ def sample_together(
             # A row that may see nothing, of padding, would be NaN.
             "attention_mask": visible | ~visible.any(-1, keepdim=True),
             "position_ids": position,
-            "position_embeddings": base.rotary_emb(torch.empty(0), position_ids=position),
+            "position_embeddings": base.rotary_emb(torch.empty(0, dtype=base.dtype), position_ids=position),
             "past_key_values": cache,
             "use_cache": True,
         }
@@ -204,7 +237,7 @@ def sample_together(
     def probabilities(i: int, new: Tensor, mask: Tensor, states: Tensor) -> Tensor:
         model = policies[i].model
         hidden = model.norm(through(model.layers[1:], states, context(new, mask, upper[i]))[:, -1:])
-        return (policies[i].lm_head(hidden)[:, 0] / settings.temperature).softmax(-1)
+        return (policies[i].lm_head(hidden)[:, 0].float() / settings.temperature).softmax(-1)
 
     states = below(ids, mask)
     next_token = [probabilities(i, ids, mask, states).repeat_interleave(num_generations, 0) for i in range(count)]
@@ -218,11 +251,11 @@ def sample_together(
     ids, mask, states = (x.repeat_interleave(num_generations, 0).repeat(count, *[1] * (x.ndim - 1)) for x in
                          (ids, mask, states))  # fmt: skip
     read, ended = [states], torch.zeros(len(ids), 1, dtype=torch.bool)
-    draws = [torch.Generator().manual_seed(settings.seed) for _ in policies]
+    draws = torch.Generator().manual_seed(settings.seed)
     for step in range(settings.max_new_tokens):
-        token = torch.cat(
-            [torch.multinomial(chances, 1, generator=own) for chances, own in zip(next_token, draws, strict=True)]
-        )
+        # The same uniform number for a row of every policy: what they agree on, they sample alike.
+        uniform = torch.rand(rows, 1, generator=draws)
+        token = torch.cat([drawn(chances, uniform) for chances in next_token])
         # Behind an end, and behind the last token, only the suffix is read.
         ids, mask = torch.cat([ids, token], 1), torch.cat([mask, ~ended], 1)
         ended |= torch.isin(token, torch.tensor(settings.eos_ids, dtype=torch.long))

@@ -29,9 +29,9 @@ from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run, check_sett
 
 RESULTS = ROOT / "benchmarks" / "overoptimization" / "results"
 LOGS = ROOT / "runs" / "overoptimization"
-FIRST_GUESS = 200.0  # seconds of a run, before any was measured
+FIRST_GUESS = 60.0  # seconds of a run, before any was measured
 GROUP_BYTES = 8e9  # of memory that a group has to have
-TOGETHER = 7  # runs of a group
+TOGETHER = 8  # runs of a group
 
 
 def main() -> None:

@@ -33,7 +33,9 @@ NEW_TOKENS, TEMPERATURE = 24, 0.7
 SAMPLES = 4  # of each training prompt: two disjoint pairs
 HELD_OUT = (32, 16)  # prompts and samples of each: gold's standard, and the reward model's accuracy
 INNER_WIDTH = 256
-VERSION = 1  # of what is in the cache: to be raised with every change of how the samples are made
+# Of frozen weights and products, whatever the machine: results of two precisions are not to be compared.
+PRECISION, DTYPE = "bf16", torch.bfloat16
+VERSION = 2  # of what is in the cache: to be raised with every change of how the samples are made
 
 
 class Samples(NamedTuple):
@@ -90,10 +92,10 @@ def load() -> Start:
 @torch.no_grad()
 def _sample(folder: Path, model: Path, splits: Splits, judges: gold.Judges) -> None:
     tokenizer = load_tokenizer(str(model))
-    policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE).eval()
     scorers = {
         name: R2MRewardModel.from_pretrained(
-            path, policy=policy, dtype=torch.float32, inner_width=1, rte_token="last", suffix=SUFFIX
+            path, policy=policy, dtype=DTYPE, inner_width=1, rte_token="last", suffix=SUFFIX
         )
         for name, path in backbones(model).items()
     }
@@ -166,7 +168,7 @@ def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor:
     model = R2MRewardModel.from_pretrained(
         backbones(start.model)[backbone],
         policy=start.model,
-        dtype=torch.float32,
+        dtype=DTYPE,
         inner_width=INNER_WIDTH,
         floor=floor,
         standardize=True,

@@ -34,6 +34,7 @@ from r2m.demo.run import SUFFIX
 from r2m.method.reward_model import R2MRewardModel
 from r2m.policy.generate import Sampling
 from r2m.policy.load import load_policy, load_tokenizer
+from r2m.policy.rollout import Annotations, Rollout
 from r2m.preferences.labellers import InThread, Label, Pair
 from r2m.presets import preset_path
 from r2m.trainer import R2MTrainer
@@ -42,14 +43,18 @@ from r2m_kernels.bench.results import describe
 # ---- settings: what a result depends on beside the code ----
 
 PRESET = "smollm2-demo"
-ROUNDS = 24
+ROUNDS = 16
 SETTINGS = (
     f"rounds={ROUNDS}",
+    "prompts_per_round=6",
+    "num_generations=8",
+    "micro_batch_size=48",
     "learning_rate=4e-3",
     "lora.top_layers=4",
     "epochs=1",
     "kl.beta=0",
-    "precision=float32",  # whatever the machine: results of two precisions are not to be compared
+    f"precision={start.PRECISION}",
+    "placement.attention=grouped",
     f"generation.max_new_tokens={start.NEW_TOKENS}",
     f"generation.temperature={start.TEMPERATURE}",
     "generation.eos_token_ids=[]",  # all responses are as long: ending early would be one more exploit, of another kind
@@ -75,17 +80,19 @@ class Arm:
     labels: what says which response of a pair of the run is better; before: as many labels of start samples are given
     before the run in their place.
     refits: the head is fitted anew, by the ridge of the first fit: every round to all labels so far, or every second
-    round to a bootstrap sample of the pairs before the run."""
+    round to a bootstrap sample of the pairs before the run.
+    oracle: gold is the reward."""
 
     overrides: tuple[str, ...]
     reads_states: bool = False
     labels: Literal["", "gold", "clean gold", "initial model"] = ""
     before: bool = False
     refits: Literal["", "labels", "bootstrap"] = ""
+    oracle: bool = False
 
 
-LABELS = 12  # pairs a round, all of its samples
-LABELS_RATE = 2e-3  # learning rate of the reward model where labels teach it
+LABELS = 24  # pairs a round, all of its samples
+LABELS_RATE = 1e-3  # learning rate of the reward model where labels teach it
 
 
 def _labelled(*overrides: str, per_round: int = LABELS, rate: float = LABELS_RATE, grebt: float = 0) -> tuple[str, ...]:
@@ -109,9 +116,10 @@ SCENARIOS = {
 FIXED, HEAD = "r2m.feedback=none", "r2m.feedback=head"
 REFITTED = _labelled(HEAD, rate=0)
 ARMS = {
+    "gold": Arm((FIXED,), oracle=True),
     "fixed": Arm((FIXED,)),
     "labels": Arm(REFITTED, labels="gold", refits="labels"),
-    "labels-few": Arm(_labelled(HEAD, rate=0, per_round=3), labels="gold", refits="labels"),
+    "labels-few": Arm(_labelled(HEAD, rate=0, per_round=6), labels="gold", refits="labels"),
     "labels-clean": Arm(REFITTED, labels="clean gold", refits="labels"),
     "labels-before": Arm((FIXED,), before=True),
     "r2m": Arm(()),
@@ -124,7 +132,7 @@ ARMS = {
     "refits": Arm((FIXED,), refits="bootstrap"),
     "teacher": Arm(_labelled(), reads_states=True, labels="initial model"),
 }
-CONTRASTED = ("fixed", "labels", "labels-before", "r2m", "labels-step", "labels-r2m")
+CONTRASTED = ("gold", "fixed", "labels", "labels-before", "r2m", "labels-step", "labels-r2m")
 
 
 def seeds_for(scenario: str, arm: str) -> range:
@@ -238,6 +246,8 @@ def _member(run: Run, config: R2MConfig, shared: start.Start, policy: Any, trunk
         config,
         generator=generator,
     )
+    if arm.oracle:
+        trainer.scorer.prepare = partial(rewarded_by_gold, prepare=trainer.scorer.prepare, shared=shared)
     if trainer.labels is not None:
         trainer.labels.labeller = InThread(partial(label, run=run, shared=shared, scorer=trainer.scorer))
         trainer.labels.kept = start.kept(reward_model, shared, pairs, scenario.backbone, config.r2m)
@@ -275,6 +285,16 @@ def _result(run: Run, member: Member, shared: start.Start, seconds: float) -> di
         "prompts": [[numbers[p] for p in of_round[:: config.num_generations]] for of_round in rounds["prompts"]],
         "texts": rounds["texts"],
     }
+
+
+def rewarded_by_gold(
+    rollout: Rollout, t: int, minibatches: Any, *, prepare: Callable[..., Annotations], shared: start.Start
+) -> Annotations:
+    """`Scorer.prepare`, with gold in place of the reward model's score."""
+    batch = prepare(rollout, t, minibatches)
+    parts = shared.judges.parts(list(map(str, rollout.prompts)), rollout.completions)
+    batch.rewards.copy_(torch.tensor(gold.gold(shared.standard(parts, gold.CLIP_OF_LABELS))))
+    return batch
 
 
 def label(pairs: list[Pair], *, run: Run, shared: start.Start, scorer: Any) -> list[Label]:
