@@ -345,6 +345,7 @@ def settings(run: Run) -> dict[str, Any]:
         "labels": arm.labels,
         "before": arm.before,
         "refits": arm.refits,
+        "oracle": arm.oracle,
         "seed": run.seed,
     }
 
