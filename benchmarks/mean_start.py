@@ -22,8 +22,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from r2m.demo.movie_reviews import fit_judge, load_splits
-from r2m.demo.run import SUFFIX
+from r2m.demo.movie_reviews import SUFFIX, fit_judge, load_splits
 from r2m.fitting.bradley_terry import batch_margins, bradley_terry, fused_margins, minimize, pair_accuracy
 from r2m.fitting.mean_start import mean_start
 from r2m.fitting.pairs import Feedback

@@ -25,7 +25,7 @@ PHASES = ["rollout", "annotate", "policy", "reward_model"]
 RUN_PANELS: list[tuple[str, str, dict[str, str]]] = [
     ("Reward", "reward", {"reward/mean": "current RM", "reward/initial": "initial RM"}),
     ("Reward, held-out prompts", "reward", {"eval/reward": "current RM", "eval/initial_reward": "initial RM"}),
-    ("Judge", "score", {"judge/logit": "samples", "eval/judge": "held-out prompts"}),
+    ("Judge", "score", {"judge/gold": "samples", "eval/judge": "held-out prompts"}),
     ("VADER", "compound sentiment", {"judge/vader": "VADER"}),
     ("Spread of rewards", "std", {"reward/std": "all samples", "reward/group_std": "in a group"}),
     ("KL to the reference", "nats / response", {"policy/kl": "samples", "eval/kl": "held-out prompts"}),
@@ -94,7 +94,7 @@ BANDS = {"labels/agreement_so_far": ("labels/agreement_low", "labels/agreement_h
 ROUND = ("round", "round")
 KL = ("policy/kl", "KL to the reference (nats / response)")
 PROXY = ("reward/initial", "reward")
-JUDGE = ("judge/logit", "logit")
+JUDGE = ("judge/gold", "deviations of the start")
 COMPARISON_PANELS: list[tuple[str, tuple[str, str], tuple[str, str]]] = [
     ("Initial reward model's score", ROUND, PROXY),
     ("Own reward model's score", ROUND, ("reward/mean", "reward")),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks.overoptimization import gold
+from r2m.demo import gold
 
 KL_LEVELS = (2.0, 5.0, 10.0, 20.0, 40.0)  # nats a response
 WINDOW = 3  # rounds whose mean is one point of a curve

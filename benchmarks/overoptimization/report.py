@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
 from benchmarks.overoptimization.analysis import KL_LEVELS, LATE, Curve, Estimate, at_kl, curve, estimate, holm, late
-from benchmarks.overoptimization.gold import PARTS
 from benchmarks.overoptimization.run import RESULTS
 from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run, check_settings, read, seeds_for
 from benchmarks.report import table
+from r2m.demo.gold import PARTS
 
 BASE = "fixed"
 KL = 10.0  # of the second measure: nearly all arms get as far

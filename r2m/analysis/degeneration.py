@@ -45,7 +45,7 @@ def degeneration(table: Mapping[str, Sequence[float | None]], eps: float) -> lis
         return (first[key], last[key]) if key in first and key in last else None
 
     if {"reward/mean", "reward/initial"} <= first.keys() and exploits(first, last):
-        judge = ends("eval/judge") or ends("judge/logit")
+        judge = ends("eval/judge") or ends("judge/gold")
         judged = f"; the judge's went from {judge[0]:.3f} to {judge[1]:.3f}" if judge else ""
         warnings.append(
             f"the run's own reward rose from {first['reward/mean']:.3f} to {last['reward/mean']:.3f}, and the initial "

@@ -57,7 +57,7 @@ RUN_METRICS = {
     "grebt/pair_flips": "share of groups whose pair flips",
     "rm/pair_accuracy": "accuracy on held-out pairs",
     "eval/judge": "judge, held-out prompts",
-    "judge/logit": "judge, samples (logit)",
+    "judge/gold": "judge, samples (gold)",
     "judge/vader": "VADER, samples (compound)",
     "policy/clip_share": "share of importance ratios clipped",
     "policy/kl": "KL to the reference (nats / response)",

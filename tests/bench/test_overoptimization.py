@@ -1,142 +1,18 @@
-"""The testbed of overoptimisation: judges and statistics by hand, the shared trunk on a tiny model."""
+"""The testbed of overoptimisation: statistics by hand, what runs and what is reported."""
 
-import copy
 import itertools
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
-from benchmarks.overoptimization import analysis, gold, report, start, testbed
+from benchmarks.overoptimization import analysis, report, testbed
 from benchmarks.overoptimization.analysis import Curve
-from benchmarks.overoptimization.model import Trunk, sample_together, share
 from benchmarks.overoptimization.run import TOGETHER, carry_out, groups, path_of, plan
 from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run, Scenario
-from r2m.demo.movie_reviews import Splits
-from r2m.policy.generate import Sampling
-from tests.r2m import tiny
-
-# ---- gold ----
-
-TEXTS = ["the film was good", "the film was bad , the film was long", "a good film"]
-
-
-def test_trigrams_against_witten_bell_by_hand():
-    model = gold.Trigrams(TEXTS)
-    read = [["<", "<", *text.split()] for text in TEXTS]
-    base = len({word for text in TEXTS for word in text.split()}) + 2
-
-    def probability(history, word):
-        """Of a word after one, two or no words."""
-        lower = probability(history[1:], word) if history else 1 / base
-        size = len(history)
-        followers = Counter(
-            text[i] for text in read for i in range(2, len(text)) if tuple(text[i - size : i]) == history
-        )
-        if not followers:
-            return lower
-        return (followers[word] + len(followers) * lower) / (followers.total() + len(followers))
-
-    text = ["the", "film", "was", "unheard", "of", ",", "good", "film"]
-    padded = ["<", "<", *text]
-    expected = [math.log(probability(tuple(padded[i - 2 : i]), padded[i])) for i in range(2, len(padded))]
-    assert model.mean_log_probability(" ".join(text), 0) == pytest.approx(np.mean(expected))
-    assert model.mean_log_probability(" ".join(text), 5) == pytest.approx(np.mean(expected[5:]))
-
-
-def test_gold_falls_with_repetition_and_reads_no_prompt():
-    judges = gold.Judges(lambda texts: np.zeros(len(texts)), gold.Trigrams(TEXTS))
-    parts = judges.parts(["Movie review: the film"] * 2, [" was good", " was was was\nwas"])
-    assert parts[0, 2] == 1.0 and parts[1, 2] == pytest.approx(1 / 3)
-    assert parts[0, 1] > parts[1, 1]
-    assert parts[0, 1] == pytest.approx(judges.trigrams.mean_log_probability("the film was good", 2))
-
-
-def test_standard_is_of_deviations_inside_prompts():
-    parts = np.random.default_rng(0).normal(size=(5, 8, 3)) + 100 * np.arange(5)[:, None, None]
-    found = gold.standard(parts)
-    np.testing.assert_allclose(found.deviation**2, parts.var(1, ddof=1).mean(0))
-    far = found.mean + 100 * found.deviation
-    assert found(far).tolist() == [gold.CLIP] * 3 and gold.gold(found(far)) == pytest.approx(gold.CLIP * 3**0.5)
-
-
-# ---- the shared trunk ----
-
-SETTINGS = Sampling(0.7, 9, list(range(2, 40)), [], 5)  # an eighth of what is sampled ends a response
-PROMPTS = ["one", "another one"]
-
-
-@pytest.fixture
-def shared():
-    """Three policies of four layers, whose upper two differ, on one trunk; and the same without."""
-    plain = [tiny.policy(num_hidden_layers=4) for _ in range(3)]
-    for seed, policy in enumerate(plain):
-        torch.manual_seed(seed)
-        for parameter in policy.model.layers[2:].parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    policies = copy.deepcopy(plain)
-    trunk = Trunk(policies[0].model.layers[:2])
-    for policy in policies:
-        share(trunk, policy.model)
-    return trunk, policies, plain
-
-
-def padded(rows):
-    width = max(map(len, rows))
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    return {
-        "input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
-        "use_cache": False,
-    }  # fmt: skip
-
-
-@pytest.fixture
-def sampled(shared):
-    """The ids of the prompts, of three responses to each by each policy, and of the suffix behind them."""
-    trunk, policies, _ = shared
-    tokenizer = tiny.tokenizer(pad="</s>")
-    prompt_ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    drawn = sample_together(policies, trunk, tokenizer, prompt_ids, 3, SETTINGS, " end")
-    return prompt_ids, drawn, tokenizer(" end").input_ids
-
-
-@torch.no_grad()
-def test_policies_sample_what_each_says(shared, sampled):
-    (_, _, plain), (prompt_ids, drawn, _) = shared, sampled
-    assert len({str(responses) for responses in drawn}) == 3 and [len(responses) for responses in drawn] == [6] * 3
-    lengths = {len(row) for responses in drawn for row in responses}
-    assert max(lengths) == 9 and len(lengths) > 2
-    # The same again from the whole model, a token at a time.
-    for twin, responses in zip(plain, drawn, strict=True):
-        draws = torch.Generator().manual_seed(SETTINGS.seed)
-        rows = [list(ids) for ids in prompt_ids for _ in range(3)]
-        for step in range(9):
-            chances = (twin(**padded(rows)).logits[:, -1] / SETTINGS.temperature).softmax(-1)
-            tokens = torch.multinomial(chances, 1, generator=draws)[:, 0].tolist()
-            for row, response, token in zip(rows, responses, tokens, strict=True):
-                if step < len(response):
-                    assert response[step] == token
-                    row.append(token)
-    assert all(set(row[:-1]).isdisjoint(SETTINGS.eos_ids) for responses in drawn for row in responses)
-
-
-@torch.no_grad()
-def test_what_is_looked_up_is_what_is_computed(shared, sampled):
-    (trunk, policies, plain), (prompt_ids, drawn, behind) = shared, sampled
-    for suffix in ([], behind):
-        for policy, twin, responses in zip(policies, plain, drawn, strict=True):
-            rows = [prompt_ids[i // 3] + response + suffix for i, response in enumerate(responses)]
-            inputs, ran = padded([*rows, [50, 60, 70]]), []  # nobody sampled the last one
-            hook = trunk.layers[0].register_forward_pre_hook(lambda _, args, ran=ran: ran.append(len(args[0])))
-            found, expected = policy(**inputs).logits, twin(**inputs).logits
-            hook.remove()
-            assert ran == [1]
-            m_token = inputs["attention_mask"].bool()
-            torch.testing.assert_close(found[m_token], expected[m_token], atol=1e-4, rtol=1e-4)
-
+from r2m.demo import gold
+from tests.r2m.demo import world as world_module
+from tests.r2m.demo.world import small_world
 
 # ---- statistics ----
 
@@ -217,13 +93,6 @@ def test_the_report_compares_seed_by_seed(tmp_path, capsys, monkeypatch):
     assert "| `labels` | 4 |" in printed and "## base" in printed
 
 
-def test_committed_trials_are_of_today_s_settings():
-    (curves,) = report.load(report.ROOT / "benchmarks" / "overoptimization" / "pilots").values()
-    assert curves.keys() >= {"fixed", "labels", "r2m"} and all(
-        of_arm.keys() == {101, 102} for of_arm in curves.values()
-    )
-
-
 def test_no_results_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="no results; run python"):
         report.load(tmp_path)
@@ -233,38 +102,16 @@ def test_no_results_are_an_error(tmp_path):
 
 
 @pytest.fixture
-def small_world(tmp_path, monkeypatch):
-    """All that runs share, on a tiny model, with few short samples."""
-    monkeypatch.setenv("R2M_CACHE", str(tmp_path / "cache"))
-    for name, value in {"NEW_TOKENS": 6, "HELD_OUT": (3, 4), "INNER_WIDTH": 8}.items():
-        monkeypatch.setattr(start, name, value)
-    monkeypatch.setattr(testbed, "ROUNDS", 2)
-    monkeypatch.setattr(testbed, "LABELS", 6)  # of labels-before: there are 24 pairs of start samples
+def world(tmp_path, monkeypatch):
+    world = small_world(tmp_path, monkeypatch)
     monkeypatch.setattr(testbed, "SCENARIOS", {"base": Scenario(pairs=8), "half": Scenario(pairs=8, backbone="half")})
-    model = tmp_path / "model"
-    tiny.policy(num_hidden_layers=4).save_pretrained(model)
-    tiny.tokenizer(pad="</s>").save_pretrained(model)
-    prompts = [f"Movie review: {word}" for word in ["a", "bad", "good", "fine", "dull", "long", "odd", "new"] * 2]
-    splits = Splits([], [], [], prompts[:12], prompts[12:], [], [])
-    judges = gold.Judges(lambda texts: np.array([float(len(text.split())) for text in texts]), gold.Trigrams(TEXTS))
-    (folder := tmp_path / "samples").mkdir()
-    start._sample(folder, model, splits, judges)
-    train, held_out = (
-        start.Samples(**torch.load(folder / f"{name}.pt", weights_only=False)) for name in ("train", "held_out")
-    )
-    standard = gold.Standard(held_out.parts.mean(0), np.ones(3))  # of so few samples some deviation may be 0
-    world = start.Start(model, splits, judges, standard, train, held_out)
-    monkeypatch.setattr(start, "load", lambda: world)
-    return world
+    monkeypatch.setattr(testbed, "load", lambda: world)
 
 
-CHANGED = [
-    "rounds=2", "generation.max_new_tokens=6", "generation.max_prompt_tokens=40", "lora.top_layers=2",
-    "r2m.inner_width=8",
-]  # fmt: skip
+CHANGED = [*world_module.CHANGED, "precision=float32"]
 
 
-def test_all_arms_run(small_world):
+def test_all_arms_run(world):
     runs = [Run("base", arm, 3) for arm in ARMS]
     found = dict(zip(ARMS, testbed.perform(runs, CHANGED), strict=True))
     for arm, of_arm in found.items():
@@ -274,46 +121,22 @@ def test_all_arms_run(small_world):
         assert ("labels/agreement" in of_arm["metrics"]) == bool(ARMS[arm].labels)
         assert np.isfinite(analysis.curve(of_arm).values["gold"]).all()
     assert found["labels"]["metrics"]["labels/given"] == [12, 12]
-    assert found["labels-few"]["metrics"]["labels/given"] == [3, 3]
+    assert found["labels-few"]["metrics"]["labels/given"] == [6, 6]
     # What is not fixed gives other rewards in the second round; before it has learned, the first round's are the same.
     fixed = found["fixed"]["reward"]
     for arm in ("labels", "labels-step", "labels-clean"):
         assert found[arm]["reward"][0] == fixed[0] and found[arm]["reward"][1] != fixed[1], arm
     assert found["labels-before"]["reward"][0] != fixed[0] and found["refits"]["reward"][0] != fixed[0]
+    worth = gold.gold(np.array(found["gold"]["parts"]))
+    np.testing.assert_allclose(found["gold"]["reward"], worth, atol=2e-3)
 
 
-def test_a_reward_model_on_another_backbone(small_world):
+def test_a_reward_model_on_another_backbone(world):
     runs = [Run("half", arm, 3) for arm in ("fixed", "labels-r2m")]
     fixed, labelled = testbed.perform(runs, CHANGED)
     assert np.isfinite(fixed["reward"]).all() and np.isfinite(labelled["reward"]).all()
     (same,) = testbed.perform([Run("base", "fixed", 3)], CHANGED)
     assert same["texts"][0] == fixed["texts"][0] and same["reward"][0] != fixed["reward"][0]
-
-
-def test_pairs_are_disjoint_and_labelled_by_gold(small_world):
-    clean, flipped = (start.draw_pairs(small_world, 12, 5, share) for share in (0.0, 0.5))
-    worth = gold.gold(small_world.standard(small_world.train.parts, gold.CLIP_OF_LABELS))
-    assert all(worth[a] >= worth[b] for a, b in zip(*clean, strict=True))
-    assert len({*clean.chosen, *clean.rejected}) == 24
-    assert {*map(frozenset, zip(*clean, strict=True))} == {*map(frozenset, zip(*flipped, strict=True))}
-    assert 0 < sum(a != b for a, b in zip(clean.chosen, flipped.chosen, strict=True)) < 12
-    assert start.draw_pairs(small_world, 5, 5, 0.5).chosen == flipped.chosen[:5]
-    with pytest.raises(ValueError, match="count is 100; expected at most"):
-        start.draw_pairs(small_world, 100, 5, 0.0)
-
-
-@pytest.mark.parametrize("reads_states", [False, True])
-def test_rewards_of_start_samples_have_deviation_one_inside_prompts(small_world, reads_states):
-    pairs = start.draw_pairs(small_world, 12, 5, 0.0)
-    model, _ = start.fit(small_world, pairs, backbone="same", reads_states=reads_states, floor=0.6)
-    samples = small_world.train
-    parts = [start.feedback(samples, [i], "same") for i in range(len(samples.texts))]
-    rewards = torch.cat([
-        model.score(part.rte, part.hidden[None], weight=0.6) if reads_states else model.vanilla_score(part.rte)
-        for part in parts
-    ])  # fmt: skip
-    assert rewards.view(-1, start.SAMPLES).var(1).mean().sqrt().item() == pytest.approx(1, rel=1e-3)
-    assert rewards.mean().item() == pytest.approx(0, abs=1e-3)
 
 
 def test_no_two_arms_or_scenarios_are_the_same():

@@ -105,8 +105,6 @@ COMMANDS = {
     "export old --output out --checkpoint best": "checkpoint 'best' is not in old",
     "doctor --config run.yaml rounds=many": "rounds: ",
     "bench --policy models/polcy": "--policy: models/polcy",
-    "demo --prompts data/prompt.jsonl": "--prompts: data/prompt.jsonl",
-    "demo --reward-model models/rewrd": "--reward-model: models/rewrd",
 }
 
 

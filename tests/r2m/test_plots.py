@@ -33,15 +33,15 @@ def test_run(tmp_path, rounds):
 
 def test_panels_without_metrics_are_left_out(tmp_path):
     plot_run(write(tmp_path / "all.jsonl", rows(2)), tmp_path / "all.png")
-    plot_run(write(tmp_path / "few.jsonl", [{"round": 1, "policy/kl": 1.0, "judge/logit": None}]), tmp_path / "few.png")
+    plot_run(write(tmp_path / "few.jsonl", [{"round": 1, "policy/kl": 1.0, "judge/gold": None}]), tmp_path / "few.png")
     assert size(tmp_path / "few.png")[0] < size(tmp_path / "all.png")[0] / 3
     assert size(tmp_path / "few.png")[1] < size(tmp_path / "all.png")[1] / 2
 
 
 def test_metrics_that_are_not_numbers_or_appear_late(tmp_path):
-    metrics = [{"round": t, "policy/kl": 1.0 * t, "judge/logit": 0.1 * t} for t in (1, 2, 3)]
+    metrics = [{"round": t, "policy/kl": 1.0 * t, "judge/gold": 0.1 * t} for t in (1, 2, 3)]
     metrics[1]["policy/kl"] = math.nan
-    del metrics[0]["judge/logit"]
+    del metrics[0]["judge/gold"]
     path = write(tmp_path / "metrics.jsonl", metrics)
     plot_run(path, tmp_path / "run.png")
     plot_comparison({"one": path}, tmp_path / "comparison.png")
@@ -49,7 +49,7 @@ def test_metrics_that_are_not_numbers_or_appear_late(tmp_path):
 
 
 def test_comparison_of_runs_that_differ_in_length_and_metrics(tmp_path):
-    judge_free = write(tmp_path / "a.jsonl", rows(2, leave_out=["judge/logit", "rm/pair_accuracy"]))
+    judge_free = write(tmp_path / "a.jsonl", rows(2, leave_out=["judge/gold", "rm/pair_accuracy"]))
     full = write(tmp_path / "b.jsonl", rows(5))
     plot_comparison({"a": judge_free}, tmp_path / "a.png")
     plot_comparison({"a": judge_free, "b": full}, tmp_path / "both.png")

@@ -1,6 +1,5 @@
 """The presets: they load, they hold the paper's numbers, and they come with the package."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -103,16 +102,6 @@ def test_the_papers_setups_run_on_tiny_models_of_their_architectures(name, tmp_p
     (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert row["weight"] == PAPER[name][5]  # Omega, in the last round
     assert row["grebt/loss"] > 0 and row["policy/grad_norm"] > 0
-
-
-def test_the_demo_preset_is_the_demos_config():
-    from r2m.demo.run import demo_config
-
-    policy, output = "HuggingFaceTB/SmolLM2-135M-Instruct", Path("runs/smollm2-demo")
-    preset = load_config(preset_path("smollm2-demo"))
-    demo = demo_config(policy, "", rounds=preset.rounds, seed=0, feedback="trained", output=output)
-    demo.evaluation.every = preset.evaluation.every  # the demo measures after its first round and its last alone
-    assert dataclasses.asdict(preset) == dataclasses.asdict(demo)
 
 
 def test_a_config_is_a_file_or_a_presets_name(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The demo's whole path on the real model: two rounds of one arm, fewer pairs and reviews."""
+"""The demo's report on a tiny model; and its whole path on the real one, with few rounds and reviews."""
 
 import dataclasses
 import json
@@ -6,39 +6,63 @@ import json
 import pytest
 
 from r2m.demo import run as demo
+from r2m.demo import start
+from r2m.demo.arms import ARMS, SETTINGS, Group
+from r2m.demo.run import run_demo
+from tests.r2m.demo.world import CHANGED, loads, small_world
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "load", loads(small_world(tmp_path, monkeypatch)))
+    monkeypatch.setattr(
+        demo,
+        "Group",
+        lambda *args, overrides, **kwargs: Group(*args, pairs=8, overrides=[*CHANGED, *overrides], **kwargs),
+    )
+
+
+def test_the_demo_reports_each_arm(small, tmp_path, capsys):
+    table = run_demo(rounds=2, seed=3, output=tmp_path / "demo")
+    assert list(table) == list(ARMS)
+    report = (tmp_path / "demo" / "report.md").read_text()
+    assert report in capsys.readouterr().out
+    assert report.count("  - RLOO, fixed reward model: ") == 2  # two samples of each arm
+    assert "Means over the last 2 of 2 rounds, seed 3" in report and "seeds of this run" in report
+    assert json.loads((tmp_path / "demo" / "results.json").read_text()) == table
+    for arm in ARMS:
+        rows = [json.loads(line) for line in (tmp_path / "demo" / arm / "metrics.jsonl").read_text().splitlines()]
+        assert [row["round"] for row in rows] == [1, 2] and all("judge/gold" in row for row in rows)
+        assert table[arm][demo.KL] == pytest.approx(sum(row["policy/kl"] for row in rows) / 2, abs=1e-5)
+        for name in ("metrics.png", "policy/adapter_config.json", "reward_model/r2m.safetensors"):
+            assert (tmp_path / "demo" / arm / name).stat().st_size > 0
+    assert (tmp_path / "demo" / "comparison.png").stat().st_size > 0
 
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_the_demo_trains_the_real_model_and_reports(tmp_path, monkeypatch, capsys):
+def test_the_demo_trains_the_real_model(tmp_path, monkeypatch, capsys):
     def few(*args, **kwargs):
         splits = load_splits(*args, **kwargs)
-        return dataclasses.replace(
-            splits,
-            pairs=splits.pairs[:16],
-            validation_pairs=splits.validation_pairs[:8],
-            test_pairs=splits.test_pairs[:8],
-            judge_train=splits.judge_train[::15],
-        )
+        return dataclasses.replace(splits, judge_train=splits.judge_train[::15])
 
-    load_splits = demo.load_splits
-    monkeypatch.setattr(demo, "load_splits", few)
-    monkeypatch.setattr(demo, "ARMS", {"RLOO + R2M": "trained"})
-    monkeypatch.setattr(demo, "EVAL_PROMPTS", 2)
-    table = demo.run_demo(rounds=2, output=tmp_path)
+    load_splits = start.load_splits
+    monkeypatch.setattr(start, "load_splits", few)
+    monkeypatch.setattr(demo, "PROMPTS", 16)
+    monkeypatch.setattr(
+        demo,
+        "Group",
+        lambda *args, overrides, **kwargs: Group(*args, pairs=16, overrides=[*SMALLER, *overrides], **kwargs),
+    )
+    table = run_demo(rounds=2, output=tmp_path / "demo")
+    assert all(0 <= row[demo.KL] < 5 for row in table.values())
+    assert len({row["gold"] for row in table.values()}) == 3
+    assert "about " in capsys.readouterr().out
 
-    assert list(table) == ["before training", "RLOO + R2M"]
-    assert table["before training"]["KL to the start (nats)"] == 0
-    assert table["RLOO + R2M"]["KL to the start (nats)"] != 0
-    arm = tmp_path / "rloo-plus-r2m"
-    rows = [json.loads(line) for line in (arm / "metrics.jsonl").read_text().splitlines()]
-    assert [row["round"] for row in rows] == [1, 2]
-    assert all(row["grebt/loss"] > 0 and row["rm/grad_norm"] > 0 and "judge/logit" in row for row in rows)
-    assert rows[0]["policy/kl"] == 0
-    for name in ("metrics.png", "policy/adapter_config.json", "reward_model/r2m.safetensors"):
-        assert (arm / name).stat().st_size > 0
-    report = (tmp_path / "report.md").read_text()
-    assert "RLOO + R2M" in report and "This is one seed" in report
-    assert report in capsys.readouterr().out
-    assert (tmp_path / "comparison.png").stat().st_size > 0
-    assert json.loads((tmp_path / "results.json").read_text())["table"].keys() == table.keys()
+
+SMALLER = ["prompts_per_round=2", "num_generations=4", "micro_batch_size=8", "preferences.per_round=4"]
+
+
+def test_settings_are_named_once():
+    names = [setting.partition("=")[0] for setting in SETTINGS]
+    assert len(set(names)) == len(names)
