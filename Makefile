@@ -31,7 +31,7 @@ SETTING_UP = (while sleep 8; do echo "setting up $(1): $$(ls $(1)/lib/python*/si
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(STAMP) extension  ## train a 135M-parameter model on movie reviews (12 minutes on two slow CPU cores)
+demo: $(STAMP) extension  ## a 135M-parameter model exploits a reward model, with and without R2M and fresh labels (MINUTES)
 	$(BIN)/r2m demo
 
 test: lint types unit interpret-some  ## the short check: style, types, tests that take seconds; needs no GPU
@@ -101,9 +101,9 @@ bench: $(STAMP) extension  ## time everything on this machine beside PyTorch, in
 	$(BIN)/pytest -q benchmarks --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/run.py
 
-science: $(STAMP) extension  ## compare the paper's methods on the demo's model, for LIMIT= minutes; goes on where it stopped
-	$(BIN)/python benchmarks/science/run.py $(addprefix --minutes ,$(LIMIT))
-	$(BIN)/python benchmarks/science/report.py
+science: $(STAMP) extension  ## docs/results.md of the runs that are there; with LIMIT=, first more of them, for so many minutes
+	$(if $(LIMIT),$(BIN)/python benchmarks/overoptimization/run.py --minutes $(LIMIT))
+	$(BIN)/python benchmarks/overoptimization/report.py
 
 # With the packages that are there, on a machine with a CUDA build of torch: PYTHON is the one that has them, and
 # `$(PYTHON) -m r2m_kernels.build` has been run.

@@ -1,33 +1,53 @@
-"""What the results in benchmarks/overoptimization/results/ say, as tables in Markdown.
+"""What the results in benchmarks/overoptimization/results/ say: docs/results.md between its markers, its figure,
+README.md's lines and what the demo says of other seeds.
 
 python benchmarks/overoptimization/report.py                     # after run.py, finished or not
-python benchmarks/overoptimization/report.py --results FOLDER    # of trials: what the planned seeds would detect
+python benchmarks/overoptimization/report.py --check             # writes nothing; names what does not show the results
+python benchmarks/overoptimization/report.py --results FOLDER    # prints the tables of other runs, such as trials
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
-from benchmarks.overoptimization.analysis import KL_LEVELS, LATE, Curve, Estimate, at_kl, curve, estimate, holm, late
+from benchmarks.overoptimization.analysis import (
+    KL_LEVELS,
+    LATE,
+    LEVEL,
+    Curve,
+    Estimate,
+    at_kl,
+    curve,
+    estimate,
+    holm,
+    late,
+)
+from benchmarks.overoptimization.figure import draw
 from benchmarks.overoptimization.run import RESULTS
-from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run, check_settings, read, seeds_for
-from benchmarks.report import table
+from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, UNTESTED, Run, check_settings, read
+from benchmarks.report import between_markers, drawn_from, table
 from r2m.demo.gold import PARTS
 
-BASE = "fixed"
+BASE, ORACLE = "fixed", "gold"
 KL = 10.0  # of the second measure: nearly all arms get as far
 LATE_GOLD, GOLD_AT_KL = partial(late, name="gold"), partial(at_kl, name="gold", level=KL)
-Curves = Mapping[str, Mapping[int, Curve]]  # arm -> seed -> curve
+FIGURE = Path("docs") / "results" / "overoptimization.png"
+SPREAD = Path("r2m") / "demo" / "spread.json"
+CLAIMS, TABLES, SAMPLES, BRIEF = (
+    (f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("claims", "tables", "samples", "results")
+)
 
 
 class Contrast(NamedTuple):
@@ -46,77 +66,260 @@ CONTRASTS = (
 )
 
 
+class Results(NamedTuple):
+    """Of a scenario, by arm and seed."""
+
+    runs: dict[str, dict[int, dict[str, Any]]]
+    curves: dict[str, dict[int, Curve]]
+
+    def differences(self, contrast: Contrast, measure: Callable[[Curve], float]) -> list[float]:
+        """Seed by seed, of those that both arms have."""
+        ours, theirs = self.curves.get(contrast.arm, {}), self.curves.get(contrast.base, {})
+        return [measure(ours[seed]) - measure(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+    def difference(self, contrast: Contrast, measure: Callable[[Curve], float] = LATE_GOLD) -> Estimate:
+        return estimate(self.differences(contrast, measure))
+
+    def has(self, contrast: Contrast) -> bool:
+        return contrast.arm in self.curves and contrast.base in self.curves
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not up to date")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="print the tables of these, write nothing")
     arguments = parser.parse_args()
     try:
-        for scenario, curves in load(arguments.results).items():
-            parts = [f"## {scenario}", levels_table(curves), contrast_table(scenario, curves), parts_table(curves)]
-            print("\n\n".join(parts) + "\n")
+        if arguments.results:
+            scenarios = load(arguments.results)
+            print("\n\n".join([*map(claims_table, scenarios.values()), all_tables(scenarios)]))
+        elif not arguments.check:
+            write(ROOT)
+        elif stale := check(ROOT):
+            command = "python benchmarks/overoptimization/report.py"
+            sys.exit("\n".join(f"{path}: not what the results say; run {command}" for path in stale))
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 
 
-def load(folder: Path) -> dict[str, Curves]:
-    """Of each scenario, in testbed.py's order. Raises ValueError for a result of other settings, and for none."""
-    found: dict[str, dict[str, dict[int, Curve]]] = {}
+def write(root: Path) -> None:
+    """Raises ValueError, before anything is written, for no results, results of other settings, or missing markers."""
+    scenarios = load(root / RESULTS.relative_to(ROOT))
+    for path, text in texts(root, scenarios).items():
+        path.write_text(text)
+    figure, source = drawing(scenarios)
+    (root / FIGURE).parent.mkdir(exist_ok=True)
+    figure.savefig(root / FIGURE, metadata={"Source": source})
+
+
+def check(root: Path) -> list[Path]:
+    """The files, relative to root, that do not show what the results say: texts by content, the figure by its
+    source."""
+    scenarios = load(root / RESULTS.relative_to(ROOT))
+    stale = [path.relative_to(root) for path, text in texts(root, scenarios).items() if path.read_text() != text]
+    return stale + [FIGURE] * (drawn_from(root / FIGURE) != drawing(scenarios)[1])
+
+
+def load(folder: Path) -> dict[str, Results]:
+    """By scenario, in testbed.py's order. Raises ValueError for a result of other settings, and for none."""
+    found: dict[str, Results] = {}
     for scenario in SCENARIOS:
         for arm in ARMS:
-            for path in (folder / scenario).glob(f"{arm}-[0-9]*.json.gz"):
+            for path in sorted((folder / scenario).glob(f"{arm}-[0-9]*.json.gz")):
                 run = Run(scenario, arm, int(path.name.removesuffix(".json.gz").rpartition("-")[2]))
                 result = read(path)
                 check_settings(run, path, result)
-                found.setdefault(scenario, {}).setdefault(arm, {})[run.seed] = curve(result)
+                own = found.setdefault(scenario, Results({}, {}))
+                own.runs.setdefault(arm, {})[run.seed] = result
+                own.curves.setdefault(arm, {})[run.seed] = curve(result)
     if not found:
         raise ValueError(f"{folder}: no results; run python benchmarks/overoptimization/run.py")
     return found
 
 
-def difference(scenario: str, curves: Curves, contrast: Contrast, measure: Callable[[Curve], float]) -> Estimate:
-    """Seed by seed, of those that both have; what is detectable is so by as many seeds as are planned."""
-    ours, theirs = curves[contrast.arm], curves[contrast.base]
-    differences = [measure(ours[seed]) - measure(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    return estimate(differences, len(seeds_for(scenario, contrast.arm)))
+def texts(root: Path, scenarios: Mapping[str, Results]) -> dict[Path, str]:
+    base, docs, readme = scenarios["base"], root / "docs" / "results.md", root / "README.md"
+    parts = {CLAIMS: claims_table(base), TABLES: all_tables(scenarios), SAMPLES: samples(base)}
+    return {
+        docs: between_markers(docs, parts),
+        readme: between_markers(readme, {BRIEF: brief(base)}),
+        root / SPREAD: json.dumps(spread(base), indent=2) + "\n",
+    }
 
 
-def levels_table(curves: Curves) -> str:
-    """Gold as a change from the start, in its deviations; in brackets how many seeds get that far."""
+# ---- claims ----
+
+
+def loss(results: Results) -> Estimate:
+    """What the fixed model's policy loses to exploitation: gold that the same samples can teach, and do not."""
+    return results.difference(Contrast("", ORACLE))
+
+
+def claims_table(results: Results) -> str:
+    lost = loss(results)
     lines = []
-    for arm, of_arm in curves.items():
+    if not np.isnan(lost.mean):
+        proxy = estimate([own.values["proxy"][-1] for own in results.curves[BASE].values()])
+        exploited = "**yes**" if lost.low > 0 and proxy.low > 0 else "not shown"
+        measured = f"`{ORACLE}` less `{BASE}`; score of `{BASE}` at the end {interval(proxy)}"
+        lines.append(
+            ["Is the fixed model exploited?", measured, str(lost.seeds), interval(lost), "", power(lost), exploited]
+        )
+    asked = [contrast for contrast in CONTRASTS if results.has(contrast)]
+    found = {contrast: results.difference(contrast) for contrast in asked}
+    adjusted = holm({c.question: own.p for c, own in found.items() if not np.isnan(own.p)})
+    for contrast, own in found.items():
+        p = adjusted.get(contrast.question, np.nan)
+        lines.append(
+            [
+                contrast.question,
+                f"`{contrast.arm}` less `{contrast.base}`",
+                str(own.seeds),
+                interval(own),
+                "" if np.isnan(p) else f"{p:.3f}",
+                power(own),
+                verdict(own, p, lost.mean),
+            ]
+        )
+    return table(["", "measured", "seeds", "gold, 95 % interval", "p, Holm", "80 % power from", "verdict"], lines)
+
+
+def verdict(own: Estimate, p: float, lost: float) -> str:
+    """As the plan has it."""
+    if p < LEVEL:
+        return "**yes**" if own.mean > 0 else "**no, the opposite**"
+    return "absent, within the interval" if own.detectable <= lost / 3 else "not tested"
+
+
+# ---- tables ----
+
+
+def all_tables(scenarios: Mapping[str, Results]) -> str:
+    parts = [f"{made_by(scenarios)}"]
+    for name, results in scenarios.items():
+        parts += [f"### {name}", arms_table(results)]
+        if name == "base":
+            parts += [levels_table(results), parts_table(results)]
+        else:
+            parts.append(claims_table(results))
+    return "\n\n".join(parts)
+
+
+def made_by(scenarios: Mapping[str, Results]) -> str:
+    runs = [run for results in scenarios.values() for of_arm in results.runs.values() for run in of_arm.values()]
+    devices = " and ".join(sorted({run["machine"]["device"] for run in runs}))
+    versions = " and ".join(sorted({f"torch {run['machine']['torch']}" for run in runs}))
+    seconds = statistics.median(run["seconds"] for run in runs)
+    return f"{len(runs)} runs, {seconds:.0f} s each (median), on {devices}; {versions}; products in bfloat16."
+
+
+def arms_table(results: Results) -> str:
+    lines = []
+    for arm, of_arm in results.curves.items():
+        own = list(of_arm.values())
+        known = arm != BASE and BASE in results.curves
+        less, at = Contrast("", arm), lambda name, own=own: _mean([late(c, name) for c in own])
+        lines.append(
+            [
+                f"`{arm}`",
+                str(len(own)),
+                at("gold"),
+                interval(results.difference(less)) if known else "",
+                power(results.difference(less)) if known else "",
+                interval(results.difference(less, GOLD_AT_KL)) if known else "",
+                at("proxy"),
+                f"{np.mean([c.kl[LATE:].mean() for c in own]):.0f}",
+                _mean([np.mean(run["vader"][LATE:]) for run in results.runs[arm].values()]),
+            ]
+        )
+    head = [
+        f"rounds {LATE + 1} on",
+        "seeds",
+        "gold",
+        f"less `{BASE}`",
+        "80 % power from",
+        f"the same at a KL of {KL:g}",
+    ]
+    return table([*head, "first model's score", "KL", "VADER"], lines)
+
+
+def levels_table(results: Results) -> str:
+    """In brackets how many seeds get that far."""
+    lines = []
+    for arm, of_arm in results.curves.items():
         cells = [_mean([at_kl(own, "gold", level) for own in of_arm.values()], len(of_arm)) for level in KL_LEVELS]
-        kl, proxy, worth = zip(*((own.kl[-1], own.values["proxy"][-1], own.values["gold"][-1])
-                                 for own in of_arm.values()), strict=True)  # fmt: skip
-        ends = [f"{np.mean(kl):.1f}", f"{np.mean(proxy):+.2f}", interval(estimate(worth))]
-        lines.append([f"`{arm}`", str(len(of_arm)), *cells, *ends])
-    head = ["gold at a KL of", "seeds", *(f"{level:g}" for level in KL_LEVELS), "last KL", "last proxy", "last gold"]
+        worth = estimate([own.values["gold"][-1] for own in of_arm.values()])
+        proxy = _mean([own.values["proxy"][-1] for own in of_arm.values()])
+        lines.append([f"`{arm}`", *cells, interval(worth), proxy])
+    head = ["gold where KL first is", *(f"{level:g}" for level in KL_LEVELS), "gold at the end", "score at the end"]
     return table(head, lines)
 
 
-def contrast_table(scenario: str, curves: Curves) -> str:
-    asked = [contrast for contrast in CONTRASTS if contrast.arm in curves and contrast.base in curves]
-    found = [difference(scenario, curves, contrast, LATE_GOLD) for contrast in asked]
-    adjusted = holm({c.question: own.p for c, own in zip(asked, found, strict=True) if not np.isnan(own.p)})
-    known = {(contrast.arm, contrast.base) for contrast in asked}
-    rest = [Contrast("", arm) for arm in curves if arm != BASE and (arm, BASE) not in known]
+def parts_table(results: Results) -> str:
     lines = []
-    for contrast in [*asked, *rest]:
-        own = difference(scenario, curves, contrast, LATE_GOLD)
-        p = f"{adjusted[contrast.question]:.3f}" if contrast.question in adjusted else ""
-        at_equal_kl = interval(difference(scenario, curves, contrast, GOLD_AT_KL))
-        name = f"`{contrast.arm}` less `{contrast.base}`"
-        lines.append([contrast.question, name, interval(own), p, f"{own.detectable:.2f}", at_equal_kl])
-    head = ["", f"gold, rounds {LATE + 1} on", "difference", "p by Holm", "planned seeds detect"]
-    return table([*head, f"at a KL of {KL:g}"], lines)
+    for arm, of_arm in results.curves.items():
+        accuracy = [run["accuracy"] for run in results.runs[arm].values()]
+        cells = [_mean([late(own, part) for own in of_arm.values()]) for part in PARTS]
+        lines.append([f"`{arm}`", *cells, f"{np.mean(accuracy):.3f}", agreement(results.runs[arm])])
+    return table([f"rounds {LATE + 1} on", *PARTS, "accuracy before", "rewards agree with labels"], lines)
 
 
-def parts_table(curves: Curves) -> str:
-    """The parts of gold in the last rounds, as changes from the start."""
-    lines = [
-        [f"`{arm}`", *(_mean([own.values[part][-1] for own in of_arm.values()]) for part in PARTS)]
-        for arm, of_arm in curves.items()
+def agreement(of_arm: Mapping[int, Mapping[str, Any]]) -> str:
+    """Of fresh labels in late rounds with the rewards that the responses got, before they were learned from."""
+    given = [
+        run["metrics"]["labels/agreement"][LATE:] for run in of_arm.values() if "labels/agreement" in run["metrics"]
     ]
-    return table(["last rounds", *PARTS], lines)
+    return f"{np.mean(given):.3f}" if given else ""
+
+
+def samples(results: Results, count: int = 2) -> str:
+    """Of the last round of the first seed that the arms have, the first response to the first prompts."""
+    shown = (BASE, "labels", "r2m", ORACLE)
+    seed = min(set.intersection(*(set(results.runs[arm]) for arm in shown)))
+    lines = [f"Seed {seed}, last round, the first response to each of the first {count} prompts, none picked:", ""]
+    for i in range(count):
+        for arm in shown:
+            run = results.runs[arm][seed]
+            group = len(run["texts"][-1]) // len(run["prompts"][-1])
+            lines.append(f"- `{arm}`: ...{' '.join(run['texts'][-1][i * group].split())}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def brief(results: Results) -> str:
+    lost, seeds = loss(results), len(results.curves[BASE])
+    proxy = estimate([own.values["proxy"][-1] for own in results.curves[BASE].values()])
+    lines = [
+        f"`make science`: {seeds} paired seeds, gold in deviations of the start's samples, 95 % intervals:",
+        f"- A fixed reward model is exploited: its score rises by {interval(proxy)}, and the policy misses "
+        f"{interval(lost)} of the gold that the same samples could have taught.",
+    ]
+    for contrast, what in zip(CONTRASTS[:2], ("R2M", "Fresh labels of the policy's own samples"), strict=True):
+        own = results.difference(contrast)
+        lines.append(f"- {what} in its place: {interval(own)} gold. So many seeds detect {own.detectable:.2f}.")
+    return "\n".join(lines)
+
+
+def spread(results: Results) -> dict[str, Any]:
+    names = {"fresh labels less fixed": CONTRASTS[1], "R2M less fixed": CONTRASTS[0]}
+    return {
+        "seeds": len(results.curves[BASE]),
+        "differences": {name: interval(results.difference(contrast)) for name, contrast in names.items()},
+    }
+
+
+def drawing(scenarios: Mapping[str, Results]) -> tuple[Any, str]:
+    """The figure, and a hash of what it shows."""
+    results = scenarios["base"]
+    others = [arm for arm in results.curves if arm not in (BASE, *UNTESTED)]
+    shown = {arm: [results.curves[arm][s] for s in sorted(results.curves[arm])] for arm in [BASE, *others]}
+    source = json.dumps(
+        {
+            arm: [[np.round(own.values[n], 3).tolist() for n in ("gold", "proxy")] for own in c]
+            for arm, c in shown.items()
+        }
+    )
+    return draw(shown, BASE), source
 
 
 def _mean(values: Sequence[float], count: int | None = None) -> str:
@@ -130,6 +333,10 @@ def interval(own: Estimate) -> str:
     if np.isnan(own.mean):
         return ""
     return f"{own.mean:+.2f}" + ("" if np.isnan(own.low) else f" [{own.low:+.2f}, {own.high:+.2f}]")
+
+
+def power(own: Estimate) -> str:
+    return "" if np.isnan(own.detectable) else f"{own.detectable:.2f}"
 
 
 if __name__ == "__main__":

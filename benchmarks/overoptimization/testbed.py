@@ -69,7 +69,16 @@ ARMS = {
     "scale-anchor": Arm(("r2m.scale_anchor=true",)),
     "refits": Arm((FIXED,), refits="bootstrap"),
     "teacher": Arm(labelled(), reads_states=True, labels="initial model"),
+    "pretrained": Arm((FIXED,), whole=True),
+    "noise": Arm(("r2m.source=noise",)),
+    "no-bt": Arm(("r2m.alpha=1",)),
+    "no-gre": Arm(("r2m.alpha=0",)),
+    "grpo": Arm((FIXED, "algorithm=grpo")),
+    "grpo-r2m": Arm(("algorithm=grpo",)),
+    "remax": Arm((FIXED, "algorithm=remax")),
+    "reinforce++": Arm((FIXED, "algorithm=reinforce++", "kl.placement=reward")),
 }
+UNTESTED = ("pretrained", "noise", "no-bt", "no-gre", "grpo", "grpo-r2m", "remax", "reinforce++")
 CONTRASTED = ("gold", "fixed", "labels", "labels-before", "r2m", "labels-step", "labels-r2m")
 
 
@@ -77,7 +86,8 @@ def seeds_for(scenario: str, arm: str) -> range:
     """As results/PLAN.md has it; none: the arm is not run in the scenario."""
     if arm in CONTRASTED:
         return range(20 if scenario == "base" else 10)
-    return range(10 if scenario == "base" else 0)
+    seeds = 3 if arm in UNTESTED else 10
+    return range(seeds if scenario == "base" else 0)
 
 
 class Run(NamedTuple):
@@ -189,6 +199,7 @@ def settings(run: Run) -> dict[str, Any]:
         "before": arm.before,
         "refits": arm.refits,
         "oracle": arm.oracle,
+        "whole": arm.whole,
         "seed": run.seed,
     }
 

@@ -8,6 +8,7 @@ those of `r2m train`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,7 +63,8 @@ class Arm:
     before the run in their place.
     refits: the head is fitted anew, by the ridge of the first fit: every round to all labels so far, or every second
     round to a bootstrap sample of the pairs before the run.
-    oracle: gold is the reward."""
+    oracle: gold is the reward.
+    whole: the reward model is fitted backbone and all, through an adapter."""
 
     overrides: tuple[str, ...]
     reads_states: bool = False
@@ -70,6 +72,7 @@ class Arm:
     before: bool = False
     refits: Literal["", "labels", "bootstrap"] = ""
     oracle: bool = False
+    whole: bool = False
 
 
 def labelled(*overrides: str, per_round: int = LABELS, rate: float = LABELS_RATE, grebt: float = 0) -> tuple[str, ...]:
@@ -102,9 +105,8 @@ class Member:
     before_round: Callable[[int], None]
     record: list[dict[str, Any]] = field(default_factory=list)
 
-    def round(self, t: int, responses: list[list[int]]) -> None:
+    def round(self, t: int) -> None:
         self.before_round(t)
-        self.generator.responses = responses
         row, rollout, batch = self.trainer.round(t)
         self.record.append(
             {
@@ -149,7 +151,7 @@ class Group:
         self.trunk, self.config = trunk, config
 
     def round(self, t: int) -> None:
-        config, trainers = self.config, [member.trainer for member in self.members.values()]
+        config, members = self.config, list(self.members.values())
         settings = Sampling(
             config.generation.temperature,
             config.generation.max_new_tokens,
@@ -157,11 +159,21 @@ class Group:
             [],
             round_seed(config.seed, t) % 2**32,
         )
-        ids = self.tokenizer(list(map(str, trainers[0].prompts_of_round(t))), add_special_tokens=False).input_ids
-        policies = [trainer.policy.get_base_model() for trainer in trainers]
-        drawn = sample_together(policies, self.trunk, self.tokenizer, ids, config.num_generations, settings, SUFFIX)
-        for member, responses in zip(self.members.values(), drawn, strict=True):
-            member.round(t, responses)
+        ids = self.tokenizer(list(map(str, members[0].trainer.prompts_of_round(t))), add_special_tokens=False).input_ids
+        self.trunk.known.clear()
+
+        def sample(members: Sequence[Member], count: int, settings: Sampling) -> list[list[list[int]]]:
+            policies = [member.trainer.policy.get_base_model() for member in members]
+            return sample_together(policies, self.trunk, self.tokenizer, ids, count, settings, SUFFIX)
+
+        compared = [member for member in members if member.trainer.algorithm.needs_greedy]
+        if compared:
+            greedy = dataclasses.replace(settings, greedy=True)
+            for member, responses in zip(compared, sample(compared, 1, greedy), strict=True):
+                member.generator.greedy = responses
+        for member, responses in zip(members, sample(members, config.num_generations, settings), strict=True):
+            member.generator.responses = responses
+            member.round(t)
 
 
 def config_of(arm: Arm, shared: start.Start, output: str, seed: int, changed: Sequence[str]) -> R2MConfig:
@@ -178,7 +190,9 @@ def _member(
     reward_model, strength = start.fit(
         shared, pairs, backbone=backbone, reads_states=arm.reads_states, floor=config.r2m.floor
     )
-    if shared.backbones[backbone] == shared.model:
+    if arm.whole:
+        start.fit_whole(reward_model, shared, pairs)
+    elif shared.backbones[backbone] == shared.model:
         share(trunk, reward_model.backbone)
     generator = Drawn()
     trainer = R2MTrainer(

@@ -18,12 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from r2m.config import R2M
+from r2m.data.sources import Preference
 from r2m.data.tokenization import encode_responses
 from r2m.demo import gold
 from r2m.demo.model import small_smollm2
 from r2m.demo.movie_reviews import SUFFIX, Splits, load_reviews, load_splits
 from r2m.fitting.mean_start import cross_validated, mean_start
 from r2m.fitting.pairs import Feedback, pack_hidden
+from r2m.fitting.recipe import fit_reward
 from r2m.method.reward_model import R2MRewardModel
 from r2m.method.updater import Kept, R2MUpdater
 from r2m.models import cached
@@ -220,6 +222,19 @@ def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor:
             set_head(model, phi, torch.cat(rewards))
     model.head_is_new = False
     return Fitted(model, strength)
+
+
+def fit_whole(model: R2MRewardModel, start: Start, pairs: Pairs) -> None:
+    """Fit backbone and head further on the pairs, through an adapter of rank 8; every eighth pair is held out."""
+    prompts = [prompt for prompt in start.splits.prompts for _ in range(SAMPLES)][: len(start.train.texts)]
+    texts = start.train.texts
+    written = [Preference(prompts[a], texts[a], texts[b]) for a, b in zip(*pairs, strict=True)]
+    held_out = written[::8]
+    training = [pair for i, pair in enumerate(written) if i % 8]
+    fit_reward(model, training, held_out, lora_rank=8, batch_size=8, max_epochs=2)
+    with torch.no_grad():
+        rte = model.standardized(model.embed(prompts, texts))
+        set_head(model, model.head.weight.clone(), rte @ model.head.weight)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The testbed of overoptimisation: statistics by hand, what runs and what is reported."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -61,36 +62,94 @@ def test_holm():
 # ---- the report ----
 
 
-def result(run, gains, kl=None):
+def result(run, gains):
     """Two prompts with two samples; every sample's sentiment gains as much in a round."""
     rounds = len(gains)
     parts = np.zeros((rounds, 4, 3))
     parts[..., 0] = np.array(gains)[:, None] * 3**0.5
-    kl = np.linspace(0, 20, rounds) if kl is None else kl
+    metrics = {"labels/agreement": [0.6] * rounds} if ARMS[run.arm].labels else {}
     return {
-        "settings": testbed.settings(run), "seconds": 1.0, "parts": parts.tolist(),
-        "start": np.zeros((rounds, 2, 4)).tolist(), "kl": np.tile(kl[:, None], 4).tolist(),
-        "proxy": np.ones((rounds, 4)).tolist(),
+        "settings": testbed.settings(run), "seconds": 1.0, "accuracy": 0.55, "metrics": metrics,
+        "machine": {"device": "a CPU", "torch": "2"}, "parts": parts.tolist(), "vader": np.zeros((rounds, 4)).tolist(),
+        "start": np.zeros((rounds, 2, 4)).tolist(), "kl": np.tile(np.linspace(0, 20, rounds)[:, None], 4).tolist(),
+        "proxy": np.ones((rounds, 4)).tolist(), "prompts": [[0, 1]] * rounds,
+        "texts": [[f"{run.arm} says {i}" for i in range(4)]] * rounds,
     }  # fmt: skip
 
 
-def test_the_report_compares_seed_by_seed(tmp_path, capsys, monkeypatch):
+GAINS = {"gold": [2.0, 2.2, 1.5], "fixed": [1.0, 1.3, 0.5], "labels": [1.5, 1.55, 1.0], "r2m": [1.0, 1.4, 0.4]}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A repository with three seeds of four arms, which gain in late rounds, and pages with markers."""
     steady = np.r_[np.zeros(analysis.LATE + 1), np.ones(12)]
-    for seed, (fixed, ours) in enumerate([(1.0, 1.5), (2.0, 2.25), (0.5, 1.0)]):
-        for arm, gain in (("fixed", fixed), ("labels", ours)):
+    for arm, gains in GAINS.items():
+        for seed, gain in enumerate(gains):
             run = Run("base", arm, seed)
-            testbed.write(result(run, gain * steady), path_of(run, tmp_path))
-    testbed.write(result(Run("base", "labels", 7), 9 * steady), path_of(Run("base", "labels", 7), tmp_path))
-    monkeypatch.setattr("sys.argv", ["report.py", "--results", str(tmp_path)])
-    report.main()
-    printed = capsys.readouterr().out
-    line = next(line for line in printed.splitlines() if line.startswith("| Do fresh labels?"))
-    share = (1 / 3 + 2 / 3 + 11) / 13  # the first two of thirteen late rounds are means with rounds before the gain
-    found = analysis.estimate(np.array([0.5, 0.25, 0.5]) * share, 20)
-    assert (
-        f"| {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] | {found.p:.3f} | {found.detectable:.2f} |" in line
-    )
-    assert "| `labels` | 4 |" in printed and "## base" in printed
+            testbed.write(result(run, gain * steady), path_of(run, tmp_path / report.RESULTS.relative_to(report.ROOT)))
+    run = Run("base", "labels", 7)  # of no pair
+    testbed.write(result(run, 9 * steady), path_of(run, tmp_path / report.RESULTS.relative_to(report.ROOT)))
+    (tmp_path / "docs").mkdir()
+    markers = [report.CLAIMS, report.TABLES, report.SAMPLES]
+    (tmp_path / "docs" / "results.md").write_text("\n".join("".join(pair) for pair in markers))
+    (tmp_path / "README.md").write_text("".join(report.BRIEF))
+    (tmp_path / report.SPREAD).parent.mkdir(parents=True)
+    (tmp_path / report.SPREAD).write_text("{}")
+    return tmp_path
+
+
+SHARE = (1 / 3 + 2 / 3 + 11) / 13  # the first two of thirteen late rounds are means with rounds before the gain
+
+
+def late(values):
+    return analysis.estimate(np.array(values) * SHARE)
+
+
+def test_the_report_compares_seed_by_seed(root):
+    report.write(root)
+    page = (root / "docs" / "results.md").read_text()
+    own, lost = late([0.5, 0.25, 0.5]), late([1.0, 0.9, 1.0])
+    exploited = next(line for line in page.splitlines() if line.startswith("| Is the fixed model exploited?"))
+    assert f"| 3 | {report.interval(lost)} |  | {lost.detectable:.2f} | **yes** |" in exploited
+    p = min(1, 2 * own.p)  # of two contrasts the smaller
+    row = f"| Do fresh labels? | `labels` less `fixed` | 3 | {report.interval(own)} | {p:.3f} | {own.detectable:.2f} |"
+    assert row in page
+    assert "| `labels` | 4 |" in page and "### base" in page
+    assert "- `r2m`: ...r2m says 0" in page and "- `r2m`: ...r2m says 2" in page  # the first of each prompt
+    assert report.interval(own) in (root / "README.md").read_text()
+    told = json.loads((root / report.SPREAD).read_text())
+    assert told == {"seeds": 3, "differences": {
+        "fresh labels less fixed": report.interval(own), "R2M less fixed": report.interval(late([0.0, 0.1, -0.1])),
+    }}  # fmt: skip
+
+
+def test_the_check_names_what_is_not_up_to_date(root):
+    assert {str(path) for path in report.check(root)} == {
+        "docs/results.md", "README.md", "r2m/demo/spread.json", "docs/results/overoptimization.png",
+    }  # fmt: skip
+    report.write(root)
+    assert report.check(root) == []
+    path = path_of(Run("base", "r2m", 1), root / report.RESULTS.relative_to(report.ROOT))
+    path.unlink()
+    assert report.FIGURE in report.check(root)
+
+
+@pytest.mark.parametrize(
+    ("values", "p", "expected"),
+    [
+        ([1.0, 1.1, 0.9], 0.01, "**yes**"),
+        ([-1.0, -1.1, -0.9], 0.01, "**no, the opposite**"),
+        ([0.1, -0.1, 0.0], 0.5, "absent, within the interval"),
+        ([1.0, -1.0, 0.0], 0.5, "not tested"),
+    ],
+)
+def test_verdicts_are_the_plan_s(values, p, expected):
+    assert report.verdict(analysis.estimate(values), p, lost=3.0) == expected
+
+
+def test_committed_pages_show_the_committed_results():
+    assert report.check(report.ROOT) == [], "run python benchmarks/overoptimization/report.py"
 
 
 def test_no_results_are_an_error(tmp_path):
