@@ -23,6 +23,7 @@ from r2m.data.order import round_seed
 from r2m.demo import gold, start
 from r2m.demo.model import Drawn, Trunk, sample_together, share
 from r2m.demo.movie_reviews import SUFFIX
+from r2m.method.hidden_states import causal_lm
 from r2m.method.reward_model import R2MRewardModel
 from r2m.policy.generate import Sampling
 from r2m.policy.load import load_policy, load_tokenizer
@@ -144,6 +145,7 @@ class Group:
             torch.manual_seed(seed)  # the same adapter for every arm
             policy: Any = load_policy(config)
             decoder = policy.get_base_model().model
+            assert config.lora is not None and config.lora.top_layers is not None
             trunk = trunk or Trunk(decoder.layers[: -config.lora.top_layers])
             share(trunk, decoder)
             self.members[name] = _member(arm, config, shared, policy, trunk, pairs, backbone)
@@ -155,7 +157,7 @@ class Group:
         settings = Sampling(
             config.generation.temperature,
             config.generation.max_new_tokens,
-            config.generation.eos_token_ids,
+            config.generation.eos_token_ids or [],
             [],
             round_seed(config.seed, t) % 2**32,
         )
@@ -163,7 +165,7 @@ class Group:
         self.trunk.known.clear()
 
         def sample(members: Sequence[Member], count: int, settings: Sampling) -> list[list[list[int]]]:
-            policies = [member.trainer.policy.get_base_model() for member in members]
+            policies = [causal_lm(member.trainer.policy) for member in members]
             return sample_together(policies, self.trunk, self.tokenizer, ids, count, settings, SUFFIX)
 
         compared = [member for member in members if member.trainer.algorithm.needs_greedy]
@@ -260,7 +262,7 @@ def _refit(
     model = trainer.reward_model
     if arm.refits == "labels" and t > 1:
         labels = trainer.labels
-        assert labels is not None
+        assert labels is not None and labels.kept is not None
         signs = 2 * labels.labels[:, None] - 1
         start.refit(model, shared, backbone, signs * (labels.kept.rte[:, 0] - labels.kept.rte[:, 1]), strength)
     if arm.refits == "bootstrap" and t % 2:

@@ -22,6 +22,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     DynamicCache,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -190,7 +191,7 @@ class Drawn:
 def sample_together(
     policies: Sequence[Any],
     trunk: Trunk,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
     num_generations: int,
     settings: Sampling,
@@ -232,10 +233,9 @@ def sample_together(
     states = below(ids, mask)
     next_token = [probabilities(i, ids, mask, states).repeat_interleave(num_generations, 0) for i in range(count)]
     for cache in (lower, *upper):
-        for layer in cache.layers:
-            if layer.keys is not None and layer.keys.numel():
-                layer.batch_repeat_interleave(num_generations)
-    for layer in lower.layers:
+        cache.batch_repeat_interleave(num_generations)
+    cached_layers: list[Any] = lower.layers
+    for layer in cached_layers:
         layer.keys, layer.values = layer.keys.repeat(count, 1, 1, 1), layer.values.repeat(count, 1, 1, 1)
     rows = len(prompt_ids) * num_generations
     ids, mask, states = (x.repeat_interleave(num_generations, 0).repeat(count, *[1] * (x.ndim - 1)) for x in

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from r2m.config import R2M
-from r2m.data.sources import Preference
+from r2m.data.sources import Preference, Prompt
 from r2m.data.tokenization import encode_responses
 from r2m.demo import gold
 from r2m.demo.model import small_smollm2
@@ -136,12 +136,12 @@ def _features(
     folder: Path,
     model: Path,
     backbones: Mapping[str, Path],
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     texts: list[str],
     dtype: torch.dtype,
 ) -> None:
     """Of samples: the fields of `Samples` behind `parts`."""
-    tokenizer = load_tokenizer(str(model))
+    tokenizer, prompts = load_tokenizer(str(model)), list(prompts)
     policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     rte = {}
     for name, path in backbones.items():
@@ -226,7 +226,8 @@ def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor:
 
 def fit_whole(model: R2MRewardModel, start: Start, pairs: Pairs) -> None:
     """Fit backbone and head further on the pairs, through an adapter of rank 8; every eighth pair is held out."""
-    prompts = [prompt for prompt in start.splits.prompts for _ in range(SAMPLES)][: len(start.train.texts)]
+    prompts: list[Prompt] = [prompt for prompt in start.splits.prompts for _ in range(SAMPLES)]
+    prompts = prompts[: len(start.train.texts)]
     texts = start.train.texts
     written = [Preference(prompts[a], texts[a], texts[b]) for a, b in zip(*pairs, strict=True)]
     held_out = written[::8]
