@@ -32,13 +32,10 @@ def main() -> None:
     splits = load_splits(tokenizer, seed=0, new_tokens=NEW_TOKENS)
     policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
     settings = Sampling(TEMPERATURE, NEW_TOKENS, [tokenizer.eos_token_id], [], 0)
-    texts = {}
-    for name, prompts, count in (
-        ("train", splits.prompts, SAMPLES),
-        ("held_out", splits.eval_prompts[: HELD_OUT[0]], HELD_OUT[1]),
-    ):
+    texts = {"prompts": splits.prompts, "held_out_prompts": splits.eval_prompts[: HELD_OUT[0]]}
+    for name, of, count in (("train", "prompts", SAMPLES), ("held_out", "held_out_prompts", HELD_OUT[1])):
         torch.manual_seed(0)
-        ids = tokenizer(prompts, add_special_tokens=False).input_ids
+        ids = tokenizer(texts[of], add_special_tokens=False).input_ids
         rows = generate(policy, tokenizer, ids, count, settings, batch_size=96)
         texts[name] = [
             tokenizer.decode(until_end(tokenizer, row, settings.eos_ids, []), skip_special_tokens=True) for row in rows

@@ -39,6 +39,7 @@ from benchmarks.overoptimization.run import RESULTS
 from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, UNTESTED, Run, check_settings, read
 from benchmarks.report import between_markers, drawn_from, table
 from r2m.demo.gold import PARTS
+from r2m.demo.start import sampled
 
 BASE, ORACLE = "fixed", "gold"
 KL = 10.0  # of the second measure: nearly all arms get as far
@@ -273,17 +274,22 @@ def agreement(of_arm: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def samples(results: Results, count: int = 2) -> str:
-    """Of the last round of the first seed that the arms have, the first response to the first prompts."""
-    shown = (BASE, "labels", "r2m", ORACLE)
-    seed = min(set.intersection(*(set(results.runs[arm]) for arm in shown)))
-    lines = [f"Seed {seed}, last round, the first response to each of the first {count} prompts, none picked:", ""]
+    """Of a typical seed, in the last round, the first response to the first prompts."""
+    shown, prompts = (BASE, "labels", "r2m", ORACLE), sampled()["prompts"]
+    seeds = sorted(set.intersection(*(set(results.curves[arm]) for arm in shown)))
+    losses = [LATE_GOLD(results.curves[ORACLE][seed]) - LATE_GOLD(results.curves[BASE][seed]) for seed in seeds]
+    seed = seeds[int(np.argsort(losses)[len(losses) // 2])]
+    lines = [
+        f"Of seed {seed}, the median by what `{BASE}` loses, the first response to each of the first {count} prompts "
+        "of the last round:"
+    ]
     for i in range(count):
-        for arm in shown:
-            run = results.runs[arm][seed]
+        runs = {arm: results.runs[arm][seed] for arm in shown}
+        lines += ["", f"**{prompts[runs[BASE]['prompts'][-1][i]]}** ...", ""]
+        for arm, run in runs.items():
             group = len(run["texts"][-1]) // len(run["prompts"][-1])
-            lines.append(f"- `{arm}`: ...{' '.join(run['texts'][-1][i * group].split())}")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+            lines.append(f"- `{arm}`: {' '.join(run['texts'][-1][i * group].split())}")
+    return "\n".join(lines)
 
 
 def brief(results: Results) -> str:

@@ -36,8 +36,8 @@ NEW_TOKENS, TEMPERATURE = 24, 0.7
 SAMPLES = 4  # of each training prompt: two disjoint pairs
 HELD_OUT = (32, 16)  # prompts and samples of each: gold's standard, and the reward model's accuracy
 INNER_WIDTH = 256
-# Texts that the start policy sampled, {"train": ..., "held_out": ...}, prompt-major; made by
-# benchmarks/overoptimization/draw.py, and here since sampling them takes minutes.
+# What the start policy sampled, prompt-major: {"prompts", "held_out_prompts", "train", "held_out"}, each a list of
+# texts. Made by benchmarks/overoptimization/draw.py, and here since sampling takes minutes.
 SAMPLED = "start_samples.json.gz"
 VERSION = 3  # of what is in the cache: to be raised with every change of how it is made
 
@@ -87,12 +87,14 @@ def load(
     backbones = {"same": model} if backbones is None else backbones
     splits = load_splits(load_tokenizer(str(model)), seed=0, new_tokens=NEW_TOKENS)
     judges = gold.load_judges(splits.judge_train)
-    texts: dict[str, list[str]] = json.loads(gzip.decompress((files(__package__) / SAMPLED).read_bytes()))
+    texts = sampled()
+    if texts["prompts"] != splits.prompts or texts["held_out_prompts"] != splits.eval_prompts[: HELD_OUT[0]]:
+        raise ValueError(f"{SAMPLED} is of other prompts than these; expected those of this version's tokenizer")
     of_each = {
         "train": [prompt for prompt in splits.prompts for _ in range(SAMPLES)],
-        "held_out": [prompt for prompt in splits.eval_prompts[: HELD_OUT[0]] for _ in range(HELD_OUT[1])],
+        "held_out": [prompt for prompt in texts["held_out_prompts"] for _ in range(HELD_OUT[1])],
     }
-    parts = {name: judges.parts(of_each[name], texts[name]) for name in texts}
+    parts = {name: judges.parts(of_each[name], texts[name]) for name in of_each}
     standard = gold.standard(parts["held_out"].reshape(*HELD_OUT, -1))
 
     def samples(name: str, count: int) -> Samples:
@@ -120,6 +122,11 @@ def load(
         samples("train", SAMPLES * (prompts or len(splits.prompts))),
         None if prompts else samples("held_out", HELD_OUT[0] * HELD_OUT[1]),
     )
+
+
+def sampled() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = json.loads(gzip.decompress((files(__package__) / SAMPLED).read_bytes()))
+    return found
 
 
 def start_means(standard: gold.Standard, parts: np.ndarray) -> np.ndarray:

@@ -116,7 +116,7 @@ def test_the_report_compares_seed_by_seed(root):
     row = f"| Do fresh labels? | `labels` less `fixed` | 3 | {report.interval(own)} | {p:.3f} | {own.detectable:.2f} |"
     assert row in page
     assert "| `labels` | 4 |" in page and "### base" in page
-    assert "- `r2m`: ...r2m says 0" in page and "- `r2m`: ...r2m says 2" in page  # the first of each prompt
+    assert "- `r2m`: r2m says 0\n" in page and "- `r2m`: r2m says 2\n" in page  # the first of each prompt
     assert report.interval(own) in (root / "README.md").read_text()
     told = json.loads((root / report.SPREAD).read_text())
     assert told == {"seeds": 3, "differences": {
