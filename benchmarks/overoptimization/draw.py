@@ -6,6 +6,7 @@ python benchmarks/overoptimization/draw.py     # minutes; other machines and ver
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import sys
@@ -27,6 +28,7 @@ from r2m.policy.load import load_tokenizer
 
 @torch.no_grad()
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model = small_smollm2(load_reviews())
     tokenizer = load_tokenizer(str(model))
     splits = load_splits(tokenizer, seed=0, new_tokens=NEW_TOKENS)

@@ -45,7 +45,7 @@ BASE, ORACLE = "fixed", "gold"
 KL = 10.0  # of the second measure: nearly all arms get as far
 LATE_GOLD, GOLD_AT_KL = partial(late, name="gold"), partial(at_kl, name="gold", level=KL)
 FIGURE = Path("docs") / "results" / "overoptimization.png"
-SPREAD = Path("r2m") / "demo" / "spread.json"
+STORY = Path("r2m") / "demo" / "story.json"
 CLAIMS, TABLES, SAMPLES, BRIEF = (
     (f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("claims", "tables", "samples", "results")
 )
@@ -144,7 +144,7 @@ def texts(root: Path, scenarios: Mapping[str, Results]) -> dict[Path, str]:
     return {
         docs: between_markers(docs, parts),
         readme: between_markers(readme, {BRIEF: brief(base)}),
-        root / SPREAD: json.dumps(spread(base), indent=2) + "\n",
+        root / STORY: json.dumps({"seeds": len(base.curves[BASE]), "lines": told(base)}, indent=2) + "\n",
     }
 
 
@@ -156,21 +156,27 @@ def loss(results: Results) -> Estimate:
     return results.difference(Contrast("", ORACLE))
 
 
+def score_of_fixed(results: Results) -> Estimate:
+    return estimate([own.values["proxy"][-1] for own in results.curves[BASE].values()])
+
+
+def exploited(results: Results) -> bool:
+    """As the plan has it."""
+    return loss(results).low > 0 and score_of_fixed(results).low > 0
+
+
 def claims_table(results: Results) -> str:
     lost = loss(results)
     lines = []
     if not np.isnan(lost.mean):
-        proxy = estimate([own.values["proxy"][-1] for own in results.curves[BASE].values()])
-        exploited = "**yes**" if lost.low > 0 and proxy.low > 0 else "not shown"
-        measured = f"`{ORACLE}` less `{BASE}`; score of `{BASE}` at the end {interval(proxy)}"
+        measured = f"`{ORACLE}` less `{BASE}`; score of `{BASE}` at the end {interval(score_of_fixed(results))}"
+        shown = YES if exploited(results) else "not shown"
         lines.append(
-            ["Is the fixed model exploited?", measured, str(lost.seeds), interval(lost), "", power(lost), exploited]
+            ["Is the fixed model exploited?", measured, str(lost.seeds), interval(lost), "", power(lost), shown]
         )
-    asked = [contrast for contrast in CONTRASTS if results.has(contrast)]
-    found = {contrast: results.difference(contrast) for contrast in asked}
-    adjusted = holm({c.question: own.p for c, own in found.items() if not np.isnan(own.p)})
-    for contrast, own in found.items():
-        p = adjusted.get(contrast.question, np.nan)
+    known = adjusted(results)
+    for contrast in filter(results.has, CONTRASTS):
+        own, p = results.difference(contrast), known.get(contrast.question, np.nan)
         lines.append(
             [
                 contrast.question,
@@ -185,11 +191,20 @@ def claims_table(results: Results) -> str:
     return table(["", "measured", "seeds", "gold, 95 % interval", "p, Holm", "80 % power from", "verdict"], lines)
 
 
+def adjusted(results: Results) -> dict[str, float]:
+    """The p of each question that has one, by Holm's method."""
+    found = {contrast.question: results.difference(contrast).p for contrast in filter(results.has, CONTRASTS)}
+    return holm({question: p for question, p in found.items() if not np.isnan(p)})
+
+
+YES, NO, ABSENT, UNKNOWN = "**yes**", "**no, the opposite**", "absent, within the interval", "not tested"
+
+
 def verdict(own: Estimate, p: float, lost: float) -> str:
     """As the plan has it."""
     if p < LEVEL:
-        return "**yes**" if own.mean > 0 else "**no, the opposite**"
-    return "absent, within the interval" if own.detectable <= lost / 3 else "not tested"
+        return YES if own.mean > 0 else NO
+    return ABSENT if own.detectable <= lost / 3 else UNKNOWN
 
 
 # ---- tables ----
@@ -293,25 +308,25 @@ def samples(results: Results, count: int = 2) -> str:
 
 
 def brief(results: Results) -> str:
-    lost, seeds = loss(results), len(results.curves[BASE])
-    proxy = estimate([own.values["proxy"][-1] for own in results.curves[BASE].values()])
+    seeds = len(results.curves[BASE])
+    head = f"`make science`: {seeds} paired seeds, gold in deviations of the start's samples, 95 % intervals."
+    return "\n".join([head, "", *(f"- {line}" for line in told(results))])
+
+
+def told(results: Results) -> list[str]:
+    """The story in three lines."""
+    lost, proxy, known = loss(results), score_of_fixed(results), adjusted(results)
     lines = [
-        f"`make science`: {seeds} paired seeds, gold in deviations of the start's samples, 95 % intervals:",
-        f"- A fixed reward model is exploited: its score rises by {interval(proxy)}, and the policy misses "
-        f"{interval(lost)} of the gold that the same samples could have taught.",
+        f"A fixed reward model {'is' if exploited(results) else 'is not shown to be'} exploited: its score rises by "
+        f"{interval(proxy)}, and the policy misses {interval(lost)} of the gold that the same samples could have taught.",
     ]
     for contrast, what in zip(CONTRASTS[:2], ("R2M", "Fresh labels of the policy's own samples"), strict=True):
         own = results.difference(contrast)
-        lines.append(f"- {what} in its place: {interval(own)} gold. So many seeds detect {own.detectable:.2f}.")
-    return "\n".join(lines)
-
-
-def spread(results: Results) -> dict[str, Any]:
-    names = {"fresh labels less fixed": CONTRASTS[1], "R2M less fixed": CONTRASTS[0]}
-    return {
-        "seeds": len(results.curves[BASE]),
-        "differences": {name: interval(results.difference(contrast)) for name, contrast in names.items()},
-    }
+        found = verdict(own, known.get(contrast.question, np.nan), lost.mean)
+        cannot = f"{own.seeds} seeds cannot tell, since they detect {own.detectable:.2f}"
+        outcome = {YES: "a gain", NO: "a loss", ABSENT: "no effect beyond that"}.get(found, cannot)
+        lines.append(f"{what} in its place: {interval(own)} gold; {outcome}.")
+    return lines
 
 
 def drawing(scenarios: Mapping[str, Results]) -> tuple[Any, str]:

@@ -115,7 +115,9 @@ class Judges(NamedTuple):
 
 def load_judges(reviews: Sequence[Review]) -> Judges:
     """Fitted on these reviews at the first call, which takes a minute and a gigabyte; kept in the cache."""
-    key = sha256(repr([sklearn.__version__, REVIEWS, [review.text for review in reviews]]).encode()).hexdigest()[:16]
+    key = sha256(
+        repr([__name__, sklearn.__version__, REVIEWS, [review.text for review in reviews]]).encode()
+    ).hexdigest()[:16]
     folder = cached(
         f"gold-{key}", lambda folder: _fit(folder, reviews), megabytes=400, action="fitting the gold judges"
     )

@@ -32,7 +32,7 @@ WHAT = {
 PROMPTS = 130  # whose start samples are enough for 256 pairs of different texts
 SCORE, KL = "score of the first reward model", "KL to the start (nats)"
 LAST = 4  # rounds that the table is about
-SPREAD = "spread.json"  # what the arms did over all seeds; written by benchmarks/overoptimization/report.py
+STORY = "story.json"  # what the arms did over all seeds; written by benchmarks/overoptimization/report.py
 
 
 def run_demo(*, rounds: int = ROUNDS, seed: int = 0, output: Path = Path("runs/demo")) -> dict[str, dict[str, float]]:
@@ -141,7 +141,7 @@ def report(
             "Gold is sentiment, fluency and variety, by judges that no training sees. It and its parts are changes "
             "from the start, in deviations of its samples. A score that rises while gold does not is exploitation.",
             "",
-            spread(),
+            *story(),
             "",
             "Samples of the last round:",
             *quotes,
@@ -150,14 +150,14 @@ def report(
     )
 
 
-def spread() -> str:
+def story() -> list[str]:
     """What all seeds say, since one says little."""
-    known: dict[str, Any] = json.loads((files(__package__) / SPREAD).read_text())
-    told = "; ".join(f"{what} {value}" for what, value in known["differences"].items())
-    return (
-        f"One seed shows that the loop trains, not which arm is better: arms differ from seed to seed. Over "
-        f"{known['seeds']} seeds of this run gold (mean of its second half, 95 % interval) was: {told}."
-    )
+    known: dict[str, Any] = json.loads((files(__package__) / STORY).read_text())
+    return [
+        "One seed shows that the loop trains, not which arm is better: arms differ from seed to seed. Over "
+        f"{known['seeds']} seeds of this run (gold is the mean of its second half; 95 % intervals; docs/results.md):",
+        *(f"- {line}" for line in known["lines"]),
+    ]
 
 
 def _line(name: str, row: Mapping[str, float]) -> str:

@@ -94,8 +94,8 @@ def root(tmp_path):
     markers = [report.CLAIMS, report.TABLES, report.SAMPLES]
     (tmp_path / "docs" / "results.md").write_text("\n".join("".join(pair) for pair in markers))
     (tmp_path / "README.md").write_text("".join(report.BRIEF))
-    (tmp_path / report.SPREAD).parent.mkdir(parents=True)
-    (tmp_path / report.SPREAD).write_text("{}")
+    (tmp_path / report.STORY).parent.mkdir(parents=True)
+    (tmp_path / report.STORY).write_text("{}")
     return tmp_path
 
 
@@ -117,16 +117,15 @@ def test_the_report_compares_seed_by_seed(root):
     assert row in page
     assert "| `labels` | 4 |" in page and "### base" in page
     assert "- `r2m`: r2m says 0\n" in page and "- `r2m`: r2m says 2\n" in page  # the first of each prompt
-    assert report.interval(own) in (root / "README.md").read_text()
-    told = json.loads((root / report.SPREAD).read_text())
-    assert told == {"seeds": 3, "differences": {
-        "fresh labels less fixed": report.interval(own), "R2M less fixed": report.interval(late([0.1, 0.1, -0.1])),
-    }}  # fmt: skip
+    told = json.loads((root / report.STORY).read_text())
+    assert told["seeds"] == 3 and len(told["lines"]) == 3
+    assert report.interval(late([0.1, 0.1, -0.1])) in told["lines"][1] and report.interval(own) in told["lines"][2]
+    assert all(line in (root / "README.md").read_text() for line in told["lines"])
 
 
 def test_the_check_names_what_is_not_up_to_date(root):
     assert {str(path) for path in report.check(root)} == {
-        "docs/results.md", "README.md", "r2m/demo/spread.json", "docs/results/overoptimization.png",
+        "docs/results.md", "README.md", "r2m/demo/story.json", "docs/results/overoptimization.png",
     }  # fmt: skip
     report.write(root)
     assert report.check(root) == []
