@@ -318,7 +318,8 @@ def told(results: Results) -> list[str]:
     lost, proxy, known = loss(results), score_of_fixed(results), adjusted(results)
     lines = [
         f"A fixed reward model {'is' if exploited(results) else 'is not shown to be'} exploited: its score rises by "
-        f"{interval(proxy)}, and the policy misses {interval(lost)} of the gold that the same samples could have taught.",
+        f"{interval(proxy)}, and the policy misses {interval(lost)} of the gold that the same samples could have "
+        "taught.",
     ]
     for contrast, what in zip(CONTRASTS[:2], ("R2M", "Fresh labels of the policy's own samples"), strict=True):
         own = results.difference(contrast)
