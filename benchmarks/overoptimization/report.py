@@ -171,9 +171,8 @@ def claims_table(results: Results) -> str:
     if not np.isnan(lost.mean):
         measured = f"`{ORACLE}` less `{BASE}`; score of `{BASE}` at the end {interval(score_of_fixed(results))}"
         shown = YES if exploited(results) else "not shown"
-        lines.append(
-            ["Is the fixed model exploited?", measured, str(lost.seeds), interval(lost), "", power(lost), shown]
-        )
+        row = ["Is the fixed model exploited?", measured, interval(lost), "", power(lost), shown]
+        lines.append(row + at_equal_kl(results, Contrast("", ORACLE)))
     known = adjusted(results)
     for contrast in filter(results.has, CONTRASTS):
         own, p = results.difference(contrast), known.get(contrast.question, np.nan)
@@ -181,14 +180,20 @@ def claims_table(results: Results) -> str:
             [
                 contrast.question,
                 f"`{contrast.arm}` less `{contrast.base}`",
-                str(own.seeds),
                 interval(own),
                 "" if np.isnan(p) else f"{p:.3f}",
                 power(own),
                 verdict(own, p, lost.mean),
+                *at_equal_kl(results, contrast),
             ]
         )
-    return table(["", "measured", "seeds", "gold, 95 % interval", "p, Holm", "80 % power from", "verdict"], lines)
+    head = ["", f"{lost.seeds} seeds", f"gold, rounds {LATE + 1} on", "p, Holm", "80 % power from", "verdict"]
+    return table([*head, f"gold at a KL of {KL:g}", "80 % power from"], lines)
+
+
+def at_equal_kl(results: Results, contrast: Contrast) -> list[str]:
+    own = results.difference(contrast, GOLD_AT_KL)
+    return [interval(own), power(own)]
 
 
 def adjusted(results: Results) -> dict[str, float]:

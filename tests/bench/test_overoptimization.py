@@ -111,9 +111,9 @@ def test_the_report_compares_seed_by_seed(root):
     page = (root / "docs" / "results.md").read_text()
     own, lost = late([0.5, 0.25, 0.5]), late([1.0, 0.9, 1.0])
     exploited = next(line for line in page.splitlines() if line.startswith("| Is the fixed model exploited?"))
-    assert f"| 3 | {report.interval(lost)} |  | {lost.detectable:.2f} | **yes** |" in exploited
+    assert f"| {report.interval(lost)} |  | {lost.detectable:.2f} | **yes** |" in exploited
     p = min(1, 2 * own.p)  # of two contrasts the smaller
-    row = f"| Do fresh labels? | `labels` less `fixed` | 3 | {report.interval(own)} | {p:.3f} | {own.detectable:.2f} |"
+    row = f"| Do fresh labels? | `labels` less `fixed` | {report.interval(own)} | {p:.3f} | {own.detectable:.2f} |"
     assert row in page
     assert "| `labels` | 4 |" in page and "### base" in page
     assert "- `r2m`: r2m says 0\n" in page and "- `r2m`: r2m says 2\n" in page  # the first of each prompt
