@@ -32,6 +32,7 @@ from r2m.demo.movie_reviews import PROMPT, SUFFIX, Review
 from r2m.models import cached, smollm2
 from r2m.policy.generate import Sampling, until_end
 from r2m.policy.load import load_tokenizer
+from r2m.progress import track
 
 COVERED = 0.97  # of the tokens in the reviews
 
@@ -242,7 +243,7 @@ def sample_together(
                          (ids, mask, states))  # fmt: skip
     read, ended = [states], torch.zeros(len(ids), 1, dtype=torch.bool)
     draws = torch.Generator().manual_seed(settings.seed)
-    for step in range(settings.max_new_tokens):
+    for step in track(range(settings.max_new_tokens), "token"):
         # The same uniform number for a row of every policy: what they agree on, they sample alike.
         uniform = torch.rand(rows, 1, generator=draws)
         draw = most_likely if settings.greedy else drawn
