@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from r2m.config import load_config
+from r2m.config import config_to_yaml, load_config
 from r2m.demo import gold, start
 from r2m.demo.arms import ARMS, FLIPPED, LABELS, PAIRS, PRESET, ROUNDS, Group, Member
 from r2m.demo.movie_reviews import vader
@@ -87,7 +87,6 @@ def measures(member: Member, shared: start.Start, t: int) -> dict[str, float]:
         **{name: float(value) for name, value in zip(("gold", *gold.PARTS), reached, strict=True)},
         "VADER": float(vader(texts).mean()),
         KL: float(np.mean(of_round["kl"])),
-        "seconds a round": sum(value for key, value in of_round["row"].items() if key.startswith("seconds/")),
     }
 
 
@@ -155,7 +154,8 @@ def story() -> list[str]:
     known: dict[str, Any] = json.loads((files(__package__) / STORY).read_text())
     return [
         "One seed shows that the loop trains, not which arm is better: arms differ from seed to seed. Over "
-        f"{known['seeds']} seeds of this run (gold is the mean of its second half; 95 % intervals; docs/results.md):",
+        f"{known['seeds']} seeds, with pairs of more prompts (gold is the mean of the second half; 95 % intervals; "
+        "docs/results.md):",
         *(f"- {line}" for line in known["lines"]),
     ]
 
@@ -166,6 +166,7 @@ def _line(name: str, row: Mapping[str, float]) -> str:
 
 def _save(member: Member, folder: Path, shared: start.Start) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config_to_yaml(member.trainer.config))
     with (folder / "metrics.jsonl").open("w") as file:
         for t, of_round in enumerate(member.record, 1):
             row = measures(member, shared, t)

@@ -28,13 +28,13 @@ def test_the_demo_reports_each_arm(small, tmp_path, capsys):
     report = (tmp_path / "demo" / "report.md").read_text()
     assert report in capsys.readouterr().out
     assert report.count("  - RLOO, fixed reward model: ") == 2  # two samples of each arm
-    assert "Means over the last 2 of 2 rounds, seed 3" in report and "seeds of this run" in report
+    assert "Means over the last 2 of 2 rounds, seed 3" in report and "seeds, with pairs of more prompts" in report
     assert json.loads((tmp_path / "demo" / "results.json").read_text()) == table
     for arm in ARMS:
         rows = [json.loads(line) for line in (tmp_path / "demo" / arm / "metrics.jsonl").read_text().splitlines()]
         assert [row["round"] for row in rows] == [1, 2] and all("judge/gold" in row for row in rows)
         assert table[arm][demo.KL] == pytest.approx(sum(row["policy/kl"] for row in rows) / 2, abs=1e-5)
-        for name in ("metrics.png", "policy/adapter_config.json", "reward_model/r2m.safetensors"):
+        for name in ("config.yaml", "metrics.png", "policy/adapter_config.json", "reward_model/r2m.safetensors"):
             assert (tmp_path / "demo" / arm / name).stat().st_size > 0
     assert (tmp_path / "demo" / "comparison.png").stat().st_size > 0
 
