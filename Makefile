@@ -31,7 +31,7 @@ SETTING_UP = (while sleep 8; do echo "setting up $(1): $$(ls $(1)/lib/python*/si
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(STAMP) extension  ## a 135M-parameter model exploits a reward model, with and without R2M and fresh labels (MINUTES)
+demo: $(STAMP) extension  ## a 135M-parameter model exploits a reward model, without and with R2M or fresh labels (5 to 15 minutes)
 	$(BIN)/r2m demo
 
 test: lint types unit interpret-some  ## the short check: style, types, tests that take seconds; needs no GPU
