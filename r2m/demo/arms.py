@@ -100,7 +100,6 @@ ARMS = {
 class Member:
     """An arm as it runs: its trainer, and what each round has shown."""
 
-    arm: Arm
     trainer: R2MTrainer
     generator: Drawn
     before_round: Callable[[int], None]
@@ -214,7 +213,7 @@ def _member(
         trainer.labels.kept = start.kept(reward_model, shared, pairs, backbone, config.r2m)
         trainer.labels.labels = torch.ones(len(pairs.chosen))
     before = partial(_refit, arm=arm, trainer=trainer, shared=shared, pairs=pairs, backbone=backbone, strength=strength)
-    return Member(arm, trainer, generator, before)
+    return Member(trainer, generator, before)
 
 
 def _rewarded_by_gold(

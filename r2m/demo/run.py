@@ -6,8 +6,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -54,16 +53,20 @@ def run_demo(*, rounds: int = ROUNDS, seed: int = 0, output: Path = Path("runs/d
         f"{group.config.num_generations} responses each:",
         flush=True,
     )
+    history: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     for t in range(1, rounds + 1):
-        with phase(f"round {t} of {rounds}"), _timed() as seconds:
+        round_began = time.perf_counter()
+        with phase(f"round {t} of {rounds}"):
             group.round(t)
         if t == 1:
-            print(f"about {seconds[0] * (rounds - 1) / 60:.0f} minutes to go", flush=True)
-        rows = {name: measures(member, shared, t) for name, member in group.members.items()}
-        print(f"round {t}: " + "; ".join(_line(name, row) for name, row in rows.items()), flush=True)
-    table = {name: mean_of_last(member, shared) for name, member in group.members.items()}
+            minutes = (time.perf_counter() - round_began) * (rounds - 1) / 60
+            print(f"about {minutes:.0f} minutes to go", flush=True)
+        for name, member in group.members.items():
+            history[name].append(measures(member, shared, t))
+        print(f"round {t}: " + "; ".join(_line(name, rows[-1]) for name, rows in history.items()), flush=True)
+    table = {name: mean_of_last(rows) for name, rows in history.items()}
     for name, member in group.members.items():
-        _save(member, output / name, shared)
+        _save(member, history[name], output / name)
     paths = {WHAT[name]: output / name / "metrics.jsonl" for name in ARMS}
     plot_comparison(paths, output / "comparison.png")
     minutes = (time.perf_counter() - began) / 60
@@ -90,10 +93,8 @@ def measures(member: Member, shared: start.Start, t: int) -> dict[str, float]:
     }
 
 
-def mean_of_last(member: Member, shared: start.Start) -> dict[str, float]:
-    last = len(member.record)
-    rows = [measures(member, shared, t) for t in range(max(1, last - LAST + 1), last + 1)]
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+def mean_of_last(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows[-LAST:]])) for name in rows[0]}
 
 
 def samples(members: Mapping[str, Member]) -> dict[str, dict[str, str]]:
@@ -164,22 +165,12 @@ def _line(name: str, row: Mapping[str, float]) -> str:
     return f"{name}: score {row[SCORE]:+.2f}, gold {row['gold']:+.2f}, KL {row[KL]:.1f}"
 
 
-def _save(member: Member, folder: Path, shared: start.Start) -> None:
+def _save(member: Member, rows: Sequence[Mapping[str, float]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config_to_yaml(member.trainer.config))
     with (folder / "metrics.jsonl").open("w") as file:
-        for t, of_round in enumerate(member.record, 1):
-            row = measures(member, shared, t)
+        for of_round, row in zip(member.record, rows, strict=True):
             judged = {f"judge/{name}": row[name] for name in ("gold", *gold.PARTS)} | {"judge/vader": row["VADER"]}
             file.write(json.dumps(of_round["row"] | judged) + "\n")
     plot_run(folder / "metrics.jsonl", folder / "metrics.png")
     member.trainer.save_pretrained(folder)
-
-
-@contextmanager
-def _timed() -> Iterator[list[float]]:
-    """The seconds of the block, in a list."""
-    found: list[float] = []
-    began = time.perf_counter()
-    yield found
-    found.append(time.perf_counter() - began)
