@@ -136,7 +136,7 @@ def perform(runs: Sequence[Run], changed: Sequence[str] = ()) -> list[dict[str, 
             backbone=scenario.backbone,
             overrides=[*scenario.overrides, *changed],
         )
-        accuracies = [initial_accuracy(group.members[run.arm], shared, scenario.backbone) for run in runs]
+        accuracies = [initial_accuracy(group.members[run.arm], shared, run) for run in runs]
         for t in range(1, group.config.rounds + 1):
             group.round(t)
             print(f"round {t} of {group.config.rounds}, {time.perf_counter() - begin:.0f} s", flush=True)
@@ -153,10 +153,14 @@ def perform(runs: Sequence[Run], changed: Sequence[str] = ()) -> list[dict[str, 
     ]
 
 
-def initial_accuracy(member: Member, shared: start.Start, backbone: str) -> float:
-    assert shared.held_out is not None
-    scores = member.trainer.reward_model.vanilla_score(shared.held_out.rte[backbone])
-    return start.pair_accuracy(shared, scores.detach().numpy())
+def initial_accuracy(member: Member, shared: start.Start, run: Run) -> float:
+    model, samples = member.trainer.reward_model, shared.held_out
+    assert samples is not None
+    if ARMS[run.arm].whole:  # its states are no longer those of the start
+        rte = model.embed([*samples.prompts], samples.texts)
+    else:
+        rte = samples.rte[SCENARIOS[run.scenario].backbone]
+    return start.pair_accuracy(shared, model.vanilla_score(rte).detach().numpy())
 
 
 def _measures(member: Member, shared: start.Start) -> dict[str, Any]:

@@ -188,11 +188,10 @@ def _member(
 ) -> Member:
     pairs = start.draw_pairs(shared, count + (ROUNDS * LABELS if arm.before else 0), config.seed, FLIPPED)
     torch.manual_seed(config.seed)
-    reward_model, strength = start.fit(
-        shared, pairs, backbone=backbone, reads_states=arm.reads_states, floor=config.r2m.floor
-    )
+    fitted = start.fit(shared, pairs, backbone=backbone, reads_states=arm.reads_states, floor=config.r2m.floor)
+    reward_model = fitted.model
     if arm.whole:
-        start.fit_whole(reward_model, shared, pairs)
+        start.fit_whole(fitted, shared, pairs)
     elif shared.backbones[backbone] == shared.model:
         share(trunk, reward_model.backbone)
     generator = Drawn()
@@ -212,7 +211,9 @@ def _member(
         )
         trainer.labels.kept = start.kept(reward_model, shared, pairs, backbone, config.r2m)
         trainer.labels.labels = torch.ones(len(pairs.chosen))
-    before = partial(_refit, arm=arm, trainer=trainer, shared=shared, pairs=pairs, backbone=backbone, strength=strength)
+    before = partial(
+        _refit, arm=arm, trainer=trainer, shared=shared, pairs=pairs, backbone=backbone, strength=fitted.strength
+    )
     return Member(trainer, generator, before)
 
 

@@ -25,7 +25,7 @@ from r2m.demo.model import small_smollm2
 from r2m.demo.movie_reviews import SUFFIX, Splits, load_reviews, load_splits
 from r2m.fitting.mean_start import cross_validated, mean_start
 from r2m.fitting.pairs import Feedback, pack_hidden
-from r2m.fitting.recipe import fit_reward
+from r2m.fitting.recipe import fit_lora
 from r2m.method.reward_model import R2MRewardModel
 from r2m.method.updater import Kept, R2MUpdater
 from r2m.models import cached
@@ -45,6 +45,7 @@ VERSION = 3  # of what is in the cache: to be raised with every change of how it
 class Samples(NamedTuple):
     """Of the start policy, prompt-major."""
 
+    prompts: list[str]  # of each text
     texts: list[str]
     parts: np.ndarray  # [N, 3], the judges'
     rte: dict[str, Tensor]  # [N, D_rm] of each backbone
@@ -109,7 +110,8 @@ def load(
             megabytes=200,
             action=f"reading {count} samples of the start policy",
         )
-        return Samples(texts[name][rows], parts[name][rows], **torch.load(folder / FEATURES, weights_only=True))
+        features = torch.load(folder / FEATURES, weights_only=True)
+        return Samples(of_each[name][rows], texts[name][rows], parts[name][rows], **features)
 
     return Start(
         model,
@@ -190,7 +192,8 @@ def draw_pairs(start: Start, count: int, seed: int, flipped: float) -> Pairs:
 
 class Fitted(NamedTuple):
     model: R2MRewardModel
-    strength: float  # of the head's ridge, in `mean_start.STRENGTHS`
+    phi: Tensor  # [D_rm] the ridge's head, of the scale that the labels say
+    strength: float  # of the ridge, in `mean_start.STRENGTHS`
 
 
 def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor: float) -> Fitted:
@@ -219,7 +222,7 @@ def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor:
         phi, strength = cross_validated(differences, torch.zeros(len(differences)))
         set_head(model, phi, rte @ phi)
         if reads_states:
-            model.head.weight.copy_(phi)  # of the scale that the labels say
+            model.head.weight.copy_(phi)
             model.head.bias.zero_()
             mean_start(model, [feedback(samples, [*pairs.chosen, *pairs.rejected], backbone)])
             rewards = [
@@ -228,21 +231,20 @@ def fit(start: Start, pairs: Pairs, *, backbone: str, reads_states: bool, floor:
             ]
             set_head(model, phi, torch.cat(rewards))
     model.head_is_new = False
-    return Fitted(model, strength)
+    return Fitted(model, phi, strength)
 
 
-def fit_whole(model: R2MRewardModel, start: Start, pairs: Pairs) -> None:
+def fit_whole(fitted: Fitted, start: Start, pairs: Pairs) -> None:
     """Fit backbone and head further on the pairs, through an adapter of rank 8; every eighth pair is held out."""
-    prompts: list[Prompt] = [prompt for prompt in start.splits.prompts for _ in range(SAMPLES)]
-    prompts = prompts[: len(start.train.texts)]
-    texts = start.train.texts
+    model, prompts, texts = fitted.model, start.train.prompts, start.train.texts
     written = [Preference(prompts[a], texts[a], texts[b]) for a, b in zip(*pairs, strict=True)]
-    held_out = written[::8]
     training = [pair for i, pair in enumerate(written) if i % 8]
-    fit_reward(model, training, held_out, lora_rank=8, batch_size=8, max_epochs=2)
     with torch.no_grad():
-        rte = model.standardized(model.embed(prompts, texts))
-        set_head(model, model.head.weight.clone(), rte @ model.head.weight)
+        model.head.weight.copy_(fitted.phi)
+    fit_lora(model, training, written[::8], rank=8, learning_rate=1e-4, batch_size=8, max_epochs=2)
+    with torch.no_grad():
+        phi = model.head.weight.clone()
+        set_head(model, phi, model.standardized(model.embed([*prompts], texts)) @ phi)
 
 
 @torch.no_grad()

@@ -64,7 +64,8 @@ def train(
     **settings,
 ):
     """The metrics and weights of a run. killed_in: the round in which the second process dies; fails_in: round and
-    process of an error; terminated_in: the round of a SIGTERM, after which the second process says when it left."""
+    process of an error; terminated_in: the round of a SIGTERM; the second process
+    says, when it leaves, whether the checkpoint is there."""
     values = {
         "prompts_per_round": 4, "micro_batch_size": 4, "r2m": {"standardize": True},
         "evaluation": {"every": 1}, "checkpoints": {"every": 1, "keep": 9},
@@ -97,7 +98,7 @@ def train(
         if t == terminated_in:
             os.kill(os.getpid(), signal.SIGTERM)
             if processes.index() == 1:
-                atexit.register((folder / "left").touch)
+                atexit.register(lambda: (folder / "left").write_text(str((folder / f"checkpoint-{t}").exists())))
         if fails_in is not None and [t, processes.index()] == fails_in:
             raise FloatingPointError("a reward is not finite")
         return annotate(rollout, t, row)

@@ -43,7 +43,7 @@ def test_pairs_are_disjoint_and_labelled_by_gold(world):
 @pytest.mark.parametrize("reads_states", [False, True])
 def test_rewards_of_start_samples_have_deviation_one_inside_prompts(world, reads_states):
     pairs = start.draw_pairs(world, 12, 5, 0.0)
-    model, _ = start.fit(world, pairs, backbone="same", reads_states=reads_states, floor=0.6)
+    model = start.fit(world, pairs, backbone="same", reads_states=reads_states, floor=0.6).model
     samples = world.train
     parts = [start.feedback(samples, [i], "same") for i in range(len(samples.texts))]
     rewards = torch.cat([

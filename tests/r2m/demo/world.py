@@ -39,7 +39,7 @@ def small_world(folder, monkeypatch):
         texts = ["".join(draw.choices(" abc", k=6)) for _ in of_each]
         (place := folder / f"samples{count}x{len(prompts)}").mkdir()
         start._features(place, backbones["same"], backbones, of_each, texts, torch.float32)
-        return start.Samples(texts, judges.parts(of_each, texts), **torch.load(place / start.FEATURES))
+        return start.Samples(of_each, texts, judges.parts(of_each, texts), **torch.load(place / start.FEATURES))
 
     train, held_out = samples(splits.prompts, start.SAMPLES), samples(splits.eval_prompts[:3], 4)
     standard = gold.Standard(held_out.parts.mean(0), np.ones(3))  # of so few samples some deviation may be 0
