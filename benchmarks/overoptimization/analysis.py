@@ -74,17 +74,16 @@ class Estimate(NamedTuple):
     seeds: int
 
 
-def estimate(values: Sequence[float], seeds: int | None = None) -> Estimate:
-    """Of one value a seed, those that are not NaN. seeds: that the detectable mean is about; None: as many as given."""
+def estimate(values: Sequence[float]) -> Estimate:
+    """Of one value a seed, those that are not NaN."""
     x = np.array([value for value in values if not math.isnan(value)])
     if len(x) < 2:
         return Estimate(float(x.mean()) if len(x) else math.nan, *[math.nan] * 4, len(x))
     error = float(x.std(ddof=1)) / math.sqrt(len(x))
     half = float(stats.t.ppf(1 - LEVEL / 2, len(x) - 1)) * error
     p = float(stats.ttest_1samp(x, 0).pvalue) if error else math.nan
-    return Estimate(
-        float(x.mean()), x.mean() - half, x.mean() + half, p, detectable(float(x.std(ddof=1)), seeds or len(x)), len(x)
-    )
+    mean, power = float(x.mean()), detectable(float(x.std(ddof=1)), len(x))
+    return Estimate(mean, mean - half, mean + half, p, power, len(x))
 
 
 def detectable(deviation: float, seeds: int) -> float:

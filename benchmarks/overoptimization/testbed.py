@@ -80,14 +80,14 @@ ARMS = {
 }
 UNTESTED = ("pretrained", "noise", "no-bt", "no-gre", "grpo", "grpo-r2m", "remax", "reinforce++")
 CONTRASTED = ("gold", "fixed", "labels", "labels-before", "r2m", "labels-step", "labels-r2m")
+EVERYWHERE = ("gold", "fixed", "labels", "r2m")  # in all scenarios
 
 
 def seeds_for(scenario: str, arm: str) -> range:
     """As results/PLAN.md has it; none: the arm is not run in the scenario."""
-    if arm in CONTRASTED:
-        return range(20 if scenario == "base" else 10)
-    seeds = 3 if arm in UNTESTED else 10
-    return range(seeds if scenario == "base" else 0)
+    if scenario != "base":
+        return range(10 if arm in EVERYWHERE else 0)
+    return range(20 if arm in CONTRASTED else 3 if arm in UNTESTED else 10)
 
 
 class Run(NamedTuple):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import html
-import itertools
 import random
 import re
 import tempfile
@@ -152,13 +151,6 @@ def _logits(classifier: Any, features: Any, texts: Sequence[str]) -> np.ndarray:
     return classifier.decision_function(features.transform([text.removeprefix(PROMPT) for text in texts]))
 
 
-def pair_accuracy(scorer: Scorer, pairs: Sequence[Preference]) -> float:
-    """Share of pairs whose chosen text, prompt included, gets the higher score."""
-    chosen = scorer([f"{pair.prompt}{pair.chosen}" for pair in pairs])
-    rejected = scorer([f"{pair.prompt}{pair.rejected}" for pair in pairs])
-    return float(np.mean(chosen > rejected))
-
-
 def vader(texts: Sequence[str]) -> np.ndarray:
     """VADER's compound sentiment of each text, from a lexicon: -1 (negative) to 1 (positive)."""
     try:
@@ -168,13 +160,6 @@ def vader(texts: Sequence[str]) -> np.ndarray:
 
     analyzer = SentimentIntensityAnalyzer()
     return np.array([analyzer.polarity_scores(text)["compound"] for text in texts])
-
-
-def distinct_2(texts: Sequence[str]) -> float:
-    """Share of different ones among all word pairs of the texts: 1 if none repeats; falls when samples grow alike."""
-    words = [text.casefold().split() for text in texts]
-    pairs = [pair for text in words for pair in itertools.pairwise(text)]
-    return len(set(pairs)) / max(len(pairs), 1)
 
 
 def _unpack(directory: Path) -> None:

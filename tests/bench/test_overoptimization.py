@@ -45,7 +45,7 @@ def test_an_estimate_leaves_out_what_is_missing_and_states_its_power():
     assert (found.mean, found.seeds) == (2.0, 3)
     assert (found.low, found.high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     assert found.p == pytest.approx(0.07418, abs=1e-4)
-    assert analysis.estimate([1.0, 2.0, 3.0], seeds=10).detectable == analysis.detectable(1.0, 10)
+    assert found.detectable == analysis.detectable(1.0, 3)
     assert math.isnan(analysis.estimate([1.0]).low)
 
 
@@ -88,8 +88,8 @@ def root(tmp_path):
         for seed, gain in enumerate(gains):
             run = Run("base", arm, seed)
             testbed.write(result(run, gain * steady), path_of(run, tmp_path / report.RESULTS.relative_to(report.ROOT)))
-    run = Run("base", "labels", 7)  # of no pair
-    testbed.write(result(run, 9 * steady), path_of(run, tmp_path / report.RESULTS.relative_to(report.ROOT)))
+    for run in (Run("base", "labels", 7), Run("base", "noise", 7)):  # of no pair; of an arm that is no test
+        testbed.write(result(run, 9 * steady), path_of(run, tmp_path / report.RESULTS.relative_to(report.ROOT)))
     (tmp_path / "docs").mkdir()
     markers = [report.CLAIMS, report.TABLES, report.SAMPLES]
     (tmp_path / "docs" / "results.md").write_text("\n".join("".join(pair) for pair in markers))
@@ -115,7 +115,9 @@ def test_the_report_compares_seed_by_seed(root):
     p = min(1, 2 * own.p)  # of two contrasts the smaller
     row = f"| Do fresh labels? | `labels` less `fixed` | {report.interval(own)} | {p:.3f} | {own.detectable:.2f} |"
     assert row in page
-    assert "| `labels` | 4 |" in page and "### base" in page
+    assert "### base" in page and page.index("| `labels` | 4 |") < page.index("no test:") < page.index(
+        "| `noise` | 1 |"
+    )
     assert "- `r2m`: r2m says 0\n" in page and "- `r2m`: r2m says 2\n" in page  # the first of each prompt
     told = json.loads((root / report.STORY).read_text())
     assert told["seeds"] == 3 and len(told["lines"]) == 3
@@ -217,7 +219,7 @@ def test_a_result_is_of_its_settings(tmp_path, monkeypatch):
 
 def test_groups_are_of_one_scenario_and_seed(tmp_path):
     runs = plan(["base", "beta"], list(ARMS), [0, 1])
-    assert len(runs) == 2 * (len(ARMS) + len(testbed.CONTRASTED))
+    assert len(runs) == 2 * (len(ARMS) + len(testbed.EVERYWHERE))
     found = groups(runs, tmp_path)
     assert [run for group in found for run in group] == runs
     assert {len({(run.scenario, run.seed) for run in group}) for group in found} == {1}
