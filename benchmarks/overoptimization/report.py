@@ -323,18 +323,25 @@ def brief(results: Results) -> str:
 
 def told(results: Results) -> list[str]:
     """The story in three lines."""
-    lost, proxy, known = loss(results), score_of_fixed(results), adjusted(results)
+    lost, score, known = loss(results), score_of_fixed(results), adjusted(results)
+
     lines = [
         f"A fixed reward model {'is' if exploited(results) else 'is not shown to be'} exploited: its score rises by "
-        f"{interval(proxy)}, and the policy misses {interval(lost)} of the gold that the same samples could have "
-        "taught.",
+        f"{interval(score)}, and the policy misses {interval(lost)} of the gold that the same samples could have "
+        f"taught; {at_equal_kl(results, Contrast('', ORACLE))[0]} at a KL of {KL:g} nats."
     ]
     for contrast, what in zip(CONTRASTS[:2], ("R2M", "Fresh labels of the policy's own samples"), strict=True):
         own = results.difference(contrast)
         found = verdict(own, known.get(contrast.question, np.nan), lost.mean)
-        cannot = f"{own.seeds} seeds cannot tell, since they detect {own.detectable:.2f}"
-        outcome = {YES: "a gain", NO: "a loss", ABSENT: "no effect beyond that"}.get(found, cannot)
-        lines.append(f"{what} in its place: {interval(own)} gold; {outcome}.")
+        outcome = {
+            YES: "a gain",
+            NO: "a loss",
+            ABSENT: "no gain is shown, and one of a third of the loss most likely would have been",
+            UNKNOWN: f"{own.seeds} seeds cannot tell, since they detect {own.detectable:.2f}",
+        }[found]
+        lines.append(
+            f"{what} in its place: {interval(own)} gold, {at_equal_kl(results, contrast)[0]} at that KL; {outcome}."
+        )
     return lines
 
 
