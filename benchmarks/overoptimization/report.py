@@ -219,13 +219,13 @@ def verdict(own: Estimate, p: float, lost: float) -> str:
 def all_tables(scenarios: Mapping[str, Results]) -> str:
     parts = [made_by(scenarios)]
     for name, results in scenarios.items():
-        described = [arm for arm in results.curves if arm in UNTESTED]
-        parts += [f"### {name}", arms_table(results, [arm for arm in results.curves if arm not in described])]
-        if described:
+        compared = [arm for arm in results.curves if arm not in UNTESTED]
+        parts += [f"### {name}", arms_table(results, compared)]
+        if name == "base":
+            parts += [levels_table(results, compared), parts_table(results, compared)]
+        if described := [arm for arm in results.curves if arm in UNTESTED]:
             parts += ["The paper's other methods and ablations, on so few seeds that they are no test:"]
             parts += [arms_table(results, described)]
-        if name == "base":
-            parts += [levels_table(results), parts_table(results)]
     return "\n\n".join(parts)
 
 
@@ -267,10 +267,11 @@ def arms_table(results: Results, arms: Sequence[str]) -> str:
     return table([*head, "first model's score", "KL", "VADER"], lines)
 
 
-def levels_table(results: Results) -> str:
+def levels_table(results: Results, arms: Sequence[str]) -> str:
     """In brackets how many seeds get that far."""
     lines = []
-    for arm, of_arm in results.curves.items():
+    for arm in arms:
+        of_arm = results.curves[arm]
         cells = [_mean([at_kl(own, "gold", level) for own in of_arm.values()], len(of_arm)) for level in KL_LEVELS]
         worth = estimate([own.values["gold"][-1] for own in of_arm.values()])
         proxy = _mean([own.values["proxy"][-1] for own in of_arm.values()])
@@ -279,9 +280,10 @@ def levels_table(results: Results) -> str:
     return table(head, lines)
 
 
-def parts_table(results: Results) -> str:
+def parts_table(results: Results, arms: Sequence[str]) -> str:
     lines = []
-    for arm, of_arm in results.curves.items():
+    for arm in arms:
+        of_arm = results.curves[arm]
         accuracy = [run["accuracy"] for run in results.runs[arm].values()]
         cells = [_mean([late(own, part) for own in of_arm.values()]) for part in PARTS]
         lines.append([f"`{arm}`", *cells, f"{np.mean(accuracy):.3f}", agreement(results.runs[arm])])
