@@ -217,15 +217,19 @@ def verdict(own: Estimate, p: float, lost: float) -> str:
 
 
 def all_tables(scenarios: Mapping[str, Results]) -> str:
+    base = scenarios.get("base")
     parts = [made_by(scenarios)]
-    for name, results in scenarios.items():
-        compared = [arm for arm in results.curves if arm not in UNTESTED]
-        parts += [f"### {name}", arms_table(results, compared)]
-        if name == "base":
-            parts += [levels_table(results, compared), parts_table(results, compared)]
-        if described := [arm for arm in results.curves if arm in UNTESTED]:
+    if base is not None:
+        compared = [arm for arm in base.curves if arm not in UNTESTED]
+        parts += ["### base", arms_table([(base, arm, f"`{arm}`") for arm in compared])]
+        parts += [levels_table(base, compared), parts_table(base, compared)]
+        if described := [arm for arm in base.curves if arm in UNTESTED]:
             parts += ["The paper's other methods and ablations, on so few seeds that they are no test:"]
-            parts += [arms_table(results, described)]
+            parts += [arms_table([(base, arm, f"`{arm}`") for arm in described])]
+    others = {name: results for name, results in scenarios.items() if results is not base}
+    if others:
+        rows = [(results, arm, f"{name}: `{arm}`") for name, results in others.items() for arm in results.curves]
+        parts += ["### Other scenarios", arms_table(rows)]
     return "\n\n".join(parts)
 
 
@@ -237,15 +241,16 @@ def made_by(scenarios: Mapping[str, Results]) -> str:
     return f"{len(runs)} runs, {seconds:.0f} s each (median), on {devices}; {versions}; products in bfloat16."
 
 
-def arms_table(results: Results, arms: Sequence[str]) -> str:
+def arms_table(rows: Sequence[tuple[Results, str, str]]) -> str:
+    """rows: an arm of a scenario, and what the row is called."""
     lines = []
-    for arm in arms:
+    for results, arm, name in rows:
         own = list(results.curves[arm].values())
         known = arm != BASE and BASE in results.curves
-        less, at = Contrast("", arm), lambda name, own=own: _mean([late(c, name) for c in own])
+        less, at = Contrast("", arm), lambda what, own=own: _mean([late(c, what) for c in own])
         lines.append(
             [
-                f"`{arm}`",
+                name,
                 str(len(own)),
                 at("gold"),
                 interval(results.difference(less)) if known else "",
