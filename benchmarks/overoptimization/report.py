@@ -331,7 +331,6 @@ def brief(results: Results) -> str:
 def told(results: Results) -> list[str]:
     """The story in three lines."""
     lost, score, known = loss(results), score_of_fixed(results), adjusted(results)
-
     lines = [
         f"A fixed reward model {'is' if exploited(results) else 'is not shown to be'} exploited: its score rises by "
         f"{interval(score)}, and the policy misses {interval(lost)} of the gold that the same samples could have "
@@ -353,15 +352,12 @@ def told(results: Results) -> list[str]:
 
 
 def drawing(scenarios: Mapping[str, Results]) -> tuple[Any, str]:
-    """The figure, and a hash of what it shows."""
+    """The figure, and a hash of the runs that it shows."""
     results = scenarios["base"]
     others = [arm for arm in results.curves if arm not in (BASE, *UNTESTED)]
-    shown = {arm: [results.curves[arm][s] for s in sorted(results.curves[arm])] for arm in [BASE, *others]}
-    points = {
-        arm: [[np.round(own.values[name], 3).tolist() for name in ("gold", "proxy")] for own in curves]
-        for arm, curves in shown.items()
-    }
-    return draw(shown, BASE), hashlib.sha256(json.dumps(points).encode()).hexdigest()
+    shown = {arm: list(results.curves[arm].values()) for arm in [BASE, *others]}
+    runs = json.dumps({arm: results.runs[arm] for arm in shown}, sort_keys=True)
+    return draw(shown, BASE), hashlib.sha256(runs.encode()).hexdigest()
 
 
 def _mean(values: Sequence[float], count: int | None = None) -> str:
