@@ -15,15 +15,16 @@ from r2m.plots import COLORS, dress
 COLUMNS = 5
 
 
-def draw(curves: Mapping[str, Sequence[Curve]], base: str) -> Figure:
-    """curves: of each arm's seeds. A panel for each arm but `base`, which is grey in all of them."""
+def draw(curves: Mapping[str, Mapping[int, Curve]], base: str) -> Figure:
+    """curves: by arm and seed. A panel for each arm but `base`, which is grey in all of them, of the same seeds."""
     arms = [arm for arm in curves if arm != base]
     rows = math.ceil(len(arms) / COLUMNS)
     figure = Figure(figsize=(2.3 * COLUMNS, 2.1 * rows + 0.4), dpi=120, layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, COLUMNS, sharex=True, sharey=True)).ravel()
     for ax, arm in zip(axes, arms, strict=False):
-        _path(ax, curves[base], "0.55", base)
-        _path(ax, curves[arm], COLORS[0], "the panel's arm")
+        seeds = sorted(curves[arm].keys() & curves[base].keys())
+        _path(ax, [curves[base][seed] for seed in seeds], "0.55", base)
+        _path(ax, [curves[arm][seed] for seed in seeds], COLORS[0], "the panel's arm")
         ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         dress(ax, arm, "KL (nats)", "change from the start")
         ax.set_xscale("function", functions=(np.sqrt, np.square))

@@ -355,7 +355,7 @@ def drawing(scenarios: Mapping[str, Results]) -> tuple[Any, str]:
     """The figure, and a hash of the runs that it shows."""
     results = scenarios["base"]
     others = [arm for arm in results.curves if arm not in (BASE, *UNTESTED)]
-    shown = {arm: list(results.curves[arm].values()) for arm in [BASE, *others]}
+    shown = {arm: results.curves[arm] for arm in [BASE, *others]}
     runs = json.dumps({arm: results.runs[arm] for arm in shown}, sort_keys=True)
     return draw(shown, BASE), hashlib.sha256(runs.encode()).hexdigest()
 
