@@ -109,9 +109,9 @@ def write(root: Path) -> None:
     scenarios = load(root / RESULTS.relative_to(ROOT))
     for path, text in texts(root, scenarios).items():
         path.write_text(text)
-    figure, source = drawing(scenarios)
+    curves, source = shown(scenarios["base"])
     (root / FIGURE).parent.mkdir(exist_ok=True)
-    figure.savefig(root / FIGURE, metadata={"Source": source})
+    draw(curves, BASE).savefig(root / FIGURE, metadata={"Source": source})
 
 
 def check(root: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def check(root: Path) -> list[Path]:
     source."""
     scenarios = load(root / RESULTS.relative_to(ROOT))
     stale = [path.relative_to(root) for path, text in texts(root, scenarios).items() if path.read_text() != text]
-    return stale + [FIGURE] * (drawn_from(root / FIGURE) != drawing(scenarios)[1])
+    return stale + [FIGURE] * (drawn_from(root / FIGURE) != shown(scenarios["base"])[1])
 
 
 def load(folder: Path) -> dict[str, Results]:
@@ -334,7 +334,7 @@ def told(results: Results) -> list[str]:
     lines = [
         f"A fixed reward model {'is' if exploited(results) else 'is not shown to be'} exploited: its score rises by "
         f"{interval(score)}, and the policy misses {interval(lost)} of the gold that the same samples could have "
-        f"taught; {at_equal_kl(results, Contrast('', ORACLE))[0]} at a KL of {KL:g} nats."
+        f"taught; {interval(results.difference(Contrast('', ORACLE), GOLD_AT_KL))} at a KL of {KL:g} nats."
     ]
     for contrast, what in zip(CONTRASTS[:2], ("R2M", "Fresh labels of the policy's own samples"), strict=True):
         own = results.difference(contrast)
@@ -345,19 +345,16 @@ def told(results: Results) -> list[str]:
             ABSENT: "no gain is shown, and one of a third of the loss most likely would have been",
             UNKNOWN: f"{own.seeds} seeds cannot tell, since they detect {own.detectable:.2f}",
         }[found]
-        lines.append(
-            f"{what} in its place: {interval(own)} gold, {at_equal_kl(results, contrast)[0]} at that KL; {outcome}."
-        )
+        equal_kl = interval(results.difference(contrast, GOLD_AT_KL))
+        lines.append(f"{what} in its place: {interval(own)} gold, {equal_kl} at that KL; {outcome}.")
     return lines
 
 
-def drawing(scenarios: Mapping[str, Results]) -> tuple[Any, str]:
-    """The figure, and a hash of the runs that it shows."""
-    results = scenarios["base"]
-    others = [arm for arm in results.curves if arm not in (BASE, *UNTESTED)]
-    shown = {arm: results.curves[arm] for arm in [BASE, *others]}
-    runs = json.dumps({arm: results.runs[arm] for arm in shown}, sort_keys=True)
-    return draw(shown, BASE), hashlib.sha256(runs.encode()).hexdigest()
+def shown(results: Results) -> tuple[dict[str, dict[int, Curve]], str]:
+    """What the figure shows, by arm and seed, and a hash of its runs."""
+    arms = [arm for arm in results.curves if arm not in UNTESTED]
+    runs = json.dumps({arm: results.runs[arm] for arm in arms}, sort_keys=True)
+    return {arm: results.curves[arm] for arm in arms}, hashlib.sha256(runs.encode()).hexdigest()
 
 
 def _mean(values: Sequence[float], count: int | None = None) -> str:

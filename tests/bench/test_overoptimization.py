@@ -115,9 +115,8 @@ def test_the_report_compares_seed_by_seed(root):
     p = min(1, 2 * own.p)  # of two contrasts the smaller
     row = f"| Do fresh labels? | `labels` less `fixed` | {report.interval(own)} | {p:.3f} | {own.detectable:.2f} |"
     assert row in page
-    assert "### base" in page and page.index("| `labels` | 4 |") < page.index("no test:") < page.index(
-        "| `noise` | 1 |"
-    )
+    places = [page.index(part) for part in ("### base", "| `labels` | 4 |", "no test:", "| `noise` | 1 |")]
+    assert places == sorted(places)
     assert "- `r2m`: r2m says 0\n" in page and "- `r2m`: r2m says 2\n" in page  # the first of each prompt
     told = json.loads((root / report.STORY).read_text())
     assert told["seeds"] == 3 and len(told["lines"]) == 3

@@ -64,8 +64,8 @@ def train(
     **settings,
 ):
     """The metrics and weights of a run. killed_in: the round in which the second process dies; fails_in: round and
-    process of an error; terminated_in: the round of a SIGTERM; the second process
-    says, when it leaves, whether the checkpoint is there."""
+    process of an error; terminated_in: the round of a SIGTERM; the second process says, when it leaves, whether
+    the checkpoint is there."""
     values = {
         "prompts_per_round": 4, "micro_batch_size": 4, "r2m": {"standardize": True},
         "evaluation": {"every": 1}, "checkpoints": {"every": 1, "keep": 9},
