@@ -17,7 +17,7 @@ os.environ |= {
 import torch
 from test_trl_adapter import LORA, Run, tiny
 from transformers import AutoModelForCausalLM
-from vllm import _custom_ops
+from vllm.model_executor.layers import utils
 
 from r2m.integrations.vllm import checkpoint_weights
 
@@ -36,10 +36,15 @@ class RunOnVLLM(Run):
         return rewards
 
 
+def leave_as_it_is(layer, remove_weight):
+    layer.cpu_linear = torch.nn.functional.linear
+
+
 @pytest.mark.parametrize(("kind", "capture"), [("rloo", "scoring"), ("grpo", "forward")])
 def test_vllm_samples_from_the_policy_as_it_is_and_rewards_are_of_its_samples(tmp_path, monkeypatch, kind, capture):
-    # Where oneDNN knows bfloat16, vLLM repacks linear layers, and TRL's way of loading weights does not find them.
-    monkeypatch.setattr(_custom_ops, "_supports_onednn", False)
+    # vLLM repacks linear layers for the units that a CPU has (AMX, oneDNN, Zen), and TRL's way of loading weights does
+    # not find them.
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", leave_as_it_is)
     policy = tiny.policy(64, num_hidden_layers=1)  # vLLM's CPU attention takes heads of 32 numbers or more
     policy.save_pretrained(tmp_path / "policy")
     tiny.tokenizer(pad="</s>").save_pretrained(tmp_path / "policy")
