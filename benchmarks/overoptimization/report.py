@@ -37,34 +37,28 @@ from benchmarks.overoptimization.analysis import (
 )
 from benchmarks.overoptimization.figure import draw
 from benchmarks.overoptimization.run import RESULTS
-from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, UNTESTED, Run, check_settings, read
+from benchmarks.overoptimization.testbed import (
+    ARMS,
+    BASE,
+    CONTRASTS,
+    ORACLE,
+    SCENARIOS,
+    UNTESTED,
+    Contrast,
+    Run,
+    check_settings,
+    read,
+)
 from benchmarks.report import between_markers, drawn_from, table
 from r2m.demo.gold import PARTS
 from r2m.demo.start import sampled
 
-BASE, ORACLE = "fixed", "gold"
 KL = 10.0  # of the second measure: nearly all arms get as far
 LATE_GOLD, GOLD_AT_KL = partial(late, name="gold"), partial(at_kl, name="gold", level=KL)
 FIGURE = Path("docs") / "results" / "overoptimization.png"
 STORY = Path("r2m") / "demo" / "story.json"
 CLAIMS, TABLES, SAMPLES, BRIEF = (
     (f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("claims", "tables", "samples", "results")
-)
-
-
-class Contrast(NamedTuple):
-    """Whether `arm` has more gold than `base` in late rounds."""
-
-    question: str
-    arm: str
-    base: str = BASE
-
-
-CONTRASTS = (
-    Contrast("Does R2M resist exploitation?", "r2m"),
-    Contrast("Do fresh labels?", "labels"),
-    Contrast("Is it their freshness?", "labels", "labels-before"),
-    Contrast("Does feedback add to labels?", "labels-r2m", "labels-step"),
 )
 
 

@@ -78,9 +78,26 @@ ARMS = {
     "remax": Arm((FIXED, "algorithm=remax")),
     "reinforce++": Arm((FIXED, "algorithm=reinforce++", "kl.placement=reward")),
 }
+BASE, ORACLE = "fixed", "gold"
 UNTESTED = ("pretrained", "noise", "no-bt", "no-gre", "grpo", "grpo-r2m", "remax", "reinforce++")
-CONTRASTED = ("gold", "fixed", "labels", "labels-before", "r2m", "labels-step", "labels-r2m")
-EVERYWHERE = ("gold", "fixed", "labels", "r2m")  # in all scenarios
+EVERYWHERE = (ORACLE, BASE, "labels", "r2m")  # in all scenarios
+
+
+class Contrast(NamedTuple):
+    """Whether `arm` has more gold than `base` in late rounds."""
+
+    question: str
+    arm: str
+    base: str = BASE
+
+
+CONTRASTS = (
+    Contrast("Does R2M resist exploitation?", "r2m"),
+    Contrast("Do fresh labels?", "labels"),
+    Contrast("Is it their freshness?", "labels", "labels-before"),
+    Contrast("Does feedback add to labels?", "labels-r2m", "labels-step"),
+)
+CONTRASTED = {ORACLE, *(arm for contrast in CONTRASTS for arm in (contrast.arm, contrast.base))}
 
 
 def seeds_for(scenario: str, arm: str) -> range:
