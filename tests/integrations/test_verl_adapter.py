@@ -35,9 +35,11 @@ from transformers import AutoModelForCausalLM
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils import tensordict_utils as tu
+from verl_on_cpu import Float32RewardModel
 
 from examples.own_rloo import save_tiny_models
 from r2m import R2MRewardModel
+from r2m.integrations import verl
 from r2m.integrations.remote import pool_packed
 from r2m.integrations.verl import POOLS, PoolingActorRolloutRefWorker
 from r2m_kernels import policy_feedback_reward, time_weight
@@ -146,6 +148,7 @@ class Recorded(list):
 def train(options, monkeypatch, gpus):
     """A run in this process and Ray's; what `Recorded` has of it."""
     steps = Recorded(monkeypatch)
+    monkeypatch.setattr(verl, "RewardModel", Float32RewardModel)
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", options)
     ray.init(num_cpus=16, num_gpus=gpus, object_store_memory=200 * 2**20, include_dashboard=False)

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+from r2m import devices
+from r2m.integrations.remote import RewardModel
+
 
 class Device(types.ModuleType):
     """What verl asks of torch.cuda: nothing is allocated, nothing has to be waited for."""
@@ -88,6 +91,14 @@ EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], 
 # There is no accelerator that memory could be pinned for.
 policy = transformer_impl.CPUOffloadPolicy
 transformer_impl.CPUOffloadPolicy = lambda **_: policy(pin_memory=False)
+
+
+class Float32RewardModel(RewardModel):
+    """In a process of its own, whatever products its CPU has: its rewards are compared with those of float32."""
+
+    def __init__(self, *args):
+        devices.native_bfloat16 = lambda device: False
+        super().__init__(*args)
 
 
 class Server:
