@@ -36,7 +36,10 @@ demo: $(STAMP) extension  ## a 135M-parameter model exploits a reward model, wit
 
 test: lint types unit interpret-some  ## the short check: style, types, tests that take seconds; needs no GPU
 
-gates: slow trl vllm verl cpu sanitize emulate interpret gate nvcc-gate  ## what compiles, emulates, sanitizes, or takes minutes; needs no GPU
+# The other libraries' tests are single processes: two of them side by side.
+gates: slow  ## what compiles, emulates, sanitizes, or takes minutes; needs no GPU
+	$(MAKE) --jobs 2 --output-sync=target trl vllm verl
+	$(MAKE) cpu sanitize emulate interpret gate nvcc-gate
 
 extension: $(STAMP)  ## compile the operators for the CPU; without a compiler, everything runs in PyTorch
 	-$(BIN)/python -m r2m_kernels.build cpu
@@ -86,9 +89,8 @@ sanitize: $(STAMP)  ## the same under AddressSanitizer and UndefinedBehaviorSani
 emulate: $(STAMP)  ## the operators' tests on the CUDA kernels, emulated on the CPU
 	$(BIN)/python tests/offline/builds.py emulated $(PROCESSES)
 
-# Without what torch.compile sees: the operators around the kernels, which `make unit` compiles.
-interpret: $(STAMP)  ## the operators' tests on the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels --impl triton --ignore tests/kernels/test_compile.py
+interpret: $(STAMP)  ## the operators' tests on the Triton kernels, in Triton's interpreter, unless they are on record
+	PYTEST_ADDOPTS="$(PROCESSES)" $(BIN)/python tests/offline/interpret.py
 
 gate: $(STAMP)  ## compile every Triton kernel for every GPU and judge the machine code
 	$(BIN)/python tests/offline/gate.py

@@ -1,7 +1,7 @@
-"""Which sources had all of their machine code judged, and by which compiler: judged.json, which is committed.
+"""Which sources have passed a gate in full, and with which compiler or packages: judged.json, which is committed.
 
-A gate whose sources and compiler are on record compiles a sample: what changes no kernel need not wait for a thousand
-compilations. `--full` makes them all the same.
+What is on record is done in part, or not at all: what changes no kernel need not wait for a thousand compilations, or
+for as many interpreted launches. `--full` makes them all the same.
 """
 
 import json
@@ -14,7 +14,7 @@ COMMITTED = Path(__file__).with_name("judged.json")
 
 
 def fingerprint(sources: Iterable[Path], compiler: str) -> str:
-    """Of the files' names and contents, and of what compiles them."""
+    """Of the files' names and contents, and of what compiles or runs them."""
     found = sorted({path for path in sources if path.is_file()})
     parts = [f"{path.relative_to(ROOT)} {sha256(path.read_bytes()).hexdigest()}" for path in found]
     return sha256("\n".join([compiler, *parts]).encode()).hexdigest()
