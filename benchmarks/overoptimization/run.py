@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's packages, whatever is installed
 
 from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run, check_settings, read, seeds_for
+from r2m.commands.doctor import free_memory
 
 RESULTS = ROOT / "benchmarks" / "overoptimization" / "results"
 LOGS = ROOT / "runs" / "overoptimization"
@@ -55,9 +56,8 @@ def main() -> None:
 
 
 def workers() -> int:
-    """One group a core, as far as there is memory."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(os.cpu_count() or 1, int(free / GROUP_BYTES)))
+    """One group a core, as far as memory can be had."""
+    return max(1, min(len(os.sched_getaffinity(0)), int(free_memory("cpu") / GROUP_BYTES)))
 
 
 def seeds_of(text: str) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.overoptimization import analysis, report, testbed
 from benchmarks.overoptimization.analysis import Curve
-from benchmarks.overoptimization.run import TOGETHER, carry_out, groups, path_of, plan
+from benchmarks.overoptimization.run import TOGETHER, carry_out, groups, path_of, plan, workers
 from benchmarks.overoptimization.testbed import ARMS, SCENARIOS, Run, Scenario
 from r2m.demo import gold
 from tests.r2m.demo import world as world_module
@@ -225,6 +225,13 @@ def test_groups_are_of_one_scenario_and_seed(tmp_path):
     assert max(map(len, found)) <= TOGETHER
     store(tmp_path, found[0][1])
     assert groups(runs, tmp_path)[0] == [found[0][0], *found[0][2:]]
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(1, 1), (20, 2), (100, 4)])
+def test_a_worker_has_a_core_and_memory(monkeypatch, gigabytes, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(4))
+    monkeypatch.setattr("benchmarks.overoptimization.run.free_memory", lambda device: gigabytes * 1e9)
+    assert workers() == expected
 
 
 class Process:
