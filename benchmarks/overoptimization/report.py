@@ -88,7 +88,9 @@ def main() -> None:
     try:
         if arguments.results:
             scenarios = load(arguments.results)
-            print("\n\n".join([*map(claims_table, scenarios.values()), all_tables(scenarios)]))
+            if "base" in scenarios:  # what the plan's questions are about
+                print(claims_table(scenarios["base"]), end="\n\n")
+            print(all_tables(scenarios))
         elif not arguments.check:
             write(ROOT)
         elif stale := check(ROOT):

@@ -148,6 +148,17 @@ def test_verdicts_are_the_plan_s(values, p, expected):
     assert report.verdict(analysis.estimate(values), p, lost=3.0) == expected
 
 
+@pytest.mark.parametrize("scenario", ["base", "beta"])
+def test_other_results_are_printed_with_questions_where_the_plan_asks_them(scenario, tmp_path, monkeypatch, capsys):
+    run = Run(scenario, "fixed", 100)
+    testbed.write(result(run, np.ones(analysis.LATE + 13)), path_of(run, tmp_path))
+    monkeypatch.setattr("sys.argv", ["report.py", "--results", str(tmp_path)])
+    report.main()
+    printed = capsys.readouterr().out
+    assert "1 runs" in printed
+    assert ("verdict" in printed) == (scenario == "base")
+
+
 def test_committed_pages_show_the_committed_results():
     assert report.check(report.ROOT) == [], "run python benchmarks/overoptimization/report.py"
 
