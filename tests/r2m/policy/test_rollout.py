@@ -288,7 +288,8 @@ def test_parts_give_the_log_probs_hidden_states_and_gradients_of_the_padded_roun
         torch.testing.assert_close(values, expected[rows], rtol=1e-5, atol=1e-5)
         (values * weight[rows]).sum().backward()
     for p, gradient in zip(policy.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
+        # A sum over all tokens rounds at the size of its terms, not at its own.
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
 def test_prompts_generated_in_sorted_batches_keep_their_responses(policy, tokenizer):
