@@ -19,7 +19,7 @@ from r2m_kernels.build import BuildError, build, find_cxx
 
 ROOT = Path(__file__).parents[2]
 OPERATORS = ("tests/kernels",)
-NOT_COMPILED = (*OPERATORS, "--ignore", "tests/kernels/test_compile.py")  # torch.compile sees no C++
+NOT_COMPILED = (*OPERATORS, "--ignore", "tests/kernels/test_compile.py")  # torch.compile sees no kernel
 # What depends on instruction sets, and on architectures of GPUs.
 VARIES = ("tests/kernels/test_attention_pool.py", "tests/kernels/test_pool_fuzz.py", "tests/kernels/test_fusion.py")
 # Slower CPUs, for PyTorch and its matrix products alike: with more lanes it would round less than the kernels may.
@@ -35,8 +35,14 @@ def sanitizer_environment() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}  # what Python never frees
 
 
-def run_pytest(arguments: list[str], paths: tuple[str, ...], library: Path | None = None, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", *paths, "--impl", "extension", *arguments]
+def run_pytest(
+    arguments: list[str],
+    paths: tuple[str, ...],
+    library: Path | None = None,
+    impl: str = "extension",
+    **environment: str,
+) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", *paths, "--impl", impl, *arguments]
     command += [] if library is None else ["--library", str(library)]
     print(" ".join(f"{name}={value}" for name, value in environment.items()), *command[2:], flush=True)
     status = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}).returncode

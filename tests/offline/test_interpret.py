@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 
+import builds
 import interpret
 import pytest
 import record
@@ -10,7 +11,7 @@ import record
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
-    """main(status, *arguments): what the script returns where the tests would end with `status`, and whether they
+    """main(status, *arguments): what the script exits with where the tests would end with `status`, and whether they
     ran."""
     file = tmp_path / "judged.json"
     for name in ("is_judged", "write"):
@@ -18,9 +19,19 @@ def main(tmp_path, monkeypatch):
 
     def main(status, *arguments):
         ran = []
-        monkeypatch.setattr(interpret, "run_tests", lambda: ran.append(True) or status)
+
+        def run_pytest(*_, **__):
+            ran.append(True)
+            if status != 0:
+                raise SystemExit(status)
+
+        monkeypatch.setattr(builds, "run_pytest", run_pytest)
         monkeypatch.setattr(sys, "argv", ["interpret.py", *arguments])
-        return interpret.main(), bool(ran)
+        try:
+            interpret.main()
+        except SystemExit as stopped:
+            return stopped.code, bool(ran)
+        return 0, bool(ran)
 
     return main
 
